@@ -1,0 +1,38 @@
+# The environment is built once, in .venv, from the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help env train test lint types clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+env: $(STAMP) ## build .venv
+
+train: $(STAMP) ## train with entropy under control: make train ARGS="..."
+	$(BIN)/isentropic train $(ARGS)
+
+test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP) ## pyrefly
+	$(BIN)/pyrefly check
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
+	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "isentropic needs Python >= 3.11, got '$$($(PYTHON) -V 2>&1)'; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo 'building .venv from constraints.txt: a minute or two'
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,cli,report,dev]'
+	@touch $@

@@ -1,0 +1,20 @@
+"""Offline, one thread, and every array signature of the core checked at run time."""
+
+import os
+
+os.environ |= {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import torch
+from jaxtyping import install_import_hook
+
+torch.set_num_threads(1)
+
+# Before any import of isentropic: the hook rewrites a module as it is loaded.
+ROOMS = ["types", "reduce", "advantages", "shaping", "objectives", "entropy", "dynamics", "evaluation"]
+install_import_hook([f"isentropic.{room}" for room in ROOMS], "beartype.beartype")
