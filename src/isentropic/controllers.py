@@ -1,0 +1,288 @@
+"""Feedback controllers: pure pairs ``init() -> State``, ``update(state, entropy, target) -> State``.
+
+A controller turns the error between an entropy and its target, both in nats per token, into the value of one knob.
+A state is a NamedTuple of plain numbers with a field ``value``: it goes into a checkpoint as JSON and resumes bit for bit.
+Every rank that sees the same reading computes the same state.
+
+Sources: arXiv:2603.11682 for the doubling rule and the direction of ADAPO; step sizes are named [ours] where the
+published detail is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any, NamedTuple
+
+
+class Range(NamedTuple):
+    """The values a knob may take, and which way it moves entropy.
+
+    Attributes:
+        start: value before the first update.
+        low, high: bounds; ``low < 0`` marks a knob that may change sign.
+        least: smallest magnitude a multiplying controller may reach (multiplication cannot leave 0).
+        sign: +1 if raising the value raises entropy, −1 if it lowers it.
+    """
+
+    start: float
+    low: float
+    high: float
+    least: float = 1e-4
+    sign: int = 1
+
+    def check(self) -> Range:
+        """Return self, or raise ``ValueError`` naming the bound that is wrong."""
+        if not self.low < self.high:
+            raise ValueError(f"knob low must be < high, got low={self.low}, high={self.high}; swap them or widen them")
+        if not self.low <= self.start <= self.high:
+            raise ValueError(f"knob start must lie in [{self.low}, {self.high}], got {self.start}; move it inside")
+        if not 0 < self.least <= self.high:
+            raise ValueError(f"knob least must lie in (0, high={self.high}], got {self.least}; it is a magnitude")
+        if self.sign not in (1, -1):
+            raise ValueError(f"knob sign must be 1 or -1, got {self.sign}")
+        return self
+
+    def clip(self, value: float) -> float:
+        """The nearest allowed value."""
+        return min(max(value, self.low), self.high)
+
+    def saturated(self, value: float) -> bool:
+        """True where the knob stands at a bound and cannot help any more in that direction."""
+        return value <= self.low or value >= self.high
+
+
+class ValueState(NamedTuple):
+    """State of a controller whose only memory is its knob."""
+
+    value: float
+
+
+class IntegralState(NamedTuple):
+    """State of the PI controller: the knob, and the accumulated relative error."""
+
+    value: float
+    integral: float
+
+
+class Controller(NamedTuple):
+    """A pair of pure functions."""
+
+    init: Callable[[], Any]
+    update: Callable[[Any, float, float], Any]
+
+
+def relative_error(entropy: float, target: float) -> float:
+    """``(H* − H)/H*``: positive when entropy is below its target.
+
+    Raises:
+        ValueError: a target that is not positive; a relative error has no meaning there.
+
+    Example:
+        >>> relative_error(0.8, 1.0)
+        0.19999999999999996
+    """
+    if not target > 0:
+        raise ValueError(f"an entropy target must be > 0 nats, got {target}; name one that sampling can reach")
+    return (target - entropy) / target
+
+
+def fixed(knob: Range) -> Controller:
+    """Leave the knob where it starts.
+
+    Example:
+        >>> c = fixed(Range(0.2, 0.1, 0.4))
+        >>> c.update(c.init(), 0.5, 1.0)
+        ValueState(value=0.2)
+    """
+    knob.check()
+    return Controller(lambda: ValueState(knob.start), lambda state, entropy, target: state)
+
+
+def double_halve(knob: Range) -> Controller:
+    """Double the knob where entropy is too low, halve it where it is too high, with a flip of sign.
+
+    With ζ > 0: doubled below the target, halved above. With ζ < 0: |ζ| halved below, doubled above. Where halving would
+    pass ``least`` the sign flips, if the range allows the other sign; otherwise the value stays at ``least``.
+    Bang-bang: a knob may take 18 updates from one bound of [1e-4, 0.05] to the other.
+
+    Reference: arXiv:2603.11682, the controller of REPO's ζ [paper, completed from an implementation by others].
+
+    Example:
+        >>> c = double_halve(Range(start=0.01, low=-0.05, high=0.05, least=0.006))
+        >>> low = c.update(c.init(), 0.5, 1.0)
+        >>> low.value, c.update(c.init(), 2.0, 1.0).value
+        (0.02, -0.006)
+    """
+    knob.check()
+    if abs(knob.start) < knob.least:
+        knob = knob._replace(start=knob.clip(knob.least))
+
+    def update(state: ValueState, entropy: float, target: float) -> ValueState:
+        error = relative_error(entropy, target) * knob.sign
+        if error == 0:
+            return state
+        value = state.value
+        grow = (error > 0) == (value > 0)
+        if grow:
+            return ValueState(knob.clip(value * 2))
+        if abs(value) / 2 >= knob.least:
+            return ValueState(knob.clip(value / 2))
+        flipped = -knob.least if value > 0 else knob.least
+        return ValueState(flipped if knob.low <= flipped <= knob.high else (knob.least if value > 0 else -knob.least))
+
+    return Controller(lambda: ValueState(knob.start), update)
+
+
+def multiplicative(knob: Range, rate: float = 0.05) -> Controller:
+    """``knob ← knob · (1+rate)`` where entropy is below its target, ``/ (1+rate)`` above; positive values only.
+
+    Reference: the direction is ADAPO's (arXiv:2603.11682) [paper]; rate and bounds are unknown there and [ours].
+
+    Raises:
+        ValueError: ``rate`` not positive, or a range without positive values.
+
+    Example:
+        >>> c = multiplicative(Range(0.28, 0.1, 1.0), rate=0.1)
+        >>> round(c.update(c.init(), 0.5, 1.0).value, 4), round(c.update(c.init(), 2.0, 1.0).value, 4)
+        (0.308, 0.2545)
+    """
+    knob.check()
+    if not rate > 0:
+        raise ValueError(f"rate must be > 0, got {rate}; 0.05 means 5 % an update")
+    low = max(knob.low, knob.least)
+    knob = knob._replace(low=low, start=max(knob.start, low))
+
+    def update(state: ValueState, entropy: float, target: float) -> ValueState:
+        error = relative_error(entropy, target) * knob.sign
+        factor = 1.0 if error == 0 else (1 + rate if error > 0 else 1 / (1 + rate))
+        return ValueState(knob.clip(state.value * factor))
+
+    return Controller(lambda: ValueState(knob.start), update)
+
+
+def sign_step(knob: Range, step: float | None = None) -> Controller:
+    """``knob ← clip(knob + step · sign(H* − H))``; ``step`` defaults to a fiftieth of the range [ours].
+
+    Reference: the rule of MAI-Thinking-1's clip (report, 2026-06) and of Skywork-OR1's coefficient (arXiv:2505.22312).
+
+    Raises:
+        ValueError: ``step`` not positive.
+
+    Example:
+        >>> c = sign_step(Range(0.0, 0.0, 0.005), step=1e-4)
+        >>> c.update(c.init(), 0.1, 0.2).value
+        0.0001
+    """
+    knob.check()
+    size = (knob.high - knob.low) / 50 if step is None else step
+    if not size > 0:
+        raise ValueError(f"step must be > 0, got {step}; it is in units of the knob")
+
+    def update(state: ValueState, entropy: float, target: float) -> ValueState:
+        error = relative_error(entropy, target) * knob.sign
+        return ValueState(knob.clip(state.value + size * ((error > 0) - (error < 0))))
+
+    return Controller(lambda: ValueState(knob.start), update)
+
+
+class GatedState(NamedTuple):
+    """State of the gated step: the knob in force, and the coefficient behind the gate."""
+
+    value: float
+    coefficient: float
+
+
+def gated_step(knob: Range, step: float | None = None) -> Controller:
+    """A sign step whose knob is in force only while entropy is below its target, and 0 (or the low bound) otherwise.
+
+    Reference: Skywork-OR1's adaptive entropy bonus (arXiv:2505.22312): ``c += δ`` below the target, ``c −= δ`` above.
+
+    Example:
+        >>> c = gated_step(Range(0.001, 0.0, 0.005), step=0.001)
+        >>> c.update(c.init(), 0.1, 0.2), c.update(c.init(), 0.3, 0.2)
+        (GatedState(value=0.002, coefficient=0.002), GatedState(value=0.0, coefficient=0.0))
+    """
+    inner = sign_step(knob, step)
+    rest = knob.clip(0.0)
+
+    def update(state: GatedState, entropy: float, target: float) -> GatedState:
+        coefficient = inner.update(ValueState(state.coefficient), entropy, target).value
+        return GatedState(coefficient if entropy < target else rest, coefficient)
+
+    return Controller(lambda: GatedState(rest, knob.start), update)
+
+
+def pi(knob: Range, gain: float = 1.0, integral_gain: float = 0.1) -> Controller:
+    """``knob = start + span · (gain · e + integral_gain · Σe)``, e the relative error, span = high − low.
+
+    Anti-windup: the sum does not grow while the output is held at the bound that the error pushes against. Gains are
+    per unit of relative error and in spans, so that one pair serves every knob.
+
+    Reference: [ours]; EntroPIC (arXiv:2511.15248) steers sample weights by PI, its gains are unknown.
+
+    Raises:
+        ValueError: a negative gain, or both zero.
+
+    Example:
+        >>> c = pi(Range(0.0, -1.0, 1.0), gain=0.5, integral_gain=0.1)
+        >>> state = c.update(c.init(), 0.9, 1.0)
+        >>> round(state.value, 3), round(state.integral, 3)
+        (0.12, 0.1)
+    """
+    knob.check()
+    if gain < 0 or integral_gain < 0 or gain + integral_gain == 0:
+        raise ValueError(f"gains must be >= 0 and not both 0, got {gain} and {integral_gain}; 1.0 and 0.1 are the defaults")
+    span = knob.high - knob.low
+
+    def update(state: IntegralState, entropy: float, target: float) -> IntegralState:
+        error = relative_error(entropy, target) * knob.sign
+        integral = state.integral + error
+        value = knob.start + span * (gain * error + integral_gain * integral)
+        pushing = (value > knob.high and error > 0) or (value < knob.low and error < 0)
+        return IntegralState(knob.clip(value), state.integral if pushing else integral)
+
+    return Controller(lambda: IntegralState(knob.start, 0.0), update)
+
+
+CONTROLLERS: dict[str, Callable[..., Controller]] = {
+    "fixed": fixed,
+    "double_halve": double_halve,
+    "multiplicative": multiplicative,
+    "sign_step": sign_step,
+    "gated_step": gated_step,
+    "pi": pi,
+}
+
+
+def parse_controller(text: str, knob: Range) -> Controller:
+    """A controller from its text form: a name, and options after colons, as in ``pi:gain=0.5:integral_gain=0.02``.
+
+    Raises:
+        ValueError: an unknown name or option, or a value that is not a number.
+
+    Example:
+        >>> c = parse_controller("sign_step:step=0.1", Range(0.0, -1.0, 1.0))
+        >>> c.update(c.init(), 0.5, 1.0).value
+        0.1
+    """
+    name, *pairs = text.strip().split(":")
+    if name not in CONTROLLERS:
+        raise ValueError(f"controller must be one of {', '.join(CONTROLLERS)}; got {name!r}{_meant(name, CONTROLLERS)}")
+    allowed = list(signature(CONTROLLERS[name]).parameters)[1:]
+    options: dict[str, float] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key not in allowed:
+            raise ValueError(f"controller {name} takes {', '.join(allowed) or 'no options'}; got {key!r}")
+        try:
+            options[key] = float(value)
+        except ValueError:
+            raise ValueError(f"controller option {key} must be a number, got {value!r}; write {name}:{key}=0.1") from None
+    return CONTROLLERS[name](knob, **options)
+
+
+def _meant(name: str, known: dict[str, Any]) -> str:
+    close = get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,202 @@
+"""What entropy is held at: pure pairs ``init() -> TargetState``, ``update(state, entropy, tokens) -> TargetState``.
+
+A target is told every reading. ``level(state)`` is H*, nats per token, or ``None`` while the start is still being
+measured; ``hold(state)`` is true where the knob must not move although a reading came in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class TargetState(NamedTuple):
+    """State of a target.
+
+    Attributes:
+        readings: number of readings so far.
+        sum, count: Σ H and tokens of the first readings, whose mean is the initial entropy.
+        active: of a band: 1 while steering up, -1 while steering down, 0 while left alone.
+    """
+
+    readings: int = 0
+    sum: float = 0.0
+    count: float = 0.0
+    active: int = 0
+
+
+class Target(NamedTuple):
+    """A pair of pure functions, and two views of the state."""
+
+    init: Callable[[], TargetState]
+    update: Callable[[TargetState, float, float], TargetState]
+    level: Callable[[TargetState], float | None]
+    hold: Callable[[TargetState], bool]
+
+
+class Level(NamedTuple):
+    """A height in nats, or as a share of the initial entropy."""
+
+    amount: float
+    of_initial: bool
+
+    def at(self, state: TargetState) -> float:
+        """Nats per token, given what has been measured."""
+        return self.amount * (state.sum / state.count if self.of_initial else 1.0)
+
+
+def parse_level(text: str) -> Level:
+    """``"0.8"`` is 0.8 nats a token; ``"80%"`` is a share of the initial entropy.
+
+    Raises:
+        ValueError: anything else, or a level that is not positive.
+
+    Example:
+        >>> parse_level("80%")
+        Level(amount=0.8, of_initial=True)
+    """
+    share = text.strip().endswith("%")
+    try:
+        amount = float(text.strip().removesuffix("%")) / (100 if share else 1)
+    except ValueError:
+        raise ValueError(f"an entropy level must be nats (0.8) or a share of the initial entropy (80%), got {text!r}") from None
+    if not 0 < amount < float("inf"):
+        raise ValueError(f"an entropy level must be > 0 and finite, got {text!r}; sampling cannot reach it")
+    return Level(amount, share)
+
+
+def _measure(first: int, state: TargetState, entropy: float, tokens: float) -> TargetState:
+    state = state._replace(readings=state.readings + 1)
+    if state.readings <= first:
+        state = state._replace(sum=state.sum + entropy * tokens, count=state.count + tokens)
+    return state
+
+
+def _check_first(first: int) -> None:
+    if first < 1:
+        raise ValueError(f"initial readings must be >= 1, got {first}; the first reading already measures the start")
+
+
+def constant(level: Level, first: int = 1) -> Target:
+    """Hold one level: nats, or a share of the mean of the first ``first`` readings (the knob is held meanwhile).
+
+    Example:
+        >>> t = constant(parse_level("50%"), first=2)
+        >>> s = t.update(t.init(), 1.0, 10)
+        >>> t.hold(s), t.level(s)
+        (True, None)
+        >>> s = t.update(s, 2.0, 10)
+        >>> t.hold(s), t.level(s)
+        (True, 0.75)
+        >>> t.hold(t.update(s, 9.0, 10))
+        False
+    """
+    return anneal(level, level, 1, first)
+
+
+def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
+    """Move linearly from ``start`` to ``end`` over ``steps`` readings, then stay.
+
+    Raises:
+        ValueError: ``steps`` or ``first`` below 1.
+
+    Example:
+        >>> t = anneal(parse_level("2.0"), parse_level("1.0"), steps=2)
+        >>> s = t.init()
+        >>> for h in (2.0, 2.0, 2.0, 2.0):
+        ...     s = t.update(s, h, 1); print(t.level(s))
+        2.0
+        1.5
+        1.0
+        1.0
+    """
+    _check_first(first)
+    if steps < 1:
+        raise ValueError(f"anneal steps must be >= 1, got {steps}; count optimizer steps")
+    measured = start.of_initial or end.of_initial
+
+    def level(state: TargetState) -> float | None:
+        if state.readings < first and measured:
+            return None
+        done = min(max(state.readings - 1, 0) / steps, 1.0)
+        a, b = start.at(state), end.at(state)
+        return a + (b - a) * done
+
+    def hold(state: TargetState) -> bool:
+        return measured and state.readings <= first
+
+    return Target(TargetState, lambda *args: _measure(first, *args), level, hold)
+
+
+def band(low: Level, high: Level, first: int = 1) -> Target:
+    """Leave entropy alone inside ``[low, high]``; once it leaves, steer until it has come back to the middle.
+
+    The hysteresis keeps a controller from chattering at an edge. ``level`` is the middle.
+
+    Raises:
+        ValueError: ``low`` not below ``high`` where both are of one kind.
+
+    Example:
+        >>> t = band(parse_level("1.0"), parse_level("3.0"))
+        >>> s, seen = t.init(), []
+        >>> for h in (2.5, 0.9, 1.5, 2.1, 2.9):
+        ...     s = t.update(s, h, 1); seen.append(t.hold(s))
+        >>> seen
+        [True, False, False, True, True]
+    """
+    _check_first(first)
+    if low.of_initial == high.of_initial and not low.amount < high.amount:
+        raise ValueError(f"a band needs low < high, got {low.amount} and {high.amount}; swap them")
+    measured = low.of_initial or high.of_initial
+
+    def middle(state: TargetState) -> float | None:
+        return None if measured and state.readings < first else (low.at(state) + high.at(state)) / 2
+
+    def update(state: TargetState, entropy: float, tokens: float) -> TargetState:
+        state = _measure(first, state, entropy, tokens)
+        if state.readings < first and measured:
+            return state._replace(active=0)
+        a, b = low.at(state), high.at(state)
+        centre = (a + b) / 2
+        # Which edge was crossed is the sign carried in `active`: below the band 1, above it -1.
+        side = 1 if entropy < a else -1 if entropy > b else 0
+        if side == 0 and state.active and (entropy - centre) * state.active < 0:
+            side = state.active
+        return state._replace(active=side)
+
+    def hold(state: TargetState) -> bool:
+        return state.active == 0 or (measured and state.readings <= first)
+
+    return Target(TargetState, update, middle, hold)
+
+
+TARGETS: dict[str, str] = {
+    "initial": "the entropy before training, measured over the first readings",
+    "NATS (0.8)": "a constant, nats per token",
+    "SHARE% (80%)": "a share of the initial entropy",
+    "anneal:FROM:TO:STEPS": "linear from one level to another over optimizer steps; a level is NATS or SHARE%",
+    "band:LOW:HIGH": "leave it alone inside the band, steer back to the middle when it leaves",
+}
+
+
+def parse_target(text: str, first: int = 1) -> Target:
+    """A target from its text form, as the command line and config files write it (see :data:`TARGETS`).
+
+    Raises:
+        ValueError: with what was got and the forms that are allowed.
+
+    Example:
+        >>> t = parse_target("anneal:100%:50%:10")
+        >>> t.level(t.update(t.init(), 2.0, 1))
+        2.0
+    """
+    kind, *parts = str(text).strip().split(":")
+    if kind == "anneal" and len(parts) == 3 and parts[2].isdigit():
+        return anneal(parse_level(parts[0]), parse_level(parts[1]), int(parts[2]), first)
+    if kind == "band" and len(parts) == 2:
+        return band(parse_level(parts[0]), parse_level(parts[1]), first)
+    if not parts and kind == "initial":
+        return constant(Level(1.0, True), first)
+    if not parts and kind[:1].isdigit():
+        return constant(parse_level(kind), first)
+    raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {text!r}")

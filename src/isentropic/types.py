@@ -1,0 +1,98 @@
+"""The values that cross rooms, and the axis legend every signature uses.
+
+Axes: ``b`` sequences, ``t`` response tokens, ``v`` vocabulary, ``p`` prompts, ``g`` samples a prompt, ``d`` hidden size.
+Units: log-probabilities and entropies are in nats. This room imports no torch: controllers and the command line need
+an :class:`EntropyReading` and nothing heavier.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class TokenBatch(NamedTuple):
+    """What an objective sees: per-token facts of the sampled tokens.
+
+    Attributes:
+        logp: ``[b t]`` log-probabilities under the current policy, with gradient, nats.
+        logp_old: ``[b t]`` log-probabilities when the tokens were sampled; ``None`` means exactly on-policy
+            (``logp`` without its gradient is used).
+        adv: ``[b t]``, ``[b 1]`` or ``[b]`` advantages.
+        mask: ``[b t]`` 1 where the policy generated the token, 0 for padding and environment tokens.
+        entropy: ``[b t]`` entropy of the row each token was sampled from, nats; needed by centred shapings and
+            entropy penalties only.
+    """
+
+    logp: Tensor
+    logp_old: Tensor | None
+    adv: Tensor
+    mask: Tensor
+    entropy: Tensor | None = None
+
+
+class TokenFacts(NamedTuple):
+    """Per-token facts an objective reports beside its loss, all ``[b t]``.
+
+    Attributes:
+        ratio: importance ratio ``π_new/π_old`` as the objective used it (a sequence ratio is repeated along ``t``).
+        clipped_low: true where ``A < 0`` and the lower bound removed the gradient.
+        clipped_high: true where ``A > 0`` and the upper bound removed (or capped) the gradient.
+    """
+
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+class EntropyReading(NamedTuple):
+    """The entropy of one optimizer step: (sum, count) over every token the policy generated, on all ranks.
+
+    Attributes:
+        sum: Σ H over tokens, nats.
+        count: number of tokens.
+        estimator: ``exact`` (H of each row) or ``sampled`` (−log p of the sampled token).
+        temperature: the sampling temperature the rows were scaled with.
+        dtype: dtype of the arithmetic, for example ``float32``.
+        tokens: the token set; ``generated`` is the only one a controller may see.
+
+    Example:
+        >>> EntropyReading(sum=6.0, count=4.0).mean
+        1.5
+        >>> EntropyReading(sum=0.0, count=4.0).problem()
+        'entropy is exactly 0 over 4 tokens; expected a positive number of nats: the head did not deliver entropies'
+    """
+
+    sum: float
+    count: float
+    estimator: str = "exact"
+    temperature: float = 1.0
+    dtype: str = "float32"
+    tokens: str = "generated"
+
+    @property
+    def mean(self) -> float:
+        """Mean entropy, nats per token; NaN where there is no token."""
+        return self.sum / self.count if self.count > 0 else math.nan
+
+    def problem(self) -> str | None:
+        """Why this reading must not move a knob, or ``None`` if it may."""
+        if not self.count > 0:
+            return f"entropy was read over {self.count:g} tokens; expected at least 1: every token is masked"
+        if not math.isfinite(self.sum):
+            return f"entropy is {self.sum} over {self.count:g} tokens; expected a finite number: look for inf or nan logits"
+        if self.sum == 0.0:
+            return (
+                f"entropy is exactly 0 over {self.count:g} tokens; expected a positive number of nats: "
+                "the head did not deliver entropies"
+            )
+        if self.sum < 0.0 and self.estimator == "exact":
+            return f"entropy is negative ({self.mean:g} nats a token); expected >= 0: the head's arithmetic is wrong"
+        return None
+
+    def __add__(self, other: EntropyReading) -> EntropyReading:  # type: ignore[override]
+        """Join two readings of the same kind: sums and counts add."""
+        return self._replace(sum=self.sum + other.sum, count=self.count + other.count)
