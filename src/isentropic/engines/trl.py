@@ -1,0 +1,475 @@
+"""Entropy control inside TRL's GRPOTrainer: the native loss is wrapped, never copied.
+
+Inside one micro-batch the current log-probs and entropies are seen once, by the native method that computes them. From
+them the advantages are rewritten to ``[b t]`` and the clip bounds set before the native loss reads them; a penalty is
+added after it; (sum, count) pairs accumulate. At the optimizer step one reduction over ranks gives the reading, and
+every rank updates the same controller.
+
+With nothing under control and no shaping, training is bit-identical to TRL's.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..recipes import Recipe, advantages, build_thermostat, check, knob_range, shape, with_knob
+from ..record import CHECKPOINT_FILE, Record, write_json
+from ..thermostat import to_json
+from ..types import EntropyReading, TokenBatch
+from .trl_settings import adopt, boundary, resolve_recipe, updates_per_batch
+
+SUPPORTED = (1, 16)
+
+
+def _require_trl() -> None:
+    try:
+        got = version("trl")
+    except PackageNotFoundError:
+        raise ImportError("isentropic.engines.trl needs trl, which is not installed; pip install 'isentropic[trl]'") from None
+    if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
+        raise ImportError(
+            f"isentropic.engines.trl wraps private methods of trl {SUPPORTED[0]}.{SUPPORTED[1]}, got trl {got}; "
+            "pip install 'isentropic[trl]' brings the supported one"
+        )
+
+
+_require_trl()
+
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402  (after the version check, whose message is the better one)
+
+logger = logging.getLogger("isentropic")
+MAX_REFUSED = 10
+# TRL's names for what a row carries from the latest generated batch.
+_FROM_TRL = {
+    "reward": "reward/mean",
+    "reward_std": "reward/std",
+    "frac_reward_zero_std": "reward/zero_std_frac",
+    "completions/mean_length": "length/mean",
+    "completions/clipped_ratio": "length/truncated_frac",
+}
+_SUMS = ("entropy", "tokens", "low", "high", "adv", "logp", "adv_logp", "ratio", "loss", "stop")
+
+
+@dataclass
+class EntropyControlConfig:
+    """The fields that any GRPOConfig gains: ``class MyConfig(EntropyControlConfig, MyGRPOConfig)``.
+
+    Attributes:
+        recipe: a name of ``isentropic recipes``; it sets loss_type, scale_rewards, importance_sampling_level and the
+            clip bounds. None leaves TRL's settings as they are, and adds only the knob.
+        knob, controller, target: what is turned, how, and to what; None is the recipe's own. ``controller="none"``
+            only monitors.
+        recipe_options: any other field of :class:`isentropic.Recipe`, as a dict or a JSON string.
+        samples_logged: completions written to samples.jsonl for each generated batch.
+    """
+
+    recipe: str | None = field(default=None, metadata={"help": "Named algorithm; see `isentropic recipes`."})
+    knob: str | None = field(default=None, metadata={"help": "clip_high, clip_low, beta, zeta or entropy_coef."})
+    controller: str | None = field(default=None, metadata={"help": "none, fixed, double_halve, pi, ..."})
+    target: str | None = field(default=None, metadata={"help": "initial, 0.8, 80%, anneal:..., band:..."})
+    recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
+    samples_logged: int = field(default=2, metadata={"help": "Completions kept for each generated batch."})
+
+    def __post_init__(self) -> None:
+        self.entropy_recipe, owned = resolve_recipe(self)
+        adopt(self, owned)
+        super().__post_init__()  # type: ignore[misc]
+        check(self.entropy_recipe, updates_per_batch(self))
+        _round_save_steps(self)
+
+
+def _round_save_steps(args: Any) -> None:
+    """TRL does not save its generation buffer: a resume is exact only where a new batch is about to be generated."""
+    period = boundary(args)
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps" or period == 1:
+        return
+    steps = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * max(args.max_steps, 0))
+    rounded = max(1, math.ceil(steps / period)) * period
+    if rounded != args.save_steps:
+        logger.warning(
+            "save_steps=%s is rounded up to %s, a multiple of the %s optimizer steps of a generated batch, so that a "
+            "resumed run equals an uninterrupted one",
+            args.save_steps,
+            rounded,
+            period,
+        )
+        args.save_steps = rounded
+
+
+@dataclass
+class IsentropicConfig(EntropyControlConfig, GRPOConfig):
+    """TRL's GRPOConfig with entropy control; see :class:`EntropyControlConfig`."""
+
+
+class EntropyReadingError(RuntimeError):
+    """Ten readings in a row were refused: a checkpoint was saved and training stopped."""
+
+
+class EntropyControlMixin:
+    """Entropy control for a GRPOTrainer subclass of your own: ``class Mine(EntropyControlMixin, MyTrainer)``.
+
+    Its ``args`` must carry :class:`EntropyControlConfig`; with a plain GRPOConfig it only monitors. The run directory
+    is ``args.output_dir``.
+    """
+
+    _tag_names = ["trl", "grpo", "isentropic"]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not hasattr(self.args, "entropy_recipe"):
+            self.args.entropy_recipe, _ = resolve_recipe(self.args)
+        self.recipe: Recipe = self.args.entropy_recipe
+        self.thermostat = build_thermostat(self.recipe)
+        self.control_state = self.thermostat.init() if self.thermostat else None
+        self._knob_range = knob_range(self.recipe) if self.thermostat else None
+        self.record = Record(self.args.output_dir)
+        self._boundary = boundary(self.args)
+        self._live: dict[str, Any] | None = None
+        self._terms: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._window: torch.Tensor | None = None
+        self._rewards: torch.Tensor | None = None
+        self._row: dict[str, Any] | None = None
+        self._batch_facts: dict[str, float] = {}
+        self._samples: list[dict[str, torch.Tensor]] = []
+        self._refused = self._generated = 0
+        self._stop_requested = False
+        self._failure: str | None = None
+        self._began = time.monotonic()
+        if self.args.mask_truncated_completions:
+            logger.warning("mask_truncated_completions: TRL does not score truncated completions, so entropy omits them")
+        self._warn_of_native_bonus()
+
+    def _warn_of_native_bonus(self) -> None:
+        if self.recipe.knob == "entropy_coef" and (self.args.use_adaptive_entropy or self.args.entropy_coef):
+            raise ValueError(
+                "knob entropy_coef and TRL's own entropy bonus are both on, and would add up; "
+                "leave use_adaptive_entropy and entropy_coef out of the config"
+            )
+
+    # Generation: baselines that TRL does not have, and dynamic sampling.
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        rewards[torch.isnan(per_function).all(dim=1)] = torch.nan
+        if self.recipe.overlong_buffer:
+            from ..advantages import overlong_penalty
+
+            lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
+            lengths = self.accelerator.gather(lengths)
+            rewards = rewards + overlong_penalty(lengths, self.max_completion_length, self.recipe.overlong_buffer)
+        self._rewards = rewards
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if not self.model.training:
+            return output
+        from .trl_sampling import local_advantages, resample
+
+        output = local_advantages(self, output)
+        if self.recipe.dynamic_sampling:
+            output = resample(self, inputs, output, super()._generate_and_score_completions)
+        self._generated += len(inputs) * self.accelerator.num_processes
+        seen = self._metrics["train"]
+        self._batch_facts = {ours: seen[name][-1] for name, ours in _FROM_TRL.items() if seen.get(name)}
+        self._samples = []
+        return output
+
+    # The loss.
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._live is not None and self._terms is None:
+            self._observe(self._live, out[0], out[1])
+        return out
+
+    def _observe(self, inputs: dict[str, Any], logp: torch.Tensor, entropy: torch.Tensor) -> None:
+        """Count this micro-batch, and rewrite what the native loss is about to read."""
+        mask = inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
+        self._terms = (entropy, mask)
+        batch = TokenBatch(
+            logp.detach(), inputs.get("old_per_token_logps"), inputs["advantages"], mask, entropy.detach()
+        )
+        ratio = self._ratio(batch)
+        self._count(batch, ratio)
+        if len(self._samples) < self.args.samples_logged and (self._step % self._micro_batches()) == 0:
+            self._keep_samples(inputs, batch)
+        if self.recipe.shaping == "none":
+            return
+        recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
+        inputs["advantages"] = shape(recipe, batch)
+        if recipe.objective == "sequence_clipped":
+            # One ratio a sequence with a gradient by token: the token ratio exp(logp − (sg(logp) − log s)).
+            inputs["old_per_token_logps"] = batch.logp - ratio.log()
+
+    def _micro_batches(self) -> int:
+        return self.args.steps_per_generation * self.num_iterations
+
+    def _ratio(self, batch: TokenBatch) -> torch.Tensor:
+        """The importance ratio as the loss uses it, ``[b t]``, 1 outside the mask."""
+        if batch.logp_old is None:
+            return torch.ones_like(batch.logp)
+        log_ratio = torch.where(batch.mask.bool(), batch.logp - batch.logp_old, 0.0)
+        if self.recipe.objective == "sequence_clipped":
+            log_ratio = log_ratio.sum(-1, keepdim=True) / batch.mask.sum(-1, keepdim=True).clamp(min=1.0)
+            log_ratio = log_ratio.expand_as(batch.logp)
+        return log_ratio.exp()
+
+    def _count(self, batch: TokenBatch, ratio: torch.Tensor) -> None:
+        """Add this micro-batch's sums, in the order of ``_SUMS``, without a synchronisation."""
+        logp = batch.logp
+        adv = batch.adv if batch.adv.dim() == 2 else batch.adv.unsqueeze(1)
+        adv = adv.expand_as(logp)
+        ceiling = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
+        floor = -1.0 if self.loss_type == "cispo" else 1 - self.epsilon_low
+        low, high = (ratio < floor) & (adv < 0), (ratio > ceiling) & (adv > 0)
+        table = torch.stack([batch.entropy, torch.ones_like(logp), low, high, adv, logp, adv * logp, ratio])
+        wide = torch.float32 if logp.device.type == "mps" else torch.float64
+        sums = torch.where(batch.mask.bool(), table, 0.0).sum((1, 2), dtype=wide)
+        sums = torch.cat([sums, sums.new_tensor([0.0, float(self._stop_requested)])])
+        self._window = sums if self._window is None else self._window + sums
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        self._set_bounds()
+        # A shallow copy: the dict is a slice of the generation buffer and comes back in the next iteration.
+        self._live, self._terms = dict(inputs), None
+        try:
+            loss = super()._compute_loss(model, self._live)
+            loss = self._penalised(loss, inputs)
+        finally:
+            self._live = None
+        if self._window is None:
+            raise RuntimeError("the native loss never asked for log-probabilities; this trainer's loss cannot be wrapped")
+        self._window[_SUMS.index("loss")] += loss.detach()
+        if self.accelerator.sync_gradients:
+            self._close_window()
+        return loss
+
+    def _set_bounds(self) -> None:
+        if self.control_state is None or self.recipe.knob not in ("clip_low", "clip_high"):
+            return
+        adopt_bounds = with_knob(self.recipe, self.control_state.value)
+        from .trl_settings import clip_settings
+
+        bounds = clip_settings(adopt_bounds)
+        self.epsilon_low, self.epsilon_high = bounds["epsilon"], bounds["epsilon_high"]
+
+    def _penalised(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """Subtract ``c·H`` under the loss's own normaliser."""
+        recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
+        if not recipe.entropy_coef or self._terms is None:
+            return loss
+        entropy, mask = self._terms
+        windows = self.current_gradient_accumulation_steps
+        if recipe.reduction == "sequence":
+            bonus = ((entropy * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / windows
+        elif recipe.reduction == "constant":
+            bonus = (entropy * mask).sum() / (entropy.shape[0] * self.max_completion_length) / windows
+        else:
+            share = windows / self.args.steps_per_generation / self.accelerator.num_processes
+            bonus = (entropy * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1.0) * share)
+        return loss - recipe.entropy_coef * bonus
+
+    # The optimizer step.
+
+    def _close_window(self) -> None:
+        totals = dict(zip(_SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True))
+        self._window = None
+        step = self.state.global_step + 1
+        at_boundary = step % self._boundary == 0
+        reading = EntropyReading(totals["entropy"], totals["tokens"], "exact", float(self.temperature))
+        before = self.control_state
+        self._regulate(reading, at_boundary)
+        self._report(step, totals, reading, before)
+        if totals["stop"] and at_boundary:
+            logger.warning("stopping after optimizer step %s with a checkpoint, as asked", step)
+            self._save_and_stop()
+
+    def _regulate(self, reading: EntropyReading, at_boundary: bool) -> None:
+        problem = reading.problem()
+        self._refused = self._refused + 1 if problem else 0
+        if self.thermostat is None:
+            if problem and self._refused == 1:
+                logger.warning("entropy reading refused: %s", problem)
+            return
+        if problem and self.control_state.target.readings == 0 and self.control_state.refused == 0:
+            raise ValueError(f"the first entropy reading is refused: {problem}; nothing was trained on it")
+        self.control_state = self.thermostat.update(self.control_state, reading, act=at_boundary)
+        if problem:
+            logger.warning("entropy reading refused (%s in a row), the knob is held: %s", self._refused, problem)
+            if self._refused >= MAX_REFUSED:
+                self._failure = f"{self._refused} entropy readings in a row were refused: {problem}"
+                self._save_and_stop()
+
+    def _save_and_stop(self) -> None:
+        self.control.should_save = self.control.should_training_stop = True
+
+    def _report(self, step: int, totals: dict[str, float], reading: EntropyReading, before: Any) -> None:
+        n = max(totals["tokens"], 1.0)
+        row: dict[str, Any] = {
+            "entropy/mean": reading.mean,
+            "entropy/tokens": reading.count,
+            "entropy/refused": self._refused,
+            "clip/low_frac": totals["low"] / n,
+            "clip/high_frac": totals["high"] / n,
+            "ratio/mean": totals["ratio"] / n,
+            "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
+            "adv/mean": totals["adv"] / n,
+        }
+        if self.thermostat is not None:
+            level = self.thermostat.level(self.control_state)
+            row |= {
+                "entropy/target": level,
+                "entropy/error": None if level is None else (reading.mean - level) / level,
+                "knob/value": before.value,
+                "knob/saturated": int(self._knob_range.saturated(before.value)),
+            }
+        for name, value in row.items():
+            if value is not None and math.isfinite(value):
+                self._metrics["train"][name].append(value)
+        self._flush()
+        self._row = {
+            "step": step,
+            "seconds": round(time.monotonic() - self._began, 3),
+            **row,
+            "loss": totals["loss"] / self.accelerator.num_processes,
+            "samples/total": self._generated,
+            **self._batch_facts,
+        }
+        self._write_samples(step)
+
+    # The run directory.
+
+    def _keep_samples(self, inputs: dict[str, Any], batch: TokenBatch) -> None:
+        rows = slice(0, self.args.samples_logged - len(self._samples))
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "advantages", "rewards")
+        kept = {name: inputs[name][rows].detach().clone() for name in names if name in inputs}
+        kept |= {"logp": batch.logp[rows], "entropy": batch.entropy[rows], "mask": batch.mask[rows]}
+        self._samples = [{name: value[i] for name, value in kept.items()} for i in range(len(kept["mask"]))]
+
+    def _write_samples(self, step: int) -> None:
+        if not self.accelerator.is_main_process or not self._samples or "done" in self._samples[0]:
+            return
+        decode = self.processing_class.decode
+        rows = []
+        for sample in self._samples:
+            keep = sample["mask"].bool()
+            ids = sample["completion_ids"][keep].tolist()
+            prompt = sample["prompt_ids"][sample["prompt_mask"].bool()].tolist()
+            rows.append(
+                {
+                    "step": step,
+                    "prompt": decode(prompt, skip_special_tokens=True),
+                    "completion": decode(ids, skip_special_tokens=True),
+                    "reward": sample["rewards"].item() if "rewards" in sample else None,
+                    "advantage": sample["advantages"].mean().item(),
+                    "tokens": [decode([i]) for i in ids],
+                    "surprisal": [round(-x, 4) for x in sample["logp"][keep].tolist()],
+                    "entropy": [round(x, 4) for x in sample["entropy"][keep].tolist()],
+                }
+            )
+        self.record.append("samples", *rows)
+        self._samples[0]["done"] = torch.ones(())
+
+    def _flush(self) -> None:
+        if self._row is not None and self.accelerator.is_main_process:
+            self.record.append("metrics", self._row)
+        self._row = None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._row is not None and "grad_norm" in logs and self.state.global_step == self._row["step"]:
+            self._row |= {name: float(logs[name]) for name in ("grad_norm", "learning_rate") if name in logs}
+            self._flush()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._flush()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            state = to_json(self.control_state) if self.control_state else None
+            saved = {"step": self.state.global_step, "recipe": asdict(self.recipe), "state": state}
+            write_json(folder / CHECKPOINT_FILE, {**saved, "generated": self._generated})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / CHECKPOINT_FILE
+        if not path.is_file():
+            logger.warning("%s has no %s: the controller starts afresh", checkpoint, CHECKPOINT_FILE)
+            return
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        self._generated = saved["generated"]
+        self.record.rewind(saved["step"]) if self.accelerator.is_main_process else None
+        if self.thermostat is None or saved["state"] is None:
+            return
+        changed = [k for k in ("knob", "controller", "target") if saved["recipe"][k] != getattr(self.recipe, k)]
+        if changed:
+            logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
+        else:
+            self.control_state = self.thermostat.restore(saved["state"])
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As TRL's; the first Ctrl-C or SIGTERM saves at the end of the generated batch and stops, the second stops now.
+
+        Raises:
+            EntropyReadingError: ten readings in a row were refused; a checkpoint was saved.
+        """
+        Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+        self._began, self._failure, self._stop_requested = time.monotonic(), None, False
+        with _stop_signals(self):
+            result = super().train(*args, **kwargs)
+        self._flush()
+        if self._failure:
+            raise EntropyReadingError(self._failure)
+        return result
+
+
+@contextmanager
+def _stop_signals(trainer: Any) -> Iterator[None]:
+    """Turn the first SIGINT or SIGTERM into a request that all ranks see at their next reduction."""
+
+    def request(number: int, frame: Any) -> None:
+        if trainer._stop_requested:
+            raise KeyboardInterrupt
+        trainer._stop_requested = True
+        logger.warning("will save and stop at the end of this generated batch; once more to stop now, without saving")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class IsentropicTrainer(EntropyControlMixin, GRPOTrainer):
+    """TRL's GRPOTrainer with the entropy of the policy monitored and, by its config, held.
+
+    Example::
+
+        args = IsentropicConfig(recipe="repo-r-loop", target="80%", steps_per_generation=4, output_dir="run")
+        IsentropicTrainer(model, reward, args=args, train_dataset=dataset).train()
+    """
+
+    _name = "isentropic"

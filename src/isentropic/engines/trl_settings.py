@@ -1,0 +1,119 @@
+"""Between a recipe and TRL's settings: what a recipe sets, and what a plain GRPOConfig amounts to. Needs no TRL."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import fields
+from typing import Any
+
+from ..recipes import Recipe, compose
+
+_LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
+# What a native loss type is to a recipe: has it a clip, and what divides it.
+_NATIVE = {
+    "grpo": ("clipped", "sequence"),
+    "bnpo": ("clipped", "token"),
+    "dapo": ("clipped", "token"),
+    "dr_grpo": ("clipped", "constant"),
+    "luspo": ("clipped", "sequence"),
+    "cispo": ("cispo", "token"),
+    "sapo": ("importance", "sequence"),
+    "vespo": ("importance", "token"),
+}
+
+
+def clip_settings(recipe: Recipe) -> dict[str, float]:
+    """TRL's clip fields: bounds 1 − epsilon and 1 + epsilon_high, except that CISPO's epsilon_high is the ceiling."""
+    low = recipe.clip_low if recipe.bounds == "additive" else 1 - 1 / (1 + recipe.clip_low)
+    return {"epsilon": low, "epsilon_high": recipe.clip_high + (recipe.objective == "cispo")}
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The GRPOConfig fields that a recipe decides.
+
+    Raises:
+        ValueError: an objective that TRL does not have.
+
+    Example:
+        >>> from isentropic.recipes import RECIPES
+        >>> settings(RECIPES["gspo"])["importance_sampling_level"]
+        'sequence'
+    """
+    if recipe.objective == "importance":
+        raise ValueError("TRL has no unclipped importance-weighted loss; use objective clipped with a wide clip_high")
+    if recipe.objective == "cispo" and recipe.reduction != "token":
+        raise ValueError(f"TRL's CISPO is a token mean, got reduction {recipe.reduction}; use reduction token")
+    by_sequence = recipe.objective == "sequence_clipped" and recipe.shaping == "none"
+    return {
+        "loss_type": "cispo" if recipe.objective == "cispo" else _LOSS_TYPES[recipe.reduction],
+        "scale_rewards": "group" if recipe.baseline == "mean_std" else "none",
+        "importance_sampling_level": "sequence" if by_sequence else "token",
+        **clip_settings(recipe),
+    }
+
+
+def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a config means, and the settings it takes over (none where no recipe is named).
+
+    Raises:
+        ValueError: an unknown name or option, or a composition that cannot work.
+    """
+    options = getattr(args, "recipe_options", None) or {}
+    options = json.loads(options) if isinstance(options, str) else dict(options)
+    changes = {name: getattr(args, name, None) for name in ("knob", "controller", "target")}
+    if changes["controller"] == "none":
+        changes |= {"knob": "none", "controller": None}
+    name = getattr(args, "recipe", None)
+    if name is not None:
+        recipe = compose(name, **changes, **options)
+        return recipe, settings(recipe)
+    fixed = {"baseline", "objective", "reduction", "bounds", "on_policy"} & set(options)
+    if fixed:
+        raise ValueError(f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one")
+    return compose(_as_recipe(args), **changes, **options), {}
+
+
+def _as_recipe(args: Any) -> Recipe:
+    objective, reduction = _NATIVE.get(args.loss_type, ("importance", "token"))
+    if args.importance_sampling_level == "sequence" and objective == "clipped":
+        objective = "sequence_clipped"
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    return Recipe(
+        formula=f"TRL's {args.loss_type}",
+        source="the trainer's own settings",
+        baseline="mean_std" if args.scale_rewards in ("group", "batch", True) else "mean",
+        objective=objective,
+        reduction=reduction,
+        clip_low=args.epsilon,
+        # A CISPO ceiling below 1 (TRL's own default is 0.2) scales every token down; it is not a width to start from.
+        clip_high=max(high - 1, 1e-6) if objective == "cispo" else high,
+    )
+
+
+def adopt(args: Any, owned: dict[str, Any]) -> None:
+    """Write a recipe's settings into a config, unless the user set them otherwise.
+
+    Raises:
+        ValueError: a field set by hand to what the recipe excludes.
+    """
+    default = {f.name: f.default for f in fields(args)}
+    for name, value in owned.items():
+        got = getattr(args, name)
+        if got not in (default[name], value):
+            hint = "set clip_low and clip_high in recipe_options" if "epsilon" in name else f"leave {name} out"
+            raise ValueError(f"recipe {args.recipe} sets {name}={value!r}, got {got!r}; {hint}, or leave the recipe out")
+        setattr(args, name, value)
+
+
+def updates_per_batch(args: Any) -> int:
+    """Optimizer steps that reuse one generated batch; 1 is strictly on-policy."""
+    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+
+
+def boundary(args: Any) -> int:
+    """Optimizer steps between the moments at which both a step ends and a new batch is about to be generated."""
+    every = args.steps_per_generation * args.num_iterations
+    return math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+

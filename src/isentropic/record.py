@@ -1,0 +1,185 @@
+"""The run directory and its schema: the only contract between a run and everything that reads it.
+
+::
+
+    RUN/
+      run.json           written at the start: schema, created, command, config (resolved), recipe, versions, machine, seed
+      metrics.jsonl      one row an optimizer step
+      samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
+      evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
+      summary.json       written at the end: the closing table
+      checkpoint-N/      the engine's own checkpoint after optimizer step N, and isentropic.json, written last
+
+Rows are JSON objects; a number that is not finite, or not known, is null. Fields are only ever added within a schema
+number. Text files are UTF-8, and a reader must ignore a last line that is cut short (a run may be killed in a write).
+
+A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since this process began training) and:
+
+==========================  ==========================================================================================
+``entropy/mean``            nats per generated token, exact, at the sampling temperature, over the whole step and all ranks
+``entropy/tokens``          tokens that were read
+``entropy/target``          H* in force, nats; null while the start is measured, or without a target
+``entropy/error``           (H − H*)/H*
+``entropy/refused``         readings refused in a row
+``knob/value``              the knob in force during the step
+``knob/saturated``          1 where it stands at a bound
+``clip/low_frac``           share of tokens with A<0 whose gradient the lower bound removed
+``clip/high_frac``          share of tokens with A>0 whose gradient the upper bound removed or capped
+``ratio/mean``              mean importance ratio
+``cov/adv_logp``            covariance over tokens of the unshaped advantage and log π
+``adv/mean``                mean unshaped advantage over tokens
+``loss``, ``grad_norm``     of the step; the gradient norm before clipping
+``learning_rate``           of the step
+``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch
+``length/mean``             tokens a completion, and ``length/truncated_frac``
+``samples/total``           completions generated so far
+==========================  ==========================================================================================
+
+A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``advantage``, and, aligned by token,
+``tokens``, ``surprisal`` (nats, current policy) and ``entropy``.
+
+A row of evaluations.jsonl: ``step``, ``task``, ``k``, ``temperature``, ``pass@1``, ``pass@k`` under its own number,
+``distinct`` (mean number of different right answers among k), ``entropy`` (sampled estimate, nats per token), and by
+prompt ``prompts``, ``num_samples``, ``num_correct``, ``num_distinct``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+CHECKPOINT_FILE = "isentropic.json"
+_PACKAGES = ("isentropic", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "numpy")
+
+
+def plain(value: Any) -> Any:
+    """The value with every number that JSON cannot hold replaced by None.
+
+    Example:
+        >>> plain({"a": float("nan"), "b": (1, 2.5)})
+        {'a': None, 'b': [1, 2.5]}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a JSONL file, without a last line that was cut short; nothing where the file is missing."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+class Record:
+    """A run directory, open for writing or reading.
+
+    Example:
+        >>> import tempfile
+        >>> run = Record(tempfile.mkdtemp())
+        >>> run.append("metrics", {"step": 1, "entropy/mean": 0.5})
+        >>> run.rows("metrics")
+        [{'step': 1, 'entropy/mean': 0.5}]
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def start(self, config: dict[str, Any], recipe: dict[str, Any], seed: int, **more: Any) -> None:
+        """Write run.json; a directory that is missing is made."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        from datetime import datetime, timezone
+
+        header = {
+            "schema": SCHEMA,
+            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": sys.argv,
+            "seed": seed,
+            "config": config,
+            "recipe": recipe,
+            "versions": versions(),
+            "machine": {"platform": platform.platform(), "cores": os.cpu_count()},
+            **more,
+        }
+        write_json(self.path / "run.json", header)
+
+    def header(self) -> dict[str, Any]:
+        """run.json.
+
+        Raises:
+            ValueError: not a run directory, or a schema this version does not read.
+        """
+        path = self.path / "run.json"
+        if not path.is_file():
+            raise ValueError(f"{self.path} is not a run directory: it has no run.json; name what `train --out` was given")
+        header = json.loads(path.read_text(encoding="utf-8"))
+        if header.get("schema") != SCHEMA:
+            raise ValueError(f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}; update isentropic")
+        return header
+
+    def append(self, name: str, *rows: dict[str, Any]) -> None:
+        """Add rows to NAME.jsonl."""
+        text = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
+        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(text)
+
+    def rows(self, name: str) -> list[dict[str, Any]]:
+        """All rows of NAME.jsonl."""
+        return list(read_rows(self.path / f"{name}.jsonl"))
+
+    def rewind(self, step: int) -> None:
+        """Forget rows after an optimizer step: the run goes on from its checkpoint there."""
+        for name in ("metrics", "samples", "evaluations"):
+            path = self.path / f"{name}.jsonl"
+            if path.exists():
+                kept: Iterable[dict[str, Any]] = [row for row in read_rows(path) if row.get("step", 0) <= step]
+                draft = path.with_name(f".{path.name}.{os.getpid()}")
+                draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+                draft.replace(path)
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Complete checkpoints, oldest first: those whose isentropic.json, written last, is there."""
+        found = []
+        for path in self.path.glob("checkpoint-*"):
+            number = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if number and (path / CHECKPOINT_FILE).is_file():
+                found.append((int(number[1]), path))
+        return sorted(found)
