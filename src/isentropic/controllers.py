@@ -195,7 +195,8 @@ class GatedState(NamedTuple):
 
 
 def gated_step(knob: Range, step: float | None = None) -> Controller:
-    """A sign step whose knob is in force only while entropy is below its target, and 0 (or the low bound) otherwise.
+    """A sign step whose knob is in force only while entropy is below its target, and off otherwise: 0, or the
+    bound that raises entropy least.
 
     Reference: Skywork-OR1's adaptive entropy bonus (arXiv:2505.22312): ``c += δ`` below the target, ``c −= δ`` above.
 
@@ -205,7 +206,7 @@ def gated_step(knob: Range, step: float | None = None) -> Controller:
         (GatedState(value=0.002, coefficient=0.002), GatedState(value=0.0, coefficient=0.0))
     """
     inner = sign_step(knob, step)
-    rest = knob.clip(0.0)
+    rest = knob.clip(0.0) if knob.sign > 0 else knob.high
 
     def update(state: GatedState, entropy: float, target: float) -> GatedState:
         coefficient = inner.update(ValueState(state.coefficient), entropy, target).value

@@ -1,0 +1,239 @@
+"""Rewards [p g] to advantages [b], with b = p·g and the samples of a prompt side by side.
+
+Shared rules. A NaN reward means "not scorable": the sample takes no part in the statistics of its group and its
+advantage is 0. Wherever a baseline is taken from the group, a group whose scorable rewards are all equal, one scorable
+reward included, gets exactly 0, so that rounding in the baseline never turns into a gradient.
+"""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor
+
+INTERPOLATIONS = ("linear", "lower", "higher", "midpoint", "nearest", "inverted_cdf")
+
+
+def _at_least_fp32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p 1"]:
+    """Return the mean over scorable samples; 0 for a group that has none."""
+    scorable = ~rewards.isnan()
+    return rewards.nansum(dim=1, keepdim=True) / scorable.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _finish(adv: Float[Tensor, "p g"], rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Zero what is not scorable and the groups without a difference, then flatten."""
+    keep = informative_groups(rewards).unsqueeze(1) & ~rewards.isnan()
+    return torch.where(keep, adv, torch.zeros_like(adv)).flatten()
+
+
+def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
+    """Say which groups hold two different scorable rewards: the groups that dynamic sampling keeps.
+
+    ``max_g R > min_g R``
+
+    Args:
+        rewards: [p g] rewards; NaN where a sample is not scorable.
+
+    Returns:
+        [p] true where the group teaches something.
+
+    DAPO's dynamic sampling (arXiv:2503.14476), for any rewards instead of 0 and 1.
+
+    >>> informative_groups(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, float("nan")]]))
+    tensor([ True, False, False])
+    """
+    missing = rewards.isnan()
+    highest = rewards.masked_fill(missing, -math.inf).amax(dim=1)
+    lowest = rewards.masked_fill(missing, math.inf).amin(dim=1)
+    return highest > lowest
+
+
+def none(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Use the reward itself.
+
+    ``A = R``
+
+    Groups play no part here: equal rewards stay as they are, and only a sample that is not scorable gets 0.
+
+    Args:
+        rewards: [p g] rewards; NaN where a sample is not scorable.
+
+    Returns:
+        [b] advantages in the unit of the reward.
+
+    REINFORCE without a baseline [derived].
+
+    >>> none(torch.tensor([[1.0, float("nan")], [0.5, 0.5]]))
+    tensor([1.0000, 0.0000, 0.5000, 0.5000])
+    """
+    return _at_least_fp32(rewards.masked_fill(rewards.isnan(), 0.0)).flatten()
+
+
+def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Subtract the mean of the group.
+
+    ``A = R − mean_g R``
+
+    A group of one is always equal to itself: its advantage is 0.
+
+    Args:
+        rewards: [p g] rewards; NaN where a sample is not scorable.
+
+    Returns:
+        [b] advantages in the unit of the reward.
+
+    Dr. GRPO (arXiv:2503.20783).
+
+    >>> group_mean(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
+    """
+    rewards = _at_least_fp32(rewards)
+    return _finish(rewards - _mean(rewards), rewards)
+
+
+def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, " b"]:
+    """Subtract the mean of the group and divide by its standard deviation.
+
+    ``A = (R − mean_g R) / (std_g R + eps)``, with ``std² = Σ (R − mean)² / (n − 1)`` over the n scorable samples
+
+    Args:
+        rewards: [p g] rewards, g >= 2; NaN where a sample is not scorable.
+        eps: keeps nearly equal groups finite, in the unit of the reward.
+
+    Returns:
+        [b] advantages, dimensionless.
+
+    Raises:
+        ValueError: g = 1, which has no standard deviation; eps < 0.
+
+    GRPO (arXiv:2402.03300), with the unbiased deviation and the eps of TRL.
+
+    >>> mean_std(torch.tensor([[2.0, 0.0], [3.0, 3.0]]))  # the deviation of (2, 0) is √2
+    tensor([ 0.7071, -0.7071,  0.0000,  0.0000])
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"mean_std needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'mean' or 'none'"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}; 1e-4 is TRL's")
+    rewards = _at_least_fp32(rewards)
+    centred = rewards - _mean(rewards)
+    num_others = (~rewards.isnan()).sum(dim=1, keepdim=True) - 1
+    std = (centred.square().nansum(dim=1, keepdim=True) / num_others.clamp(min=1)).sqrt()
+    return _finish(centred / (std + eps), rewards)
+
+
+def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Subtract the mean of the *other* samples of the group.
+
+    ``A_i = R_i − (Σ_{j≠i} R_j) / (n − 1) = n / (n − 1) · (R_i − mean_g R)`` over the n scorable samples
+
+    The baseline does not depend on the sample it is used for, so the gradient estimate stays unbiased.
+
+    Args:
+        rewards: [p g] rewards, g >= 2; NaN where a sample is not scorable.
+
+    Returns:
+        [b] advantages in the unit of the reward.
+
+    Raises:
+        ValueError: g = 1, which leaves nobody.
+
+    RLOO (arXiv:2402.14740); the baseline of RLOO and LOOP in the tables of arXiv:2603.11682 [paper].
+
+    >>> leave_one_out(torch.tensor([[1.0, 0.0, 0.0]]))
+    tensor([ 1.0000, -0.5000, -0.5000])
+    """
+    if rewards.shape[1] < 2:
+        raise ValueError(
+            f"leave_one_out needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'none'"
+        )
+    rewards = _at_least_fp32(rewards)
+    num = (~rewards.isnan()).sum(dim=1, keepdim=True)
+    return _finish((rewards - _mean(rewards)) * (num / (num - 1).clamp(min=1)), rewards)
+
+
+def quantile(rewards: Float[Tensor, "p g"], k: float = 0.4, interpolation: str = "linear") -> Float[Tensor, " b"]:
+    """Subtract a quantile of the group instead of its mean.
+
+    ``A = R − Q_k(R)``
+
+    With right-or-wrong rewards the baseline is (nearly) 0 on prompts that are mostly failed, where only the rare
+    successes then teach, and 1 on prompts that are mostly solved, where only the rare failures do.
+
+    The interpolation decides what happens in between. The n scorable rewards are sorted, ``x_0 <= … <= x_{n−1}``.
+    ``inverted_cdf`` takes the smallest reward whose share of rewards at or below it is at least k. The others look at
+    position ``h = k·(n − 1)``: ``linear`` interpolates between its two neighbours, ``lower``, ``higher``, ``nearest``
+    and ``midpoint`` are what they say. For 8 samples of which 5 are right, k = 0.4 (h = 2.8): linear 0.8, lower 0,
+    higher 1, inverted_cdf 1.
+
+    Args:
+        rewards: [p g] rewards; NaN where a sample is not scorable.
+        k: the quantile, in [0, 1].
+        interpolation: one of INTERPOLATIONS.
+
+    Returns:
+        [b] advantages in the unit of the reward.
+
+    Raises:
+        ValueError: k outside [0, 1]; unknown interpolation.
+
+    QAE (arXiv:2509.22611); ``linear`` as the default is a choice of ours [ours].
+
+    >>> quantile(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]))  # h = 1.2
+    tensor([ 1.,  0.,  0.,  0.,  0.,  0.,  0., -1.])
+    """
+    if not 0 <= k <= 1:
+        raise ValueError(f"k must be in [0, 1], got {k}; 0.4 is the paper's")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}; choose one")
+    rewards = _at_least_fp32(rewards)
+    if interpolation == "inverted_cdf":
+        num = (~rewards.isnan()).sum(dim=1, keepdim=True)
+        # k·n is rarely exact in binary: 0.3·50 must be 15 and not the next sample.
+        rank = (k * num - 1e-6 * num).ceil().long().clamp(min=1) - 1
+        baseline = rewards.sort(dim=1).values.gather(1, rank)
+    else:
+        baseline = rewards.nanquantile(k, dim=1, keepdim=True, interpolation=interpolation)
+    return _finish(rewards - baseline, rewards)
+
+
+def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int) -> Float[Tensor, " b"]:
+    """Penalise responses that come close to the length limit, to be added to the reward.
+
+    ``0`` up to ``max_length − buffer``, then ``(max_length − buffer − length) / buffer``, which reaches −1 at
+    ``max_length`` and stays there.
+
+    Args:
+        lengths: [b] response lengths in tokens.
+        max_length: tokens; the limit.
+        buffer: tokens before the limit over which the penalty grows.
+
+    Returns:
+        [b] penalties in [−1, 0], fp32.
+
+    Raises:
+        ValueError: buffer outside [1, max_length].
+
+    DAPO's soft overlong punishment (arXiv:2503.14476).
+
+    >>> overlong_penalty(torch.tensor([10, 80, 90, 100, 120]), max_length=100, buffer=20)
+    tensor([ 0.0000,  0.0000, -0.5000, -1.0000, -1.0000])
+    """
+    if not 1 <= buffer <= max_length:
+        raise ValueError(f"buffer must be in [1, max_length], got {buffer} with max_length {max_length}; shorten it")
+    return ((max_length - buffer - lengths.float()) / buffer).clamp(min=-1.0, max=0.0)
+
+
+BASELINES = {
+    "none": none,
+    "mean": group_mean,
+    "mean_std": mean_std,
+    "leave_one_out": leave_one_out,
+    "quantile": quantile,
+}

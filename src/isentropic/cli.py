@@ -1,0 +1,208 @@
+"""The command line. Nothing heavy is imported before the settings have been checked in full."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from . import __version__
+from .config import FLAGLESS, ConfigError, RunConfig, as_dict, load, recipe_of, suggest
+from .record import Record
+
+_PROG = "isentropic"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line on stderr, with a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], known)}")
+        return found, unknown
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"{_PROG}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog=_PROG, description="Steer the entropy of a language model while it is trained by RL.")
+    parser.add_argument("--version", action="version", version=f"{_PROG} {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    train = commands.add_parser("train", help="train a model with its entropy under control", allow_abbrev=False)
+    train.add_argument("config", nargs="?", help="TOML file; its keys are the flags' names with underscores")
+    hints = get_type_hints(RunConfig)
+    for setting in fields(RunConfig):
+        if setting.name in FLAGLESS:
+            continue
+        kind = next(k for k in (*get_args(hints[setting.name]), hints[setting.name]) if k is not type(None))
+        shown = "" if setting.default is None else f" [{setting.default}]"
+        train.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=setting.metadata["help"] + shown,
+        )
+    train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
+    train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, stop")
+    train.add_argument("--rebuild", action="store_true", help="build the embedded model again")
+    commands.add_parser("recipes", help="list the algorithms, knobs, controllers and targets")
+    evaluation = commands.add_parser("eval", help="pass@k and distinct answers of a run's checkpoint", allow_abbrev=False)
+    evaluation.add_argument("run", help="run directory")
+    evaluation.add_argument("--step", type=int, help="checkpoint after this optimizer step [the last]")
+    evaluation.add_argument("--k", type=int, help="samples a prompt [as the run]")
+    evaluation.add_argument("--task", help="another task than the run's")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (2 for a mistake in the settings, 130 for Ctrl-C)."""
+    args = vars(_parser().parse_args(argv))
+    command = args.pop("command")
+    try:
+        return {"train": _train, "recipes": _recipes, "eval": _eval}[command](args)
+    except ConfigError as error:
+        _fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _train(args: dict[str, Any]) -> int:
+    resume, dry_run, rebuild = (args.pop(name) for name in ("resume", "dry_run", "rebuild"))
+    path = args.pop("config")
+    base = _resumed(args.get("out"), path) if resume else None
+    config = load(path, args, base)
+    config = _with_out(config, resume)
+    if dry_run:
+        return _dry_run(config)
+    training = _heavy("training")
+    training.quiet()
+    from .models import resolve_model
+
+    try:
+        resolve_model(config.model, rebuild=rebuild)
+        result = training.train(config, resume)
+    except KeyboardInterrupt:
+        print(f"stopped; go on with: {_PROG} train --out {config.out} --resume", file=sys.stderr)
+        return 130
+    print(training.table(result, str(config.out)))
+    return 0
+
+
+def _heavy(name: str) -> Any:
+    """Import a room that needs the engine."""
+    from importlib import import_module
+
+    try:
+        return import_module(f".{name}", __package__)
+    except ImportError as error:
+        raise ConfigError(f"training needs the TRL engine: {error}; pip install 'isentropic[trl,cli]'") from None
+
+
+def _resumed(out: str | None, path: str | None) -> dict[str, Any]:
+    if path is not None:
+        raise ConfigError(f"--resume takes the settings of the run directory, got also {path}; leave the file out")
+    if out is None:
+        runs = sorted(Path("runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime)
+        if not runs:
+            raise ConfigError("--resume: no run under runs/; name its directory with --out")
+        out = str(runs[-1].parent)
+    try:
+        header = Record(out).header()
+    except ValueError as error:
+        raise ConfigError(f"--resume: {error}") from None
+    return {**header["config"], "out": out}
+
+
+def _with_out(config: RunConfig, resume: bool) -> RunConfig:
+    from dataclasses import replace
+
+    if resume:
+        return config
+    if config.out is not None:
+        if (Path(config.out) / "run.json").exists():
+            raise ConfigError(f"--out: {config.out} already holds a run; go on with it by --resume, or name another")
+        return config
+    stem = f"runs/{config.task.split(':')[-1]}-{config.recipe}-s{config.seed}"
+    number = 1
+    while (Path(stem if number == 1 else f"{stem}-{number}") / "run.json").exists():
+        number += 1
+    return replace(config, out=stem if number == 1 else f"{stem}-{number}")
+
+
+def _dry_run(config: RunConfig) -> int:
+    recipe = recipe_of(config)
+    width = max(len(key) for key in as_dict(config))
+    for key, value in as_dict(config).items():
+        print(f"{key:{width}}  {value}")
+    print(f"\n{config.recipe}: {recipe.formula}")
+    print(f"knob {recipe.knob or 'none'}, controller {recipe.controller}, target {recipe.target}")
+    print(
+        f"{config.steps} optimizer steps of {config.prompts * config.generations // config.updates} completions; "
+        f"{-(-config.steps // config.updates) * config.prompts * config.generations} completions in all"
+    )
+    return 0
+
+
+def _recipes(args: dict[str, Any]) -> int:
+    from .controllers import CONTROLLERS
+    from .recipes import KNOBS, RECIPES, SHAPINGS
+    from .targets import TARGETS
+
+    print("RECIPES (--recipe)")
+    for name, recipe in RECIPES.items():
+        control = f"; knob {recipe.knob}, controller {recipe.controller}" if recipe.knob else ""
+        print(f"  {name:23} {recipe.formula}{control}\n  {'':23} {recipe.source}")
+    print("\nKNOBS (--knob)")
+    for name, knob in KNOBS.items():
+        print(f"  {name:23} {knob.source}")
+    print("\nSHAPINGS (--shaping), L = log π + H")
+    for name, formula in SHAPINGS.items():
+        print(f"  {name:23} {formula}")
+    print("\nCONTROLLERS (--controller NAME[:OPTION=VALUE])")
+    for name, function in CONTROLLERS.items():
+        print(f"  {name:23} {(function.__doc__ or '').splitlines()[0]}")
+    print("\nTARGETS (--target)")
+    for form, meaning in TARGETS.items():
+        print(f"  {form:23} {meaning}")
+    return 0
+
+
+def _eval(args: dict[str, Any]) -> int:
+    record = Record(args["run"])
+    try:
+        header = record.header()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    checkpoints = dict(record.checkpoints())
+    if not checkpoints:
+        raise ConfigError(f"{args['run']} has no complete checkpoint; train with --save-every above 0")
+    step = args["step"] if args["step"] is not None else max(checkpoints)
+    if step not in checkpoints:
+        raise ConfigError(f"--step: got {step}, checkpoints are at {', '.join(map(str, sorted(checkpoints)))}")
+    changes = {"task": args["task"], "eval_k": args["k"]}
+    config = load(None, {k: v for k, v in changes.items() if v is not None}, header["config"])
+    if config.eval_k < 1:
+        raise ConfigError(f"--k: got {config.eval_k}, must be at least 1")
+    training = _heavy("training")
+    training.quiet()
+    row = training.evaluate_checkpoint(str(checkpoints[step]), config, step)
+    for key in row:
+        if key.startswith("pass@") or key in ("task", "step", "k", "distinct"):
+            print(f"{key:10} {row[key]:.3f}" if isinstance(row[key], float) else f"{key:10} {row[key]}")
+    return 0

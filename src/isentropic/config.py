@@ -1,0 +1,177 @@
+"""The settings of a run: defaults, a TOML file, flags; checked in full before anything heavy is imported."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from .models import MODELS
+from .recipes import Recipe, check, compose
+from .tasks import TASKS
+
+
+class ConfigError(ValueError):
+    """One line: where, key, what was got, what is allowed, the remedy."""
+
+
+def _setting(default: Any, help: str, *, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything `isentropic train` can be told; field names are the TOML keys, with dashes the flags."""
+
+    model: str = _setting("tiny", "tiny (built here), a local path, or a hub id")
+    task: str = _setting("expr", "a built-in task, or package.module:attribute of your own")
+    recipe: str = _setting("repo-r-loop", "a named algorithm; see `isentropic recipes`")
+    knob: str | None = _setting(None, "what is turned: clip_high, clip_low, beta, zeta, entropy_coef, or none")
+    controller: str | None = _setting(None, "how: fixed, double_halve, multiplicative, sign_step, pi; none only monitors")
+    target: str | None = _setting(None, "what entropy is held at: initial, 0.8, 80%%, anneal:FROM:TO:STEPS, band:LOW:HIGH")
+    every: int | None = _setting(None, "optimizer steps between controller updates [a generated batch]", low=1)
+    shaping: str | None = _setting(None, "how the advantage is shaped: none, repo, repo_r, repo_r_raw, repo_d, ...")
+    steps: int = _setting(800, "optimizer steps", low=1)
+    seed: int = _setting(0, "seed of data, sampling and optimisation", low=0)
+    out: str | None = _setting(None, "the run directory [runs/TASK-RECIPE-sSEED]")
+    device: str = _setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
+    dtype: str = _setting("float32", "dtype of weights and arithmetic", choices=("float32", "bfloat16"))
+    learning_rate: float = _setting(1e-4, "AdamW learning rate, constant", low=0.0)
+    prompts: int = _setting(16, "prompts a generated batch", low=1)
+    generations: int = _setting(16, "samples a prompt", low=2)
+    updates: int = _setting(4, "optimizer steps a generated batch; 1 is on-policy", low=1)
+    temperature: float = _setting(1.0, "sampling temperature", low=0.0)
+    max_completion_length: int | None = _setting(None, "token limit of a completion [the task's]", low=1)
+    lora_rank: int = _setting(0, "rank of a LoRA adapter; 0 trains all weights", low=0)
+    save_every: int = _setting(200, "optimizer steps between checkpoints; 0 keeps only the last", low=0)
+    keep: int = _setting(2, "checkpoints kept", low=1)
+    eval_k: int = _setting(16, "samples a held-out prompt in the evaluations at start and end; 0 skips them", low=0)
+    recipe_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "other fields of a recipe (TOML table)"})
+
+
+FLAGLESS = ("recipe_options",)
+# Strictly on-policy recipes take one step a batch; what the user does not say follows from that.
+_ON_POLICY_UPDATES = 1
+
+
+def load(path: str | None, flags: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
+    """Defaults, then ``base`` (a run that is resumed), then the file, then the flags; checked.
+
+    Raises:
+        ConfigError: anything that cannot work.
+    """
+    values: dict[str, Any] = dict(base or {})
+    if path is not None:
+        values |= _read(Path(path))
+    said = set(values) | set(flags)
+    values |= flags
+    for key, value in values.items():
+        where = f"--{key.replace('_', '-')}" if key in flags else f"{path or 'run.json'}: key {key}"
+        _check_value(where, key, value)
+    config = RunConfig(**values)
+    return _check(config, path, "updates" in said)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file; name a TOML file, or leave it out to use the defaults")
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+    known = [f.name for f in fields(RunConfig)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{suggest(key, known)}; allowed: {', '.join(known)}")
+    return values
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """`` (did you mean X?)`` where something close is known, else nothing."""
+    close = get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _check_value(where: str, key: str, value: Any) -> None:
+    setting = next(f for f in fields(RunConfig) if f.name == key)
+    hint = get_type_hints(RunConfig)[key]
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if key in FLAGLESS:
+        kinds = (dict,)
+    fits = isinstance(value, kinds) and not isinstance(value, bool) or (float in kinds and type(value) is int)
+    if not fits:
+        names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise ConfigError(f"{where}: got {value!r}, must be {names}")
+    low, choices = setting.metadata.get("low"), setting.metadata.get("choices")
+    if low is not None and value is not None and not value >= low:
+        raise ConfigError(f"{where}: got {value!r}, must be at least {low:g}")
+    if choices and value not in choices:
+        raise ConfigError(f"{where}: got {value!r}{suggest(value, list(choices))}; allowed: {', '.join(choices)}")
+
+
+def recipe_of(config: RunConfig) -> Recipe:
+    """The recipe a config means.
+
+    Raises:
+        ValueError: a composition that cannot work.
+    """
+    control: dict[str, Any] = {"knob": config.knob, "controller": config.controller}
+    if config.controller == "none":
+        control = {"knob": "none", "controller": None}
+    return compose(
+        config.recipe,
+        **control,
+        target=config.target,
+        every=config.every,
+        shaping=config.shaping,
+        **config.recipe_options,
+    )
+
+
+def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig:
+    where = f"{path}: " if path else ""
+    try:
+        recipe = recipe_of(config)
+        if recipe.on_policy and not updates_said:
+            config = replace(config, updates=_ON_POLICY_UPDATES)
+        check(recipe, config.updates)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{where}{error}") from None
+    if not config.learning_rate > 0:
+        raise ConfigError(f"{where}learning_rate: got {config.learning_rate}, must be > 0")
+    if not config.temperature > 0:
+        raise ConfigError(f"{where}temperature: got {config.temperature}, must be > 0; greedy decoding has no entropy")
+    batch = config.prompts * config.generations
+    if batch % config.updates:
+        raise ConfigError(
+            f"{where}updates: got {config.updates}, which does not divide the {batch} completions of a generated batch "
+            f"(prompts {config.prompts} x generations {config.generations}); choose a divisor"
+        )
+    _check_names(config, where)
+    return config
+
+
+def _check_names(config: RunConfig, where: str) -> None:
+    """Names that can be judged without loading them."""
+    if ":" not in config.task and config.task not in TASKS:
+        raise ConfigError(
+            f"{where}task: got {config.task!r}{suggest(config.task, list(TASKS))}; allowed: {', '.join(TASKS)}, "
+            "or package.module:attribute of your own"
+        )
+    if config.model in MODELS:
+        return
+    looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).exists()
+    if looks_local and not (Path(config.model).expanduser() / "config.json").is_file():
+        raise ConfigError(f"{where}model: {config.model} has no config.json; name a saved model's directory or a hub id")
+    if not looks_local and "/" not in config.model:
+        raise ConfigError(
+            f"{where}model: got {config.model!r}{suggest(config.model, list(MODELS))}; allowed: {', '.join(MODELS)}, "
+            "a local directory, or a hub id such as ORG/NAME"
+        )
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain values, as run.json holds it."""
+    return asdict(config)

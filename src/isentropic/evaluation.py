@@ -1,0 +1,177 @@
+"""Evaluation of sampled answers: unbiased pass@k, coverage, voting, intervals over prompts. Numpy only."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Numbers = float | int | np.number | Sequence[float | int | np.number] | np.ndarray
+
+MIN_VALUES = 3
+
+
+class Interval(NamedTuple):
+    """The ends of a confidence interval, in the unit of the values."""
+
+    low: float
+    high: float
+
+
+def pass_at_k(num_samples: Numbers, num_correct: Numbers, k: Numbers) -> float | np.ndarray:
+    """Estimate without bias the chance that at least one of k samples is right.
+
+    ``1 − C(n − c, k) / C(n, k) = 1 − Π_{j<k} (n − c − j) / (n − j)``
+
+    This draws k of the n samples without replacement; drawing with replacement would read low: 0.656 instead of 1 for
+    8 of 8 samples of which one is right. The product neither overflows nor cancels.
+
+    Args:
+        num_samples: n samples of each prompt; a number or an array, as the other two, which broadcast.
+        num_correct: c of them right.
+        k: attempts.
+
+    Returns:
+        Chances in [0, 1]: a float if all three are numbers, else an array. Average over prompts yourself.
+
+    Raises:
+        ValueError: not integers; k outside [1, n]; c outside [0, n].
+
+    Chen et al. (arXiv:2107.03374).
+
+    >>> round(pass_at_k(4, 2, 2), 4)  # 1 − 1/6
+    0.8333
+    >>> pass_at_k(8, np.array([0, 1, 8]), 8)
+    array([0., 1., 1.])
+    """
+    n, c, k = np.broadcast_arrays(np.asarray(num_samples), np.asarray(num_correct), np.asarray(k))
+    if not all(np.issubdtype(x.dtype, np.integer) for x in (n, c, k)):
+        raise ValueError(
+            f"counts and k must be integers, got {n.dtype}, {c.dtype}, {k.dtype}; convert with astype(int)"
+        )
+    if ((c < 0) | (c > n)).any():
+        raise ValueError(f"num_correct must be in [0, num_samples], got {c.tolist()} of {n.tolist()}; swap them?")
+    if ((k < 1) | (k > n)).any():
+        raise ValueError(f"k must be in [1, num_samples], got {k.tolist()} with {n.tolist()}; draw more or lower k")
+    missed = np.ones(n.shape)
+    for j in range(int(k.max(initial=0))):
+        missed *= np.where(j < k, np.maximum(n - c - j, 0) / np.maximum(n - j, 1), 1.0)
+    chance = 1.0 - missed
+    return float(chance) if chance.ndim == 0 else chance
+
+
+def distinct_correct(answers: Sequence[Sequence[str]], correct: Sequence[Sequence[bool]]) -> float:
+    """Count the different right answers of each prompt and average over prompts.
+
+    ``mean_p |{answer : right}|``
+
+    Args:
+        answers: [p g] answers, equal where their strings are; normalise them first. Groups may differ in size.
+        correct: [p g] whether each is right.
+
+    Returns:
+        The mean number of distinct right answers a prompt.
+
+    Raises:
+        ValueError: no prompt; shapes that differ.
+
+    >>> distinct_correct([["1+2", "2+1", "1+2", "3"], ["4"]], [[True, True, True, False], [False]])
+    1.0
+    """
+    if len(answers) == 0:
+        raise ValueError("answers must hold at least one prompt, got none; evaluate on more")
+    shapes = [len(group) for group in answers], [len(group) for group in correct]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"answers and correct must match, got groups of {shapes[0]} and {shapes[1]}; align them")
+    counts = [len({a for a, ok in zip(*pair, strict=True) if ok}) for pair in zip(answers, correct, strict=True)]
+    return sum(counts) / len(counts)
+
+
+def majority_vote(answers: Sequence[str | None]) -> str | None:
+    """Choose the answer given most often.
+
+    ``argmax_a #{i : answer_i = a}``
+
+    Args:
+        answers: the answers to one prompt, normalised; ``None`` where a response holds no answer, which is no vote.
+
+    Returns:
+        The winner, of equals the one given first; ``None`` without a vote.
+
+    Self-consistency (arXiv:2203.11171).
+
+    >>> majority_vote(["7", "8", "8", None, "7", "8"])
+    '8'
+    """
+    votes = Counter(answer for answer in answers if answer is not None)
+    return max(votes, key=votes.__getitem__, default=None)
+
+
+def bootstrap_interval(values: Numbers, confidence: float = 0.95, num: int = 2000, seed: int = 0) -> Interval | None:
+    """Bound the mean over prompts by the percentile bootstrap.
+
+    Draw as many prompts as there are, with replacement, ``num`` times; the interval holds the middle ``confidence`` of
+    the means.
+
+    Resample prompts, never the samples behind a pass@k: that would bias it.
+
+    Args:
+        values: [p] one number a prompt.
+        confidence: share of the means inside, in (0, 1).
+        num: resamples.
+        seed: of the resampling; the same seed gives the same interval.
+
+    Returns:
+        The interval in the unit of the values, or ``None`` for fewer than 3 values, from which no spread can be read.
+
+    Raises:
+        ValueError: values that are not one-dimensional or not finite; confidence outside (0, 1); num < 1.
+
+    Efron's percentile interval.
+
+    >>> bootstrap_interval([0.5, 0.5, 0.5])
+    Interval(low=0.5, high=0.5)
+    >>> bootstrap_interval([0.0, 1.0]) is None
+    True
+    """
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"values must be one-dimensional, got shape {values.shape}; give one number a prompt")
+    if not np.isfinite(values).all():
+        raise ValueError(f"values must be finite, got {int((~np.isfinite(values)).sum())} that are not; drop them")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 is common")
+    if num < 1:
+        raise ValueError(f"num must be >= 1, got {num}; 2000 is the default")
+    if values.size < MIN_VALUES:
+        return None
+    rng = np.random.default_rng(seed)
+    means = [values[rng.integers(values.size, size=values.size)].mean() for _ in range(num)]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))
+
+
+def rms_relative_error(values: Numbers, targets: Numbers) -> float:
+    """Measure how far a controlled quantity stays from its target.
+
+    ``√ mean(((value − target) / target)²)``
+
+    Args:
+        values: readings, of any shape.
+        targets: their targets, not 0, in the same unit; broadcast against the readings.
+
+    Returns:
+        A dimensionless share: 0.1 is ten per cent off.
+
+    Raises:
+        ValueError: no reading; a target of 0.
+
+    >>> rms_relative_error([1.3, 0.6], 1.0)  # √((0.09 + 0.16) / 2)
+    0.3535533905932738
+    """
+    values, targets = np.broadcast_arrays(np.asarray(values, np.float64), np.asarray(targets, np.float64))
+    if values.size == 0:
+        raise ValueError("values must hold at least one reading, got none; record more steps")
+    if (targets == 0).any():
+        raise ValueError("targets must not be 0, got a 0; a relative error needs a scale")
+    return float(np.sqrt(np.mean(((values - targets) / targets) ** 2)))

@@ -1,0 +1,234 @@
+"""Objectives: facts of the sampled tokens in, a loss and its facts per token out.
+
+Every objective has one signature, ``(batch, **parameters) -> (loss [b t], TokenFacts)``; ``reduce.py`` turns the loss
+into a number. Here ``r = exp(logp − logp_old)`` and A is the advantage, which counts as a constant, as does
+``logp_old``. Without ``logp_old`` the batch is exactly on-policy: r is 1, and its gradient is that of ``logp``.
+
+Outside the mask the loss is 0, the ratio 1 and nothing is clipped, whatever the batch holds there.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .types import TokenBatch, TokenFacts
+
+Bound = float | int | Float[Tensor, "b t"]
+
+
+def _prepare(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "b t"]]:
+    """Return logp, log r, adv and mask, all [b t], at least fp32, with zeros outside the mask."""
+    mask = batch.mask.bool()
+    zero = torch.zeros((), dtype=torch.promote_types(batch.logp.dtype, torch.float32), device=batch.logp.device)
+    adv = batch.adv.unsqueeze(1) if batch.adv.dim() == 1 else batch.adv
+    logp = torch.where(mask, batch.logp.to(zero.dtype), zero)
+    logp_old = logp if batch.logp_old is None else torch.where(mask, batch.logp_old.to(zero.dtype), zero)
+    return logp, logp - logp_old.detach(), torch.where(mask, adv.detach().to(zero.dtype), zero), mask
+
+
+def _facts(ratio: Tensor, adv: Tensor, lower: Bound | None, upper: Bound | None) -> TokenFacts:
+    """Mark the tokens whose ratio lies past the bound that their advantage pushes towards."""
+    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
+    return TokenFacts(
+        ratio=ratio.detach(),
+        clipped_low=nowhere if lower is None else (ratio < lower) & (adv < 0),
+        clipped_high=nowhere if upper is None else (ratio > upper) & (adv > 0),
+    )
+
+
+def _bounds(clip_low: Bound, clip_high: Bound, bounds: str, mask: Bool[Tensor, "b t"]) -> tuple[Bound, Bound]:
+    """Turn clip widths into the lowest and highest ratio."""
+    for name, width in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not isinstance(width, Tensor) and not width >= 0:
+            raise ValueError(f"{name} must be >= 0, got {width}; it is a width, the bound is on the other side of 1")
+    low, high = (torch.where(mask, w, 0.0) if isinstance(w, Tensor) else w for w in (clip_low, clip_high))
+    if bounds == "additive":
+        return 1 - low, 1 + high
+    if bounds == "reciprocal":
+        return 1 / (1 + low), 1 + high
+    raise ValueError(f"bounds must be 'additive' or 'reciprocal', got {bounds!r}; choose one")
+
+
+def _surrogate(ratio: Tensor, adv: Tensor, lower: Bound, upper: Bound) -> Tensor:
+    return -torch.minimum(ratio * adv, ratio.clamp(min=lower).clamp(max=upper) * adv)
+
+
+def reinforce(batch: TokenBatch) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Policy gradient without a correction for old samples.
+
+    ``loss = −A·logp``
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask. ``logp_old`` goes into the reported ratio only.
+
+    Returns:
+        The loss [b t] and its facts; nothing is ever clipped.
+
+    REINFORCE; with leave-one-out advantages the strictly on-policy RLOO of arXiv:2603.11682 [paper].
+
+    >>> batch = TokenBatch(torch.tensor([[-0.5, -2.0]]), None, torch.tensor([2.0]), torch.ones(1, 2))
+    >>> reinforce(batch)[0]
+    tensor([[1., 4.]])
+    """
+    logp, log_ratio, adv, _ = _prepare(batch)
+    return -adv * logp, _facts(log_ratio.exp(), adv, None, None)
+
+
+def importance(batch: TokenBatch) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Policy gradient on old samples, weighted by the unbounded ratio.
+
+    ``loss = −r·A``
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+
+    Returns:
+        The loss [b t] and its facts; nothing is ever clipped.
+
+    >>> logp, logp_old = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    >>> importance(TokenBatch(logp, logp_old, torch.tensor([1.0]), torch.ones(1, 2)))[0]
+    tensor([[-2.0000, -0.5000]])
+    """
+    _, log_ratio, adv, _ = _prepare(batch)
+    ratio = log_ratio.exp()
+    return -ratio * adv, _facts(ratio, adv, None, None)
+
+
+def clipped(
+    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: str = "additive"
+) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Clip the ratio of each token between two independent bounds.
+
+    ``loss = −min(r·A, clip(r, lower, upper)·A)`` with ``[1 − clip_low, 1 + clip_high]`` (additive) or
+    ``[1/(1 + clip_low), 1 + clip_high]`` (reciprocal)
+
+    A token loses its gradient where A > 0 and r > upper, or A < 0 and r < lower. Equal widths give PPO and GRPO,
+    a wider upper one DAPO. Widths may differ from token to token.
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+        clip_low: width below 1, a number or [b t].
+        clip_high: width above 1, a number or [b t].
+        bounds: ``additive`` or ``reciprocal``.
+
+    Returns:
+        The loss [b t] and its facts.
+
+    Raises:
+        ValueError: a width that is a negative number; unknown bounds.
+
+    PPO (arXiv:1707.06347), DAPO (arXiv:2503.14476).
+
+    >>> logp, logp_old = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    >>> batch = TokenBatch(logp, logp_old, torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+    >>> loss, facts = clipped(batch, clip_low=0.2, clip_high=0.28)  # ratios 2 and 0.5
+    >>> loss
+    tensor([[-1.2800,  0.8000]])
+    >>> facts.clipped_low, facts.clipped_high
+    (tensor([[False,  True]]), tensor([[ True, False]]))
+    """
+    _, log_ratio, adv, mask = _prepare(batch)
+    lower, upper = _bounds(clip_low, clip_high, bounds, mask)
+    ratio = log_ratio.exp()
+    return _surrogate(ratio, adv, lower, upper), _facts(ratio, adv, lower, upper)
+
+
+def sequence_clipped(
+    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: str = "additive", gradient: str = "sequence"
+) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Clip one ratio a sequence, the geometric mean of the ratios of its tokens.
+
+    ``s = exp(Σ_t m·log r / max(Σ_t m, 1))``, ``loss = −min(s·A, clip(s, lower, upper)·A)`` at every token
+
+    With ``gradient="sequence"`` the gradient of each token's loss spreads evenly over the sequence, so advantages that
+    differ between tokens act through their mean alone, and a per-token shaping is lost. ``gradient="token"`` has
+    the same value, ``s_t = sg(s)·exp(logp_t − sg(logp_t))``, and gives each token its own advantage. The two agree,
+    gradient included, where the advantages of a sequence are equal and its tokens are reduced with equal weights.
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+        clip_low: width below 1, a number or [b t]; the published ones are near 3e-4.
+        clip_high: width above 1, a number or [b t]; the published ones are near 4e-4.
+        bounds: ``additive`` or ``reciprocal``.
+        gradient: ``sequence`` or ``token``; take ``token`` under a per-token shaping.
+
+    Returns:
+        The loss [b t] and its facts, where the ratio is s at every token.
+
+    Raises:
+        ValueError: a width that is a negative number; unknown bounds or gradient.
+
+    GSPO and, with ``gradient="token"``, GSPO-token (arXiv:2507.18071).
+
+    >>> logp, logp_old = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.0625]]).log()
+    >>> batch = TokenBatch(logp, logp_old, torch.tensor([-1.0]), torch.ones(1, 2))
+    >>> sequence_clipped(batch, clip_low=0.2, clip_high=0.2)[0]  # √(2·8) = 4
+    tensor([[4., 4.]])
+    """
+    if gradient not in ("sequence", "token"):
+        raise ValueError(f"gradient must be 'sequence' or 'token', got {gradient!r}; choose one")
+    logp, log_ratio, adv, mask = _prepare(batch)
+    lower, upper = _bounds(clip_low, clip_high, bounds, mask)
+    log_mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    if gradient == "token":
+        log_mean = log_mean.detach() + (logp - logp.detach())
+    ratio = torch.where(mask, log_mean, torch.zeros_like(log_mean)).exp()
+    return _surrogate(ratio, adv, lower, upper), _facts(ratio, adv, lower, upper)
+
+
+def cispo(
+    batch: TokenBatch,
+    clip_low: Bound | None = None,
+    clip_high: Bound | None = None,
+    bounds: str = "additive",
+    ceiling: float | int | None = None,
+) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Bound the weight of a token instead of removing its gradient.
+
+    ``loss = −sg(clip(r, lower, upper))·A·logp`` with the bounds of ``clipped``, and no lower one unless it is given
+
+    The upper bound is given either as a width, ``1 + clip_high``, or as the highest weight itself, ``ceiling``. TRL's
+    ``epsilon_high`` is a ceiling: ``cispo(batch, ceiling=epsilon_high)`` is TRL's loss.
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+        clip_low: width below 1, a number or [b t]; ``None`` leaves small weights as they are.
+        clip_high: width above 1, a number or [b t].
+        bounds: ``additive`` or ``reciprocal``.
+        ceiling: the highest weight, > 0, in place of clip_high.
+
+    Returns:
+        The loss [b t] and its facts. Nothing loses its gradient here: ``clipped_high`` marks A > 0 with r above the
+        upper bound, ``clipped_low`` A < 0 with r below the lower one, as in the other objectives.
+
+    Raises:
+        ValueError: both or neither of clip_high and ceiling; a negative width; a ceiling that is not positive;
+            unknown bounds.
+
+    MiniMax-M1 (arXiv:2506.13585).
+
+    >>> logp, logp_old = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.1, 0.25]]).log()
+    >>> batch = TokenBatch(logp, logp_old, torch.tensor([1.0]), torch.ones(1, 2))
+    >>> cispo(batch, clip_high=2.0)[0]  # weights 3 of 5 and 2; −log 0.5 = 0.6931
+    tensor([[2.0794, 1.3863]])
+    """
+    if (clip_high is None) == (ceiling is None):
+        got = "neither" if ceiling is None else "both"
+        raise ValueError(f"cispo needs either clip_high or ceiling, got {got}; ceiling=5.0 is clip_high=4.0")
+    if ceiling is not None and not ceiling > 0:
+        raise ValueError(f"ceiling must be > 0, got {ceiling}; it is the highest weight, not a width")
+    logp, log_ratio, adv, mask = _prepare(batch)
+    ratio = log_ratio.exp()
+    lower, upper = _bounds(0.0 if clip_low is None else clip_low, 0.0 if clip_high is None else clip_high, bounds, mask)
+    lower, upper = (None if clip_low is None else lower), (upper if ceiling is None else ceiling)
+    weight = (ratio if lower is None else ratio.clamp(min=lower)).clamp(max=upper).detach()
+    return -weight * adv * logp, _facts(ratio, adv, lower, upper)
+
+
+OBJECTIVES = {
+    "reinforce": reinforce,
+    "importance": importance,
+    "clipped": clipped,
+    "sequence_clipped": sequence_clipped,
+    "cispo": cispo,
+}

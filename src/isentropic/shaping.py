@@ -1,0 +1,190 @@
+"""Shaping: an advantage, facts of the tokens and a knob in, an advantage per token out.
+
+Here ``L = logp + H`` is the centred log-probability of a token, in nats: positive where the token was likelier than
+its row expected. ``logp``, the entropy and a predicted change enter as constants; no gradient passes through them.
+A knob of 0 gives back the advantage bit for bit.
+
+Masked tokens may hold anything: what comes out there is as meaningless as what went in, and objectives drop it.
+"""
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from . import reduce
+from .types import TokenBatch
+
+Advantage = Float[Tensor, " b"] | Float[Tensor, "b 1"] | Float[Tensor, "b t"]
+Knob = float | int | Float[Tensor, ""] | Float[Tensor, "b t"]
+
+
+def _per_token(adv: Tensor, logp: Tensor) -> Tensor:
+    """Repeat the advantage along the tokens, at least in fp32."""
+    adv = adv.unsqueeze(1) if adv.dim() == 1 else adv
+    return adv.to(torch.promote_types(adv.dtype, torch.float32)).expand(logp.shape)
+
+
+def _unless_zero(knob: Knob, shaped: Tensor, adv: Tensor) -> Tensor:
+    """Return the unshaped advantage where the knob is 0, even where 0·(−inf) would not be 0."""
+    if isinstance(knob, Tensor):
+        return torch.where(knob == 0, adv, shaped)
+    return adv if knob == 0 else shaped
+
+
+def repo(adv: Advantage, logp: Float[Tensor, "b t"], entropy: Float[Tensor, "b t"], beta: Knob) -> Float[Tensor, "b t"]:
+    """Lower the advantage of likely tokens: the general form of REPO.
+
+    ``A' = A − β·L``, ``L = logp + H``
+
+    β > 0 raises entropy, β < 0 lowers it. With a constant β this is the score-function estimate of the gradient of an
+    entropy bonus ``β·H``.
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        entropy: [b t] entropy of their rows, nats.
+        beta: advantage per nat; a number, a 0-d tensor or [b t].
+
+    Returns:
+        [b t] advantages.
+
+    REPO (arXiv:2603.11682) [paper].
+
+    >>> repo(torch.tensor([1.0]), torch.tensor([[-0.5, -3.0]]), torch.tensor([[1.0, 1.0]]), beta=0.5)  # L = 0.5, −2
+    tensor([[0.7500, 2.0000]])
+    """
+    adv = _per_token(adv, logp)
+    return _unless_zero(beta, adv - beta * (logp + entropy).detach(), adv)
+
+
+def repo_r(
+    adv: Advantage,
+    logp: Float[Tensor, "b t"],
+    zeta: Knob,
+    entropy: Float[Tensor, "b t"] | None = None,
+    *,
+    positive_only: bool = False,
+    clamp: bool = True,
+    sign: str = "raises",
+) -> Float[Tensor, "b t"]:
+    """Rescale the advantage of each token by how likely it was.
+
+    ``A' = A − ζ·|A|·L``, where L is ``logp`` (raw) or ``logp + H`` (centred)
+
+    Raw, this is ``A·(1 − ζ·logp)`` for A > 0 and ``A·(1 + ζ·logp)`` for A < 0 [paper]. Centred has the same expected
+    gradient where |A| does not depend on the token, on-policy, unclipped and unclamped [derived]; raw also shifts
+    the mean advantage: with ζ > 0 it amplifies every A > 0 and attenuates every A < 0.
+
+    The clamp keeps the sign of A. With ζ > 0 it binds, raw, only where A < 0 and the surprisal is above 1/ζ;
+    centred, where A > 0 and L > 1/ζ, or A < 0 and L < −1/ζ [derived].
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        zeta: per nat; a number, a 0-d tensor or [b t]; the paper's magnitudes lie in [1e-4, 0.05].
+        entropy: [b t] entropy of their rows, nats, to centre logp; ``None`` leaves it raw, as the paper used it.
+        positive_only: shape A > 0 alone, ``A' = A − ζ·max(A, 0)·L`` [paper, an earlier version].
+        clamp: keep A > 0 from falling below 0 and A < 0 from rising above it.
+        sign: ``raises`` if a positive ζ raises entropy, the general form of the paper; ``lowers`` for the opposite
+            convention.
+
+    Returns:
+        [b t] advantages.
+
+    Raises:
+        ValueError: unknown sign.
+
+    REPO-R (arXiv:2603.11682) [paper]; centring is offered beside it [ours].
+
+    >>> logp = torch.tensor([[-1.0, -4.0], [-1.0, -4.0]])
+    >>> repo_r(torch.tensor([1.0, -1.0]), logp, zeta=0.5)  # the last one is clamped from +1
+    tensor([[ 1.5000,  3.0000],
+            [-0.5000,  0.0000]])
+    """
+    if sign not in ("raises", "lowers"):
+        raise ValueError(
+            f"sign must be 'raises' or 'lowers', got {sign!r}; say which way a positive zeta moves entropy"
+        )
+    adv = _per_token(adv, logp)
+    centred = (logp if entropy is None else logp + entropy).detach()
+    size = adv.clamp(min=0.0) if positive_only else adv.abs()
+    shaped = adv - (zeta if sign == "raises" else -zeta) * size * centred
+    if clamp:
+        shaped = torch.where(adv > 0, shaped.clamp(min=0.0), shaped.clamp(max=0.0))
+    return _unless_zero(zeta, shaped, adv)
+
+
+def repo_d(
+    adv: Advantage,
+    logp: Float[Tensor, "b t"],
+    entropy: Float[Tensor, "b t"],
+    predicted: Float[Tensor, "b t"],
+    zeta: Knob,
+    mask: Shaped[Tensor, "b t"],
+    *,
+    per: str = "token",
+) -> Float[Tensor, "b t"]:
+    """Oppose the entropy change that the step is predicted to make.
+
+    ``A' = A − β·L``, ``β = −ζ·ΔĤ``, with ΔĤ of each token or its mean over the batch
+
+    ζ > 0 opposes falls and damps rises as well; ζ < 0 amplifies both. By token the term opposes the change in
+    92–94 % of random states, as one scalar in all of those tried [derived].
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        entropy: [b t] entropy of their rows, nats.
+        predicted: [b t] predicted entropy change ΔĤ of each token, as ``dynamics.py`` computes it.
+        zeta: advantage per nat and unit of ΔĤ; a number, a 0-d tensor or [b t].
+        mask: [b t] non-zero where the token counts; ``per="batch"`` alone reads it.
+        per: ``token`` uses each token's own ΔĤ, ``batch`` the mean over the tokens of this call. For a mean over more
+            than this call (micro-batches, ranks) pass that mean, repeated to [b t], as ``predicted`` with ``token``.
+
+    Returns:
+        [b t] advantages.
+
+    Raises:
+        ValueError: unknown per.
+
+    REPO-D (arXiv:2603.11682): the paper gives β = ζ·ΔH in one sentence; the sign and both readings of ΔH are a
+    reconstruction [ours].
+
+    >>> logp, entropy = torch.tensor([[-0.5, -3.0]]), torch.tensor([[1.0, 1.0]])  # L = 0.5, −2
+    >>> predicted = torch.tensor([[-1.0, 0.5]])
+    >>> repo_d(torch.tensor([1.0]), logp, entropy, predicted, 0.5, torch.ones(1, 2))  # β = 0.5, −0.25
+    tensor([[0.7500, 0.5000]])
+    """
+    if per not in ("token", "batch"):
+        raise ValueError(f"per must be 'token' or 'batch', got {per!r}; choose one")
+    predicted = predicted.detach()
+    change = predicted if per == "token" else reduce.token(predicted, mask).mean()
+    adv = _per_token(adv, logp)
+    return _unless_zero(zeta, adv + zeta * change * (logp + entropy).detach(), adv)
+
+
+def _entropy(batch: TokenBatch) -> Tensor:
+    if batch.entropy is None:
+        raise ValueError(
+            "this shaping needs batch.entropy, got None; pass the entropies of the rows, or use repo_r_raw"
+        )
+    return batch.entropy
+
+
+def _repo_d(batch: TokenBatch, zeta: Knob, per: str) -> Tensor:
+    """REPO-D with Theorem 1's change for a step along the unshaped advantage, ``ΔĤ = −A·π·L``."""
+    entropy, adv = _entropy(batch), _per_token(batch.adv, batch.logp)
+    predicted = -adv * batch.logp.exp() * (batch.logp + entropy)
+    return repo_d(batch.adv, batch.logp, entropy, predicted, zeta, batch.mask, per=per)
+
+
+# By name, with one signature: (batch, knob) -> [b t]. The knob is beta for repo and zeta for the others.
+SHAPINGS = {
+    "none": lambda batch, knob: _per_token(batch.adv, batch.logp),
+    "repo": lambda batch, beta: repo(batch.adv, batch.logp, _entropy(batch), beta),
+    "repo_r": lambda batch, zeta: repo_r(batch.adv, batch.logp, zeta, _entropy(batch)),
+    "repo_r_raw": lambda batch, zeta: repo_r(batch.adv, batch.logp, zeta),
+    "repo_r_positive": lambda batch, zeta: repo_r(batch.adv, batch.logp, zeta, positive_only=True),
+    "repo_d": lambda batch, zeta: _repo_d(batch, zeta, per="batch"),
+    "repo_d_token": lambda batch, zeta: _repo_d(batch, zeta, per="token"),
+}

@@ -1,0 +1,309 @@
+"""One whole run: task, model, trainer, evaluation at start and end, and the closing table.
+
+The run directory is the result; what is printed is read from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+
+from .config import ConfigError, RunConfig, as_dict, recipe_of
+from .engines.trl import IsentropicConfig, IsentropicTrainer
+from .evaluation import pass_at_k, rms_relative_error
+from .models import resolve_model
+from .record import Record, write_json
+from .tasks import Task, load_task
+
+SETTLED = 20  # optimizer steps before the entropy error counts
+EVAL_ROWS = 180
+
+
+def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run a config to its end; returns the summary that summary.json holds.
+
+    Raises:
+        ConfigError: a model, task or run directory that cannot be used.
+    """
+    began = time.monotonic()
+    record = Record(str(config.out))
+    task = load_task(config.task)
+    model_path = resolve_model(config.model)
+    checkpoint = _checkpoint_to_resume(record) if resume else None
+    if not resume:
+        record.start(as_dict(config), asdict(recipe_of(config)), config.seed, task=config.task, model=config.model)
+    model, tokenizer = load_model(model_path, config.dtype)
+    trainer = _trainer(config, task, model, tokenizer, say)
+    if checkpoint is None and config.eval_k:
+        record.append("evaluations", evaluate(model, tokenizer, task, config, step=0))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    step = trainer.state.global_step
+    if step < config.steps:
+        raise KeyboardInterrupt
+    if config.eval_k and trainer.accelerator.is_main_process:
+        record.append("evaluations", evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, config, step))
+    result = summary(record, time.monotonic() - began)
+    write_json(record.path / "summary.json", result)
+    return result
+
+
+def _checkpoint_to_resume(record: Record) -> Path | None:
+    found = record.checkpoints()
+    if not found:
+        record.rewind(-1)
+        return None
+    record.rewind(found[-1][0])
+    return found[-1][1]
+
+
+def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """A causal language model and its tokenizer, padded on the left.
+
+    Raises:
+        ConfigError: what could not be loaded, and why, in one line.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model: {path!r} cannot be loaded: {reason}; name a saved model's directory or a hub id") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def _trainer(config: RunConfig, task: Task, model: Any, tokenizer: Any, say: Callable[[str], None]) -> IsentropicTrainer:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = config.prompts * config.generations
+    if batch % (config.updates * ranks):
+        raise ConfigError(f"prompts x generations = {batch} must be a multiple of updates x processes = {config.updates * ranks}")
+    use_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    args = IsentropicConfig(
+        output_dir=str(config.out),
+        recipe=config.recipe,
+        knob=config.knob,
+        controller=config.controller,
+        target=config.target,
+        recipe_options={
+            **{k: v for k, v in (("every", config.every), ("shaping", config.shaping)) if v is not None},
+            **config.recipe_options,
+        },
+        max_steps=config.steps,
+        seed=config.seed,
+        use_cpu=use_cpu,
+        bf16=config.dtype == "bfloat16" and not use_cpu,
+        activation_checkpointing=False,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant",
+        per_device_train_batch_size=batch // config.updates // ranks,
+        steps_per_generation=config.updates,
+        num_generations=config.generations,
+        temperature=config.temperature,
+        max_completion_length=config.max_completion_length or task.max_completion_length,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or config.steps,
+        save_total_limit=config.keep,
+    )
+    peft = None
+    if config.lora_rank:
+        from peft import LoraConfig
+
+        peft = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = IsentropicTrainer(
+        model,
+        task.reward,
+        args=args,
+        train_dataset=Dataset.from_list(task.train(config.seed)),
+        processing_class=tokenizer,
+        peft_config=peft,
+        callbacks=[StepLines(say)],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    return trainer
+
+
+class StepLines(TrainerCallback):
+    """One line a step: step, time left, reward, entropy against target, knob."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.began = time.monotonic()
+        self.first: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "entropy/mean" not in logs:
+            return
+        done = max(state.global_step - (self.first or 0), 1)
+        left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
+        self.say(step_line(state.global_step, state.max_steps, left, logs))
+
+
+def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any]) -> str:
+    """The line of one step.
+
+    Example:
+        >>> step_line(7, 800, 61.0, {"entropy/mean": 0.91, "entropy/target": 1.0, "knob/value": 0.02, "reward": 0.5})
+        'step   7/800  eta 1:01  reward 0.500  entropy 0.910 (target 1.000)  knob 0.02'
+    """
+    width = len(str(steps))
+    parts = [f"step {step:{width + (width < 4)}d}/{steps}" if width >= 4 else f"step {step:{width}d}/{steps}"]
+    parts.append(f"eta {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}")
+    reward = row.get("reward", row.get("reward/mean"))
+    if reward is not None:
+        parts.append(f"reward {reward:.3f}")
+    target = row.get("entropy/target")
+    against = f" (target {target:.3f})" if target is not None else ""
+    parts.append(f"entropy {row['entropy/mean']:.3f}{against}")
+    if row.get("knob/value") is not None:
+        parts.append(f"knob {row['knob/value']:.3g}" + (" at its bound" if row.get("knob/saturated") else ""))
+    return "  ".join(parts)
+
+
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """Sampling for an evaluation leaves the training run's random state alone."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Any, prompts: list[str], num: int, max_tokens: int, temperature: float, batch: int = 1024
+) -> list[list[str]]:
+    """``num`` completions of each prompt, as text."""
+    texts: list[str] = []
+    per_call = max(1, batch // num)
+    for start in range(0, len(prompts), per_call):
+        encoded = tokenizer(prompts[start : start + per_call], return_tensors="pt", padding=True).to(model.device)
+        out = model.generate(
+            input_ids=encoded["input_ids"],
+            attention_mask=encoded["attention_mask"],
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=num,
+            max_new_tokens=max_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts += tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [texts[i : i + num] for i in range(0, len(texts), num)]
+
+
+def evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig, step: int) -> dict[str, Any]:
+    """Sample held-out prompts and count: a row of evaluations.jsonl."""
+    rows = task.heldout()[:EVAL_ROWS]
+    was_training = model.training
+    model.eval()
+    limit = config.max_completion_length or task.max_completion_length
+    with _own_randomness(config.seed):
+        answers = sample(model, tokenizer, [r["prompt"] for r in rows], config.eval_k, limit, config.temperature)
+    model.train(was_training)
+    correct, distinct = [], []
+    for row, texts in zip(rows, answers, strict=True):
+        columns = {name: [value] * len(texts) for name, value in row.items() if name != "prompt"}
+        right = [t for t, r in zip(texts, task.reward(texts, prompts=[row["prompt"]] * len(texts), **columns), strict=True) if r]
+        correct.append(len(right))
+        distinct.append(len({task.normalise(t) for t in right}))
+    result: dict[str, Any] = {"step": step, "task": task.name, "k": config.eval_k, "temperature": config.temperature}
+    for k in sorted({1, *(2**i for i in range(1, 10) if 2**i < config.eval_k), config.eval_k}):
+        result[f"pass@{k}"] = float(pass_at_k([config.eval_k] * len(rows), correct, k).mean())
+    result["distinct"] = sum(distinct) / len(rows)
+    return {
+        **result,
+        "prompts": [row["prompt"] for row in rows],
+        "num_samples": [config.eval_k] * len(rows),
+        "num_correct": correct,
+        "num_distinct": distinct,
+    }
+
+
+def evaluate_checkpoint(path: str, config: RunConfig, step: int) -> dict[str, Any]:
+    """Evaluate a saved checkpoint on the held-out prompts of ``config.task``."""
+    model, tokenizer = load_model(path, config.dtype)
+    return evaluate(model, tokenizer, load_task(config.task), config, step)
+
+
+def summary(record: Record, seconds: float) -> dict[str, Any]:
+    """The closing figures, from the run directory alone."""
+    rows = record.rows("metrics")
+    settled = [r for r in rows if r["step"] > SETTLED and r.get("entropy/target") is not None] or None
+    tail = rows[-max(1, len(rows) // 10) :]
+    result: dict[str, Any] = {
+        "steps": rows[-1]["step"],
+        "seconds": round(seconds, 1),
+        "samples": rows[-1]["samples/total"],
+        "entropy/start": rows[0]["entropy/mean"],
+        "entropy/target": rows[-1].get("entropy/target"),
+        "entropy/end": sum(r["entropy/mean"] for r in tail) / len(tail),
+        "entropy/mean": sum(r["entropy/mean"] for r in rows[SETTLED:] or rows) / len(rows[SETTLED:] or rows),
+        "entropy/rms_error": None,
+        "reward/start": rows[0]["reward/mean"],
+        "reward/end": sum(r["reward/mean"] for r in tail) / len(tail),
+    }
+    if settled:
+        pairs = [(r["entropy/mean"], r["entropy/target"]) for r in settled]
+        result["entropy/rms_error"] = float(rms_relative_error(*map(list, zip(*pairs, strict=True))))
+    for name, row in zip(("start", "end"), _first_and_last(record.rows("evaluations")), strict=False):
+        result[name] = {key: value for key, value in row.items() if key == "distinct" or key.startswith("pass@")}
+    return result
+
+
+def _first_and_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [rows[0], rows[-1]] if len(rows) > 1 else rows
+
+
+def table(result: dict[str, Any], out: str) -> str:
+    """The closing table as text."""
+    lines = [("", "start", "target", "end")]
+    number = "{:.3f}".format
+    target = result["entropy/target"]
+    lines.append(
+        ("entropy (nats a token)", number(result["entropy/start"]), number(target) if target else "-", number(result["entropy/end"]))
+    )
+    if result["entropy/rms_error"] is not None:
+        lines.append((f"RMS entropy error after {SETTLED} steps", "", "", f"{result['entropy/rms_error']:.1%}"))
+    lines.append(("reward (training prompts)", number(result["reward/start"]), "", number(result["reward/end"])))
+    if "end" in result:
+        for key in result["end"]:
+            if key in ("pass@1", "distinct") or key == list(result["end"])[-2]:
+                name = "distinct right answers" if key == "distinct" else key
+                lines.append((f"{name} (held-out)", number(result["start"][key]), "", number(result["end"][key])))
+    lines.append(("seconds", "", "", f"{result['seconds']:.0f}"))
+    width = max(len(line[0]) for line in lines)
+    text = "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in lines)
+    return f"\n{text}\n\nrun directory: {out}"
+
+
+def quiet() -> None:
+    """Keep libraries' chatter off the terminal; warnings of ours stay."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s: %(message)s", level=logging.WARNING)

@@ -1,0 +1,263 @@
+"""The expression tasks: an exact verifier, a clean split, and a loader that says what is wrong."""
+
+import ast
+import operator
+import pickle
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from isentropic.tasks import TASKS, Task, load_task
+from isentropic.tasks.expressions import (
+    DIGITS,
+    HELD_OUT,
+    OPERATORS,
+    count_solutions,
+    enumerate_expressions,
+    evaluate,
+    expr,
+    expr_digit,
+    expressions,
+    format_prompt,
+    verify,
+)
+
+BOTH = pytest.mark.parametrize("task", [expr, expr_digit], ids=lambda task: task.name)
+BINARY = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
+
+
+def independent_value(text: str) -> int:
+    """The value by Python's own grammar, walked over its syntax tree."""
+
+    def walk(node: ast.expr) -> int:
+        if isinstance(node, ast.Constant):
+            return node.value
+        return BINARY[type(node.op)](walk(node.left), walk(node.right))
+
+    return walk(ast.parse(text, mode="eval").body)
+
+
+def random_expression(rng: random.Random, operands: int) -> str:
+    pairs = "".join(rng.choice(OPERATORS) + rng.choice(DIGITS) for _ in range(operands - 1))
+    return rng.choice(DIGITS) + pairs
+
+
+def test_evaluate_agrees_with_an_independent_evaluator():
+    rng = random.Random(0)
+    for _ in range(5000):
+        text = random_expression(rng, rng.randint(1, 6))
+        assert evaluate(text) == independent_value(text)
+
+
+def test_verify_agrees_with_an_independent_evaluator():
+    rng = random.Random(1)
+    for _ in range(2000):
+        text, digit = random_expression(rng, 4), rng.randint(1, 9)
+        value = independent_value(text)
+        assert verify(text, value, digit)
+        assert not verify(text, value + 1, digit)
+        assert not verify(text, value, digit, operands=3)
+        assert verify(text, value, digit, digit_required=True) == (str(digit) in text)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2+3*4", 14), ("2*3+4", 10), ("9-8-7", -6), ("9-2*3-1", 2), ("1*2*3*4", 24), ("5", 5), ("1-9*9", -80)],
+)
+def test_multiplication_binds_first_and_minus_associates_to_the_left(text, value):
+    assert evaluate(text) == value
+
+
+NO_EXPRESSIONS = [
+    "",
+    "+",
+    "12",
+    "1+",
+    "+1",
+    "-1+2",
+    "1++2",
+    "1+2+",
+    "0+1",
+    "10+2",
+    "1 + 2",
+    " 1+2",
+    "1+2\n",
+    "1/2",
+    "(1)",
+]
+LOOKALIKES = ["١+٢", "１+２", "²+1", "1−2", "1×2", "1.2", "1e5", "\x00", "1\x002", "1+a", "__import__('os')"]
+
+
+@pytest.mark.parametrize("text", NO_EXPRESSIONS + LOOKALIKES)
+def test_everything_else_is_no_expression(text):
+    assert evaluate(text) is None
+    assert not any(verify(text, target, 1) for target in range(100))
+
+
+def test_long_texts_are_wrong_and_cost_nothing():
+    for text in ["9*" * 5000 + "9", "1" * 10_000, "+" * 9_999, "9*8-3+4" + " " * 10_000]:
+        assert not verify(text, 73, 5)
+
+
+def test_enumeration_matches_brute_force():
+    values, texts = enumerate_expressions(3)
+    found = {bytes(text).decode(): int(value) for value, text in zip(values, texts, strict=True)}
+    every = [a + o + b + p + c for a in DIGITS for b in DIGITS for c in DIGITS for o in OPERATORS for p in OPERATORS]
+    assert len(values) == len(found)
+    assert found == {text: value for text in every if 0 <= (value := independent_value(text)) < 100}
+
+
+def test_counts():
+    values, texts = enumerate_expressions(4)
+    assert len(values) == 113_208
+    counts = np.bincount(values, minlength=100)
+    assert (counts.min(), counts.max()) == (72, 3467)
+    assert [count_solutions(t) for t in range(100)] == counts.tolist()
+    uses_seven = sum(7 in (text[::2] - ord("0")) for text in texts[values == 13])
+    assert count_solutions(13, digit=7) == uses_seven
+    # One digit is its own only solution; 1+1 = 2*1 = 1*2 = 3-1 = ... = 9-7.
+    assert [count_solutions(t, 1) for t in (0, 1, 9, 10)] == [0, 1, 1, 0]
+    assert count_solutions(2, 2) == 3 + 7
+
+
+@BOTH
+def test_all_that_is_asked_can_be_answered(task):
+    digit_required = task is expr_digit
+    for row in task.train(0) + task.heldout():
+        assert row["prompt"] == format_prompt(row["target"], row["digit"])
+        assert count_solutions(row["target"], digit=row["digit"] if digit_required else None) > 0
+
+
+@pytest.mark.parametrize("operands", [1, 2, 3, 4])
+@pytest.mark.parametrize("digit_required", [False, True])
+def test_reachable_is_what_the_verifier_accepts(operands, digit_required):
+    task = expressions(operands, digit_required=digit_required)
+    values, texts = enumerate_expressions(operands)
+    answers = {}
+    for value, text in zip(values.tolist(), texts, strict=True):
+        for digit in {int(c) - 48 for c in text[::2]} if digit_required else range(1, 10):
+            answers.setdefault((value, digit), bytes(text).decode())
+    rows = task.train(0) + task.heldout()
+    assert {(row["target"], row["digit"]) for row in rows} == set(answers)
+    assert all(task.verify(answers[row["target"], row["digit"]], row["target"], row["digit"]) for row in rows)
+
+
+@BOTH
+def test_held_out_targets_are_never_trained_on(task):
+    assert len(set(HELD_OUT)) == 20
+    assert {row["target"] for row in task.heldout()} == set(HELD_OUT)
+    assert {row["target"] for seed in range(3) for row in task.train(seed)} == set(range(100)) - set(HELD_OUT)
+
+
+@BOTH
+def test_the_first_twenty_rows_have_every_held_out_target(task):
+    assert {row["target"] for row in task.heldout()[:20]} == set(HELD_OUT)
+
+
+@BOTH
+def test_the_seed_decides_the_order_only(task):
+    def key(row):
+        return row["target"], row["digit"]
+
+    assert task.train(1) == task.train(1)
+    assert task.train(1) != task.train(2)
+    assert sorted(task.train(1), key=key) == sorted(task.train(2), key=key)
+
+
+@BOTH
+def test_rows_are_a_dataset_and_the_reward_fits_trl(task):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list(task.train(0)[:4])
+    assert rows.column_names == ["prompt", "target", "digit"]
+    rewards = task.reward(
+        prompts=["73 9>", "73 5>", "07 1>"],
+        completions=["9*8-3+4", "9*8-3+4", "9*8-3+4"],
+        completion_ids=[[1], [2], [3]],
+        target=[73, 73, 7],
+        digit=[9, 5, 1],
+        trainer_state=object(),
+        log_extra=print,
+        log_metric=print,
+    )
+    assert rewards == ([1.0, 1.0, 0.0] if task is expr else [1.0, 0.0, 0.0])
+    assert task.reward.__name__ == "reward"
+
+
+def test_conversations_are_judged_by_their_last_message():
+    completions = [[{"role": "assistant", "content": "9*8-3+4"}]]
+    assert expr.reward(completions, target=[73], digit=[5]) == [1.0]
+
+
+def test_missing_and_short_columns_are_refused():
+    with pytest.raises(ValueError, match="verify needs the column 'digit'"):
+        expr.reward(["1+1+1+1"], target=[4])
+    with pytest.raises(ValueError, match="2 completions and target has 1"):
+        expr.reward(["1+1+1+1", "2"], target=[4], digit=[1, 1])
+
+
+def test_a_verifier_that_takes_all_columns_gets_the_columns_only():
+    seen = []
+
+    def verify_all(completion, **columns):
+        seen.append(columns)
+        return True
+
+    task = Task("all", "", lambda seed: [], list, verify_all, str.strip, 4)
+    assert task.reward(["a", "b"], prompts=["p", "q"], word=["x", "y"], trainer_state=None) == [1.0, 1.0]
+    assert seen == [{"prompt": "p", "word": "x"}, {"prompt": "q", "word": "y"}]
+
+
+@BOTH
+def test_tasks_survive_pickling(task):
+    copy = pickle.loads(pickle.dumps(task))
+    assert copy.train(3) == task.train(3)
+    assert copy.max_completion_length == 8
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_built_in_tasks_load_by_name(name):
+    assert load_task(name).name == name
+    assert load_task(TASKS[name]) is load_task(name)
+
+
+def test_a_task_of_ones_own_loads(tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text(
+        "from isentropic.tasks.expressions import expressions\nshort = expressions(3)\nnumber = 3\n"
+    )
+    (tmp_path / "broken_tasks.py").write_text("import a_module_that_is_missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert load_task("my_tasks:short").name == "expr-3"
+    with pytest.raises(ValueError, match=r"must be a Task, got a int; Tasks in my_tasks: \['short'\]"):
+        load_task("my_tasks:number")
+    with pytest.raises(ValueError, match=r"got no such attribute; .* did you mean my_tasks:short"):
+        load_task("my_tasks:shrot")
+    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+        load_task("broken_tasks:short")
+
+
+def test_unknown_tasks_are_refused():
+    with pytest.raises(ValueError, match=r"must be one of 'expr', 'expr-digit' .* got 'expr_digit'; did you mean"):
+        load_task("expr_digit")
+    with pytest.raises(ValueError, match="there is no module 'no_such_module'"):
+        load_task("no_such_module:task")
+
+
+@pytest.mark.parametrize("operands", [0, 6])
+def test_operands_out_of_range_are_refused(operands):
+    with pytest.raises(ValueError, match=f"operands must be from 1 to 5, got {operands}"):
+        expressions(operands)
+
+
+def test_counts_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="target must be from 0 to 99, got 100"):
+        count_solutions(100)
+    with pytest.raises(ValueError, match="digit must be from 1 to 9, got 0"):
+        count_solutions(5, digit=0)
+
+
+def test_importing_tasks_needs_neither_torch_nor_numpy():
+    code = "import sys, isentropic.tasks; print([m for m in ('torch', 'numpy', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -1,0 +1,122 @@
+"""Controllers: numbers worked by hand, bounds, and what they have in common."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isentropic.controllers import CONTROLLERS, Range, double_halve, gated_step, multiplicative, parse_controller, pi, sign_step
+
+WIDE = Range(start=0.1, low=-1.0, high=1.0, least=0.01)
+BELOW, ABOVE, TARGET = 0.5, 2.0, 1.0
+
+
+def run(controller, *entropies):
+    state = controller.init()
+    values = []
+    for entropy in entropies:
+        state = controller.update(state, entropy, TARGET)
+        values.append(state.value)
+    return values
+
+
+def test_double_halve_takes_18_updates_from_bound_to_bound():
+    # 0.05 halves to 0.05/2^8 = 1.95e-4 in 8 updates; the 9th would pass 1e-4 and flips to -1e-4; nine doublings of 1e-4
+    # reach 0.0512, held at 0.05: 18 in all.
+    values = run(double_halve(Range(0.05, -0.05, 0.05, 1e-4)), *[ABOVE] * 18)
+    assert values[7] == pytest.approx(0.05 / 256)
+    assert values[8] == -1e-4
+    assert values[17] == -0.05
+    assert values[16] > -0.05
+
+
+def test_double_halve_of_a_negative_knob_halves_below_and_doubles_above():
+    controller = double_halve(Range(-0.02, -0.05, 0.05, 1e-4))
+    assert run(controller, BELOW, ABOVE, ABOVE) == [-0.01, -0.02, -0.04]
+
+
+def test_double_halve_stays_positive_where_the_range_does():
+    assert run(double_halve(Range(0.02, 0.0, 0.1, 0.01)), ABOVE, ABOVE, BELOW) == [0.01, 0.01, 0.02]
+
+
+def test_multiplicative_by_hand():
+    assert run(multiplicative(Range(0.28, 0.1, 0.3), 0.05), BELOW, BELOW) == pytest.approx([0.294, 0.3])
+    assert run(multiplicative(Range(0.28, 0.1, 0.3), 0.05), ABOVE) == pytest.approx([0.28 / 1.05])
+
+
+def test_sign_step_by_hand():
+    assert run(sign_step(WIDE, 0.25), BELOW, ABOVE, ABOVE, TARGET) == pytest.approx([0.35, 0.1, -0.15, -0.15])
+
+
+def test_gated_step_is_off_above_the_target():
+    assert run(gated_step(Range(0.01, 0.0, 0.1), 0.01), BELOW, ABOVE, BELOW) == pytest.approx([0.02, 0.0, 0.02])
+
+
+def test_pi_by_hand():
+    # span 2; e = 0.5: value = 0.1 + 2 (0.2·0.5 + 0.1·0.5) = 0.4; again: 0.1 + 2 (0.1 + 0.1·1.0) = 0.5.
+    assert run(pi(WIDE, 0.2, 0.1), BELOW, BELOW) == pytest.approx([0.4, 0.5])
+
+
+def test_pi_does_not_wind_up():
+    controller = pi(WIDE, 0.0, 0.5)
+    state = controller.init()
+    for _ in range(1000):
+        state = controller.update(state, BELOW, TARGET)
+    assert state.value == 1.0
+    # Two readings at -e undo what two at +e did: the bound is left at once.
+    state = controller.update(state, 1.5, TARGET)
+    assert state.value < 1.0
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_every_controller_moves_the_right_way_and_stays_inside(name, sign):
+    knob = Range(0.3, 0.1, 0.9, 0.1, sign)
+    controller = CONTROLLERS[name](knob)
+    low = run(controller, *[BELOW] * 200)
+    high = run(controller, *[ABOVE] * 200)
+    assert all(knob.low <= value <= knob.high or value == 0.1 for value in low + high)
+    if name != "fixed":
+        assert (low[-1] - high[-1]) * sign > 0
+        assert {low[-1], high[-1]} == {0.1, 0.9}
+
+
+@given(st.sampled_from(sorted(CONTROLLERS)), st.lists(st.floats(0.01, 10), max_size=40))
+def test_states_are_plain_numbers_and_values_stay_inside(name, entropies):
+    controller = CONTROLLERS[name](WIDE)
+    state = controller.init()
+    for entropy in entropies:
+        state = controller.update(state, entropy, TARGET)
+        assert WIDE.low <= state.value <= WIDE.high
+    assert all(isinstance(x, float | int) and math.isfinite(x) for x in state)
+    assert type(state)(**state._asdict()) == state
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("p", "controller must be one of"),
+        ("pi:gian=1", "got 'gian'"),
+        ("pi:gain=x", "must be a number"),
+        ("sign_step:step=-1", "step must be > 0"),
+        ("multiplicative:rate=0", "rate must be > 0"),
+    ],
+)
+def test_bad_controllers_are_named(text, says):
+    with pytest.raises(ValueError, match=says):
+        parse_controller(text, WIDE)
+
+
+@pytest.mark.parametrize(
+    "knob", [Range(0, 1, 0), Range(2, 0, 1), Range(0.5, 0, 1, least=0), Range(0.5, 0, 1, sign=2)], ids=str
+)
+def test_bad_ranges_are_refused(knob):
+    with pytest.raises(ValueError, match="knob"):
+        pi(knob)
+
+
+def test_a_target_of_zero_is_refused():
+    controller = pi(WIDE)
+    with pytest.raises(ValueError, match="target must be > 0"):
+        controller.update(controller.init(), 0.5, 0.0)
