@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isentropic.controllers import CONTROLLERS, Range, double_halve, gated_step, multiplicative, parse_controller, pi, sign_step
+from isentropic.controllers import (
+    CONTROLLERS,
+    Range,
+    double_halve,
+    gated_step,
+    multiplicative,
+    parse_controller,
+    pi,
+    sign_step,
+)
 
 WIDE = Range(start=0.1, low=-1.0, high=1.0, least=0.01)
 BELOW, ABOVE, TARGET = 0.5, 2.0, 1.0

@@ -17,7 +17,6 @@ from isentropic.recipes import (
     OBJECTIVES,
     RECIPES,
     REDUCTIONS,
-    SHAPINGS,
     Recipe,
     advantages,
     build_thermostat,
@@ -68,7 +67,10 @@ def test_the_catalogue_holds_what_is_promised():
     ("recipe", "knob", "controller", "target"),
     list(
         itertools.product(
-            ["loop", "gspo", "rloo"], KNOBS, CONTROLLERS, ["initial", "0.8", "80%", "anneal:100%:50%:9", "band:80%:120%"]
+            ["loop", "gspo", "rloo"],
+            KNOBS,
+            CONTROLLERS,
+            ["initial", "0.8", "80%", "anneal:100%:50%:9", "band:80%:120%"],
         )
     ),
 )
@@ -163,9 +165,7 @@ def test_micro_batches_add_up_to_the_whole():
         recipe = RECIPES[name]
         _, tokens = batch(b=8)
         whole, _ = loss(recipe, tokens, None, length=5)
-        parts = [
-            loss(recipe, TokenBatch(*(x[i : i + 3] for x in tokens)), None, length=5)[0] for i in range(0, 8, 3)
-        ]
+        parts = [loss(recipe, TokenBatch(*(x[i : i + 3] for x in tokens)), None, length=5)[0] for i in range(0, 8, 3)]
         joined = reduce.merge(*parts)
         assert torch.allclose(joined.mean(), whole.mean(), atol=1e-6), name
 
@@ -181,7 +181,7 @@ def test_a_bonus_adds_its_gradient():
 
 
 def test_repo_r_by_hand():
-    # log π = −2, A = 1, ζ = 0.1: raw 1 − 0.1·(−2) = 1.2; centred with H = 0.5: 1 − 0.1·(−1.5) = 1.15; A = −1: −1 + 0.2 = −0.8.
+    # log π = −2, ζ = 0.1. A = 1: raw 1 − 0.1·(−2) = 1.2, centred with H = 0.5: 1 − 0.1·(−1.5) = 1.15; A = −1: −0.8.
     tokens = TokenBatch(
         torch.tensor([[-2.0], [-2.0]]), None, torch.tensor([1.0, -1.0]), torch.ones(2, 1), torch.full((2, 1), 0.5)
     )
@@ -194,7 +194,7 @@ def test_repo_r_by_hand():
 def test_what_needs_entropies_says_so():
     _, tokens = batch()
     for recipe in (compose("loop", knob="zeta"), compose("loop", entropy_coef=0.1), compose("repo-d-loop")):
-        with pytest.raises(ValueError, match="needs batch.entropy"):
+        with pytest.raises(ValueError, match=r"needs batch\.entropy"):
             loss(recipe, tokens._replace(entropy=None), 0.1 if recipe.knob else None)
 
 

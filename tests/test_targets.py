@@ -53,7 +53,8 @@ def test_state_is_plain_numbers():
 
 
 @pytest.mark.parametrize(
-    "text", ["", "initail", "-1", "0", "0%", "nan", "anneal:1:2", "anneal:1:2:0", "band:2:1", "band:x:1", "inf", "1e400"]
+    "text",
+    ["", "initail", "-1", "0", "0%", "nan", "anneal:1:2", "anneal:1:2:0", "band:2:1", "band:x:1", "inf", "1e400"],
 )
 def test_bad_targets_are_refused(text):
     with pytest.raises(ValueError, match=r"got|>="):

@@ -37,7 +37,9 @@ def test_every_counts_readings_and_ignores_the_caller():
     assert values == [0.0, 0.0, 0.1, 0.1, 0.1, 0.2]
 
 
-@pytest.mark.parametrize("bad", [reading(float("nan")), reading(float("inf")), EntropyReading(0, 0), reading(0.0), reading(-1)])
+@pytest.mark.parametrize(
+    "bad", [reading(float("nan")), reading(float("inf")), EntropyReading(0, 0), reading(0.0), reading(-1)]
+)
 def test_a_refused_reading_moves_nothing(bad):
     t = loop()
     before = t.update(t.init(), reading(0.5))

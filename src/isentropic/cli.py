@@ -58,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, stop")
     train.add_argument("--rebuild", action="store_true", help="build the embedded model again")
     commands.add_parser("recipes", help="list the algorithms, knobs, controllers and targets")
-    evaluation = commands.add_parser("eval", help="pass@k and distinct answers of a run's checkpoint", allow_abbrev=False)
+    evaluation = commands.add_parser(
+        "eval", help="pass@k and distinct answers of a run's checkpoint", allow_abbrev=False
+    )
     evaluation.add_argument("run", help="run directory")
     evaluation.add_argument("--step", type=int, help="checkpoint after this optimizer step [the last]")
     evaluation.add_argument("--k", type=int, help="samples a prompt [as the run]")

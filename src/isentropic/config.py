@@ -29,8 +29,12 @@ class RunConfig:
     task: str = _setting("expr", "a built-in task, or package.module:attribute of your own")
     recipe: str = _setting("repo-r-loop", "a named algorithm; see `isentropic recipes`")
     knob: str | None = _setting(None, "what is turned: clip_high, clip_low, beta, zeta, entropy_coef, or none")
-    controller: str | None = _setting(None, "how: fixed, double_halve, multiplicative, sign_step, pi; none only monitors")
-    target: str | None = _setting(None, "what entropy is held at: initial, 0.8, 80%%, anneal:FROM:TO:STEPS, band:LOW:HIGH")
+    controller: str | None = _setting(
+        None, "how: fixed, double_halve, multiplicative, sign_step, pi; none only monitors"
+    )
+    target: str | None = _setting(
+        None, "what entropy is held at: initial, 0.8, 80%%, anneal:FROM:TO:STEPS, band:LOW:HIGH"
+    )
     every: int | None = _setting(None, "optimizer steps between controller updates [a generated batch]", low=1)
     shaping: str | None = _setting(None, "how the advantage is shaped: none, repo, repo_r, repo_r_raw, repo_d, ...")
     steps: int = _setting(800, "optimizer steps", low=1)
@@ -48,7 +52,9 @@ class RunConfig:
     save_every: int = _setting(200, "optimizer steps between checkpoints; 0 keeps only the last", low=0)
     keep: int = _setting(2, "checkpoints kept", low=1)
     eval_k: int = _setting(16, "samples a held-out prompt in the evaluations at start and end; 0 skips them", low=0)
-    recipe_options: dict[str, Any] = field(default_factory=dict, metadata={"help": "other fields of a recipe (TOML table)"})
+    recipe_options: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "other fields of a recipe (TOML table)"}
+    )
 
 
 FLAGLESS = ("recipe_options",)
@@ -100,7 +106,7 @@ def _check_value(where: str, key: str, value: Any) -> None:
     kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
     if key in FLAGLESS:
         kinds = (dict,)
-    fits = isinstance(value, kinds) and not isinstance(value, bool) or (float in kinds and type(value) is int)
+    fits = (isinstance(value, kinds) and not isinstance(value, bool)) or (float in kinds and type(value) is int)
     if not fits:
         names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
         raise ConfigError(f"{where}: got {value!r}, must be {names}")
@@ -108,7 +114,7 @@ def _check_value(where: str, key: str, value: Any) -> None:
     if low is not None and value is not None and not value >= low:
         raise ConfigError(f"{where}: got {value!r}, must be at least {low:g}")
     if choices and value not in choices:
-        raise ConfigError(f"{where}: got {value!r}{suggest(value, list(choices))}; allowed: {', '.join(choices)}")
+        raise ConfigError(f"{where}: got {value!r}{suggest(str(value), list(choices))}; allowed: {', '.join(choices)}")
 
 
 def recipe_of(config: RunConfig) -> Recipe:
@@ -164,7 +170,9 @@ def _check_names(config: RunConfig, where: str) -> None:
         return
     looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).exists()
     if looks_local and not (Path(config.model).expanduser() / "config.json").is_file():
-        raise ConfigError(f"{where}model: {config.model} has no config.json; name a saved model's directory or a hub id")
+        raise ConfigError(
+            f"{where}model: {config.model} has no config.json; name a saved model's directory or a hub id"
+        )
     if not looks_local and "/" not in config.model:
         raise ConfigError(
             f"{where}model: got {config.model!r}{suggest(config.model, list(MODELS))}; allowed: {', '.join(MODELS)}, "

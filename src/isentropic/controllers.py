@@ -1,8 +1,8 @@
 """Feedback controllers: pure pairs ``init() -> State``, ``update(state, entropy, target) -> State``.
 
 A controller turns the error between an entropy and its target, both in nats per token, into the value of one knob.
-A state is a NamedTuple of plain numbers with a field ``value``: it goes into a checkpoint as JSON and resumes bit for bit.
-Every rank that sees the same reading computes the same state.
+A state is a NamedTuple of plain numbers with a field ``value``: it goes into a checkpoint as JSON and resumes bit for
+bit. Every rank that sees the same reading computes the same state.
 
 Sources: arXiv:2603.11682 for the doubling rule and the direction of ADAPO; step sizes are named [ours] where the
 published detail is unknown.
@@ -234,7 +234,9 @@ def pi(knob: Range, gain: float = 1.0, integral_gain: float = 0.1) -> Controller
     """
     knob.check()
     if gain < 0 or integral_gain < 0 or gain + integral_gain == 0:
-        raise ValueError(f"gains must be >= 0 and not both 0, got {gain} and {integral_gain}; 1.0 and 0.1 are the defaults")
+        raise ValueError(
+            f"gains must be >= 0 and not both 0, got {gain} and {integral_gain}; 1.0 and 0.1 are the defaults"
+        )
     span = knob.high - knob.low
 
     def update(state: IntegralState, entropy: float, target: float) -> IntegralState:
@@ -280,7 +282,9 @@ def parse_controller(text: str, knob: Range) -> Controller:
         try:
             options[key] = float(value)
         except ValueError:
-            raise ValueError(f"controller option {key} must be a number, got {value!r}; write {name}:{key}=0.1") from None
+            raise ValueError(
+                f"controller option {key} must be a number, got {value!r}; write {name}:{key}=0.1"
+            ) from None
     return CONTROLLERS[name](knob, **options)
 
 

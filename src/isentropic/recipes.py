@@ -111,10 +111,17 @@ def _zeta_range(recipe: Recipe) -> Range:
 
 KNOBS: dict[str, Knob] = {
     "clip_high": Knob(_scaled("clip_high", 1), None, True, "ADAPO arXiv:2603.11682 [paper: direction; range ours]"),
-    "clip_low": Knob(_scaled("clip_low", -1), None, True, "arXiv:2509.26114: a tighter low clip raises entropy [range ours]"),
+    "clip_low": Knob(
+        _scaled("clip_low", -1), None, True, "arXiv:2509.26114: a tighter low clip raises entropy [range ours]"
+    ),
     "beta": Knob(lambda r: Range(r.beta, -1.0, 1.0, 1e-3), "repo", False, "A − βL of arXiv:2603.11682 [range ours]"),
     "zeta": Knob(_zeta_range, "repo_r", False, "REPO-R and REPO-D, arXiv:2603.11682; ±[1e-4, 0.05] for REPO-R [paper]"),
-    "entropy_coef": Knob(lambda r: Range(r.entropy_coef, 0.0, 0.1, 1e-4), None, False, "loss − c·H, under the recipe's reduction [range ours]"),
+    "entropy_coef": Knob(
+        lambda r: Range(r.entropy_coef, 0.0, 0.1, 1e-4),
+        None,
+        False,
+        "loss − c·H, under the recipe's reduction [range ours]",
+    ),
 }
 
 _REPO = "arXiv:2603.11682"
@@ -130,7 +137,9 @@ _BASES: dict[str, Recipe] = {
         on_policy=True,
         reduction="constant",
     ),
-    "grpo": Recipe("−min(rA, clip(r)A), A = (R−mean)/std, mean over sequences", "arXiv:2402.03300", reduction="sequence"),
+    "grpo": Recipe(
+        "−min(rA, clip(r)A), A = (R−mean)/std, mean over sequences", "arXiv:2402.03300", reduction="sequence"
+    ),
     "dr-grpo": Recipe(
         "GRPO without the std and without the length mean", "arXiv:2503.20783", baseline="mean", reduction="constant"
     ),
@@ -236,7 +245,7 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
         >>> compose("rloo", knob="clip_high")
         Traceback (most recent call last):
         ...
-        ValueError: knob clip_high needs a clip, and objective reinforce has none; use clipped, cispo or sequence_clipped, or a knob of beta, entropy_coef, zeta
+        ValueError: knob clip_high needs a clip, and objective reinforce has none; ...
     """
     if isinstance(recipe, str):
         _choose("recipe", recipe, RECIPES)
@@ -352,14 +361,17 @@ def with_knob(recipe: Recipe, value: float | None) -> Recipe:
         >>> with_knob(compose("adapo"), 0.5).clip_high
         0.5
     """
-    return recipe if recipe.knob is None or value is None else replace(recipe, **{recipe.knob: value})
+    if recipe.knob is None or value is None:
+        return recipe
+    turned: dict[str, Any] = {recipe.knob: value}
+    return replace(recipe, **turned)
 
 
 def advantages(recipe: Recipe, rewards: Tensor) -> Tensor:
     """Rewards ``[p g]`` to advantages ``[b]`` by the recipe's baseline."""
     from .advantages import BASELINES as functions
 
-    options = {"k": recipe.quantile} if recipe.baseline == "quantile" else {}
+    options: dict[str, Any] = {"k": recipe.quantile} if recipe.baseline == "quantile" else {}
     return functions[recipe.baseline](rewards, **options)
 
 
@@ -374,12 +386,10 @@ def shape(recipe: Recipe, batch: TokenBatch) -> Tensor:
     """
     from . import dynamics, shaping
 
-    logp, entropy = batch.logp.detach(), batch.entropy
-    if entropy is None:
-        if recipe.shaping in ("repo", "repo_r", "repo_d", "repo_d_token"):
-            raise ValueError(f"shaping {recipe.shaping} needs batch.entropy, got None; pass the entropies of the rows")
-    else:
-        entropy = entropy.detach()
+    if batch.entropy is None and recipe.shaping in ("repo", "repo_r", "repo_d", "repo_d_token"):
+        raise ValueError(f"shaping {recipe.shaping} needs batch.entropy, got None; pass the entropies of the rows")
+    logp = batch.logp.detach()
+    entropy = -logp if batch.entropy is None else batch.entropy.detach()
 
     def repo_d(per: str) -> Tensor:
         adv = batch.adv.unsqueeze(1) if batch.adv.dim() == 1 else batch.adv
@@ -432,6 +442,9 @@ def loss(
         if batch.entropy is None:
             raise ValueError("an entropy bonus needs batch.entropy, got None; pass the rows' entropies, with gradient")
         per_token = per_token - recipe.entropy_coef * batch.entropy
-    if recipe.reduction == "constant":
-        return reduce.constant(per_token, batch.mask, length or per_token.shape[1]), facts
-    return reduce.REDUCTIONS[recipe.reduction](per_token, batch.mask), facts
+    sums: dict[str, Callable[[], SumCount]] = {
+        "token": lambda: reduce.token(per_token, batch.mask),
+        "sequence": lambda: reduce.sequence(per_token, batch.mask),
+        "constant": lambda: reduce.constant(per_token, batch.mask, length or per_token.shape[1]),
+    }
+    return sums[recipe.reduction](), facts

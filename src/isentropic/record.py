@@ -3,7 +3,7 @@
 ::
 
     RUN/
-      run.json           written at the start: schema, created, command, config (resolved), recipe, versions, machine, seed
+      run.json           written first: schema, created, command, config (resolved), recipe, versions, machine, seed
       metrics.jsonl      one row an optimizer step
       samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
       evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
@@ -16,7 +16,7 @@ number. Text files are UTF-8, and a reader must ignore a last line that is cut s
 A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since this process began training) and:
 
 ==========================  ==========================================================================================
-``entropy/mean``            nats per generated token, exact, at the sampling temperature, over the whole step and all ranks
+``entropy/mean``            nats per generated token, exact, at the sampling temperature; whole step, all ranks
 ``entropy/tokens``          tokens that were read
 ``entropy/target``          H* in force, nats; null while the start is measured, or without a target
 ``entropy/error``           (H − H*)/H*
@@ -52,6 +52,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,11 @@ class Record:
     def start(self, config: dict[str, Any], recipe: dict[str, Any], seed: int, **more: Any) -> None:
         """Write run.json; a directory that is missing is made."""
         self.path.mkdir(parents=True, exist_ok=True)
-        from datetime import datetime, timezone
+        from datetime import datetime
 
         header = {
             "schema": SCHEMA,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": sys.argv,
             "seed": seed,
             "config": config,
@@ -149,10 +150,14 @@ class Record:
         """
         path = self.path / "run.json"
         if not path.is_file():
-            raise ValueError(f"{self.path} is not a run directory: it has no run.json; name what `train --out` was given")
+            raise ValueError(
+                f"{self.path} is not a run directory: it has no run.json; name what `train --out` was given"
+            )
         header = json.loads(path.read_text(encoding="utf-8"))
         if header.get("schema") != SCHEMA:
-            raise ValueError(f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}; update isentropic")
+            raise ValueError(
+                f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}; update isentropic"
+            )
         return header
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:

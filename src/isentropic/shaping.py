@@ -12,7 +12,6 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from . import reduce
-from .types import TokenBatch
 
 Advantage = Float[Tensor, " b"] | Float[Tensor, "b 1"] | Float[Tensor, "b t"]
 Knob = float | int | Float[Tensor, ""] | Float[Tensor, "b t"]
@@ -163,28 +162,4 @@ def repo_d(
     return _unless_zero(zeta, adv + zeta * change * (logp + entropy).detach(), adv)
 
 
-def _entropy(batch: TokenBatch) -> Tensor:
-    if batch.entropy is None:
-        raise ValueError(
-            "this shaping needs batch.entropy, got None; pass the entropies of the rows, or use repo_r_raw"
-        )
-    return batch.entropy
-
-
-def _repo_d(batch: TokenBatch, zeta: Knob, per: str) -> Tensor:
-    """REPO-D with Theorem 1's change for a step along the unshaped advantage, ``ΔĤ = −A·π·L``."""
-    entropy, adv = _entropy(batch), _per_token(batch.adv, batch.logp)
-    predicted = -adv * batch.logp.exp() * (batch.logp + entropy)
-    return repo_d(batch.adv, batch.logp, entropy, predicted, zeta, batch.mask, per=per)
-
-
-# By name, with one signature: (batch, knob) -> [b t]. The knob is beta for repo and zeta for the others.
-SHAPINGS = {
-    "none": lambda batch, knob: _per_token(batch.adv, batch.logp),
-    "repo": lambda batch, beta: repo(batch.adv, batch.logp, _entropy(batch), beta),
-    "repo_r": lambda batch, zeta: repo_r(batch.adv, batch.logp, zeta, _entropy(batch)),
-    "repo_r_raw": lambda batch, zeta: repo_r(batch.adv, batch.logp, zeta),
-    "repo_r_positive": lambda batch, zeta: repo_r(batch.adv, batch.logp, zeta, positive_only=True),
-    "repo_d": lambda batch, zeta: _repo_d(batch, zeta, per="batch"),
-    "repo_d_token": lambda batch, zeta: _repo_d(batch, zeta, per="token"),
-}
+SHAPINGS = {"repo": repo, "repo_r": repo_r, "repo_d": repo_d}

@@ -59,7 +59,9 @@ def parse_level(text: str) -> Level:
     try:
         amount = float(text.strip().removesuffix("%")) / (100 if share else 1)
     except ValueError:
-        raise ValueError(f"an entropy level must be nats (0.8) or a share of the initial entropy (80%), got {text!r}") from None
+        raise ValueError(
+            f"an entropy level must be nats (0.8) or a share of the initial entropy (80%), got {text!r}"
+        ) from None
     if not 0 < amount < float("inf"):
         raise ValueError(f"an entropy level must be > 0 and finite, got {text!r}; sampling cannot reach it")
     return Level(amount, share)
@@ -125,7 +127,10 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
     def hold(state: TargetState) -> bool:
         return measured and state.readings <= first
 
-    return Target(TargetState, lambda *args: _measure(first, *args), level, hold)
+    def update(state: TargetState, entropy: float, tokens: float) -> TargetState:
+        return _measure(first, state, entropy, tokens)
+
+    return Target(TargetState, update, level, hold)
 
 
 def band(low: Level, high: Level, first: int = 1) -> Target:

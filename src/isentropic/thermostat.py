@@ -1,4 +1,4 @@
-"""The loop that closes: a controller and a target joined into one pure pair ``init() -> State``, ``update(state, reading)``.
+"""The loop that closes: a controller and a target joined into one pure pair ``init()``, ``update(state, reading)``.
 
 An engine, or a hand-written loop, hands in one :class:`~isentropic.types.EntropyReading` an optimizer step and reads
 ``state.value``, the knob of the next step. A refused reading never moves the knob: it is counted in ``state.refused``.
@@ -97,13 +97,9 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
 
     def restore(saved: dict[str, Any]) -> ThermostatState:
         blank = init()
-        return ThermostatState(
-            **{
-                **saved,
-                "controller": type(blank.controller)(**saved["controller"]),
-                "target": TargetState(**saved["target"]),
-            }
-        )
+        controller = type(blank.controller)(**saved["controller"])
+        fields: dict[str, Any] = {**saved, "controller": controller, "target": TargetState(**saved["target"])}
+        return blank._replace(**fields)
 
     return Thermostat(init, update, lambda state: target.level(state.target), restore)
 

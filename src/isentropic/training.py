@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
@@ -52,7 +53,9 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     if step < config.steps:
         raise KeyboardInterrupt
     if config.eval_k and trainer.accelerator.is_main_process:
-        record.append("evaluations", evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, config, step))
+        record.append(
+            "evaluations", evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, config, step)
+        )
     result = summary(record, time.monotonic() - began)
     write_json(record.path / "summary.json", result)
     return result
@@ -74,21 +77,27 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
         ConfigError: what could not be loaded, and why, in one line.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: {path!r} cannot be loaded: {reason}; name a saved model's directory or a hub id") from None
+        raise ConfigError(
+            f"model: {path!r} cannot be loaded: {reason}; name a saved model's directory or a hub id"
+        ) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
 
 
-def _trainer(config: RunConfig, task: Task, model: Any, tokenizer: Any, say: Callable[[str], None]) -> IsentropicTrainer:
+def _trainer(
+    config: RunConfig, task: Task, model: Any, tokenizer: Any, say: Callable[[str], None]
+) -> IsentropicTrainer:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = config.prompts * config.generations
     if batch % (config.updates * ranks):
-        raise ConfigError(f"prompts x generations = {batch} must be a multiple of updates x processes = {config.updates * ranks}")
+        raise ConfigError(
+            f"prompts x generations = {batch} must be a multiple of updates x processes = {config.updates * ranks}"
+        )
     use_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     args = IsentropicConfig(
         output_dir=str(config.out),
@@ -123,7 +132,9 @@ def _trainer(config: RunConfig, task: Task, model: Any, tokenizer: Any, say: Cal
     if config.lora_rank:
         from peft import LoraConfig
 
-        peft = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        peft = LoraConfig(
+            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     trainer = IsentropicTrainer(
         model,
         task.reward,
@@ -222,12 +233,16 @@ def evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig, step: in
     correct, distinct = [], []
     for row, texts in zip(rows, answers, strict=True):
         columns = {name: [value] * len(texts) for name, value in row.items() if name != "prompt"}
-        right = [t for t, r in zip(texts, task.reward(texts, prompts=[row["prompt"]] * len(texts), **columns), strict=True) if r]
+        right = [
+            t
+            for t, r in zip(texts, task.reward(texts, prompts=[row["prompt"]] * len(texts), **columns), strict=True)
+            if r
+        ]
         correct.append(len(right))
         distinct.append(len({task.normalise(t) for t in right}))
     result: dict[str, Any] = {"step": step, "task": task.name, "k": config.eval_k, "temperature": config.temperature}
     for k in sorted({1, *(2**i for i in range(1, 10) if 2**i < config.eval_k), config.eval_k}):
-        result[f"pass@{k}"] = float(pass_at_k([config.eval_k] * len(rows), correct, k).mean())
+        result[f"pass@{k}"] = float(np.mean(pass_at_k([config.eval_k] * len(rows), correct, k)))
     result["distinct"] = sum(distinct) / len(rows)
     return {
         **result,
@@ -279,7 +294,12 @@ def table(result: dict[str, Any], out: str) -> str:
     number = "{:.3f}".format
     target = result["entropy/target"]
     lines.append(
-        ("entropy (nats a token)", number(result["entropy/start"]), number(target) if target else "-", number(result["entropy/end"]))
+        (
+            "entropy (nats a token)",
+            number(result["entropy/start"]),
+            number(target) if target else "-",
+            number(result["entropy/end"]),
+        )
     )
     if result["entropy/rms_error"] is not None:
         lines.append((f"RMS entropy error after {SETTLED} steps", "", "", f"{result['entropy/rms_error']:.1%}"))

@@ -1,6 +1,6 @@
 """The values that cross rooms, and the axis legend every signature uses.
 
-Axes: ``b`` sequences, ``t`` response tokens, ``v`` vocabulary, ``p`` prompts, ``g`` samples a prompt, ``d`` hidden size.
+Axes: ``b`` sequences, ``t`` response tokens, ``v`` vocabulary, ``p`` prompts, ``g`` samples a prompt, ``d`` hidden.
 Units: log-probabilities and entropies are in nats. This room imports no torch: controllers and the command line need
 an :class:`EntropyReading` and nothing heavier.
 """
@@ -83,7 +83,7 @@ class EntropyReading(NamedTuple):
         if not self.count > 0:
             return f"entropy was read over {self.count:g} tokens; expected at least 1: every token is masked"
         if not math.isfinite(self.sum):
-            return f"entropy is {self.sum} over {self.count:g} tokens; expected a finite number: look for inf or nan logits"
+            return f"entropy is {self.sum} over {self.count:g} tokens; expected a finite number: check the logits"
         if self.sum == 0.0:
             return (
                 f"entropy is exactly 0 over {self.count:g} tokens; expected a positive number of nats: "

@@ -21,15 +21,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..recipes import Recipe, advantages, build_thermostat, check, knob_range, shape, with_knob
+from ..advantages import overlong_penalty
+from ..recipes import Recipe, build_thermostat, check, knob_range, shape, with_knob
 from ..record import CHECKPOINT_FILE, Record, write_json
 from ..thermostat import to_json
 from ..types import EntropyReading, TokenBatch
-from .trl_settings import adopt, boundary, resolve_recipe, updates_per_batch
+from .trl_sampling import local_advantages, resample
+from .trl_settings import adopt, boundary, clip_settings, resolve_recipe, updates_per_batch
 
 SUPPORTED = (1, 16)
 
@@ -38,7 +40,9 @@ def _require_trl() -> None:
     try:
         got = version("trl")
     except PackageNotFoundError:
-        raise ImportError("isentropic.engines.trl needs trl, which is not installed; pip install 'isentropic[trl]'") from None
+        raise ImportError(
+            "isentropic.engines.trl needs trl, which is not installed; pip install 'isentropic[trl]'"
+        ) from None
     if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
         raise ImportError(
             f"isentropic.engines.trl wraps private methods of trl {SUPPORTED[0]}.{SUPPORTED[1]}, got trl {got}; "
@@ -118,23 +122,32 @@ class EntropyReadingError(RuntimeError):
     """Ten readings in a row were refused: a checkpoint was saved and training stopped."""
 
 
-class EntropyControlMixin:
+# To a type checker the mixin is a GRPOTrainer; at run time it stands before one.
+_Trainer = GRPOTrainer if TYPE_CHECKING else object
+
+
+class EntropyControlMixin(_Trainer):
     """Entropy control for a GRPOTrainer subclass of your own: ``class Mine(EntropyControlMixin, MyTrainer)``.
 
     Its ``args`` must carry :class:`EntropyControlConfig`; with a plain GRPOConfig it only monitors. The run directory
     is ``args.output_dir``.
     """
 
-    _tag_names = ["trl", "grpo", "isentropic"]
+    _tag_names = ["trl", "grpo", "isentropic"]  # noqa: RUF012  (TRL's convention)
+    args: Any
+    model: Any
+    processing_class: Any
+    control_state: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not hasattr(self.args, "entropy_recipe"):
             self.args.entropy_recipe, _ = resolve_recipe(self.args)
         self.recipe: Recipe = self.args.entropy_recipe
+        self._samples_wanted: int = getattr(self.args, "samples_logged", 0)
         self.thermostat = build_thermostat(self.recipe)
         self.control_state = self.thermostat.init() if self.thermostat else None
-        self._knob_range = knob_range(self.recipe) if self.thermostat else None
+        self._knob_range: Any = knob_range(self.recipe) if self.thermostat else None
         self.record = Record(self.args.output_dir)
         self._boundary = boundary(self.args)
         self._live: dict[str, Any] | None = None
@@ -149,7 +162,9 @@ class EntropyControlMixin:
         self._failure: str | None = None
         self._began = time.monotonic()
         if self.args.mask_truncated_completions:
-            logger.warning("mask_truncated_completions: TRL does not score truncated completions, so entropy omits them")
+            logger.warning(
+                "mask_truncated_completions: TRL does not score truncated completions, so entropy omits them"
+            )
         self._warn_of_native_bonus()
 
     def _warn_of_native_bonus(self) -> None:
@@ -166,11 +181,9 @@ class EntropyControlMixin:
         rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
         rewards[torch.isnan(per_function).all(dim=1)] = torch.nan
         if self.recipe.overlong_buffer:
-            from ..advantages import overlong_penalty
-
             lengths = torch.tensor([len(ids) for ids in completion_ids_list], device=rewards.device)
-            lengths = self.accelerator.gather(lengths)
-            rewards = rewards + overlong_penalty(lengths, self.max_completion_length, self.recipe.overlong_buffer)
+            limit, buffer = int(self.args.max_completion_length), self.recipe.overlong_buffer
+            rewards = rewards + overlong_penalty(self.accelerator.gather(lengths), limit, buffer)
         self._rewards = rewards
         return per_function
 
@@ -178,8 +191,6 @@ class EntropyControlMixin:
         output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
             return output
-        from .trl_sampling import local_advantages, resample
-
         output = local_advantages(self, output)
         if self.recipe.dynamic_sampling:
             output = resample(self, inputs, output, super()._generate_and_score_completions)
@@ -199,19 +210,23 @@ class EntropyControlMixin:
 
     def _observe(self, inputs: dict[str, Any], logp: torch.Tensor, entropy: torch.Tensor) -> None:
         """Count this micro-batch, and rewrite what the native loss is about to read."""
-        mask = inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
+        mask = (
+            inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
+        )
         self._terms = (entropy, mask)
         batch = TokenBatch(
             logp.detach(), inputs.get("old_per_token_logps"), inputs["advantages"], mask, entropy.detach()
         )
         ratio = self._ratio(batch)
-        self._count(batch, ratio)
-        if len(self._samples) < self.args.samples_logged and (self._step % self._micro_batches()) == 0:
-            self._keep_samples(inputs, batch)
+        self._count(batch, entropy.detach(), ratio)
+        if len(self._samples) < self._samples_wanted and (self._step % self._micro_batches()) == 0:
+            self._keep_samples(inputs, batch, entropy.detach())
         if self.recipe.shaping == "none":
             return
         recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
-        inputs["advantages"] = shape(recipe, batch)
+        # A token whose entropy is broken is left unshaped (L = 0): a faulty head must not reach the weights.
+        usable = torch.where(entropy.isfinite(), entropy.detach(), -batch.logp)
+        inputs["advantages"] = shape(recipe, batch._replace(entropy=usable))
         if recipe.objective == "sequence_clipped":
             # One ratio a sequence with a gradient by token: the token ratio exp(logp − (sg(logp) − log s)).
             inputs["old_per_token_logps"] = batch.logp - ratio.log()
@@ -229,7 +244,7 @@ class EntropyControlMixin:
             log_ratio = log_ratio.expand_as(batch.logp)
         return log_ratio.exp()
 
-    def _count(self, batch: TokenBatch, ratio: torch.Tensor) -> None:
+    def _count(self, batch: TokenBatch, entropy: torch.Tensor, ratio: torch.Tensor) -> None:
         """Add this micro-batch's sums, in the order of ``_SUMS``, without a synchronisation."""
         logp = batch.logp
         adv = batch.adv if batch.adv.dim() == 2 else batch.adv.unsqueeze(1)
@@ -237,7 +252,7 @@ class EntropyControlMixin:
         ceiling = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
         floor = -1.0 if self.loss_type == "cispo" else 1 - self.epsilon_low
         low, high = (ratio < floor) & (adv < 0), (ratio > ceiling) & (adv > 0)
-        table = torch.stack([batch.entropy, torch.ones_like(logp), low, high, adv, logp, adv * logp, ratio])
+        table = torch.stack([entropy, torch.ones_like(logp), low, high, adv, logp, adv * logp, ratio])
         wide = torch.float32 if logp.device.type == "mps" else torch.float64
         sums = torch.where(batch.mask.bool(), table, 0.0).sum((1, 2), dtype=wide)
         sums = torch.cat([sums, sums.new_tensor([0.0, float(self._stop_requested)])])
@@ -255,7 +270,9 @@ class EntropyControlMixin:
         finally:
             self._live = None
         if self._window is None:
-            raise RuntimeError("the native loss never asked for log-probabilities; this trainer's loss cannot be wrapped")
+            raise RuntimeError(
+                "the native loss never asked for log-probabilities; this trainer's loss cannot be wrapped"
+            )
         self._window[_SUMS.index("loss")] += loss.detach()
         if self.accelerator.sync_gradients:
             self._close_window()
@@ -264,10 +281,7 @@ class EntropyControlMixin:
     def _set_bounds(self) -> None:
         if self.control_state is None or self.recipe.knob not in ("clip_low", "clip_high"):
             return
-        adopt_bounds = with_knob(self.recipe, self.control_state.value)
-        from .trl_settings import clip_settings
-
-        bounds = clip_settings(adopt_bounds)
+        bounds = clip_settings(with_knob(self.recipe, self.control_state.value))
         self.epsilon_low, self.epsilon_high = bounds["epsilon"], bounds["epsilon_high"]
 
     def _penalised(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -280,7 +294,7 @@ class EntropyControlMixin:
         if recipe.reduction == "sequence":
             bonus = ((entropy * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / windows
         elif recipe.reduction == "constant":
-            bonus = (entropy * mask).sum() / (entropy.shape[0] * self.max_completion_length) / windows
+            bonus = (entropy * mask).sum() / (entropy.shape[0] * self.args.max_completion_length) / windows
         else:
             share = windows / self.args.steps_per_generation / self.accelerator.num_processes
             bonus = (entropy * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1.0) * share)
@@ -356,11 +370,11 @@ class EntropyControlMixin:
 
     # The run directory.
 
-    def _keep_samples(self, inputs: dict[str, Any], batch: TokenBatch) -> None:
-        rows = slice(0, self.args.samples_logged - len(self._samples))
+    def _keep_samples(self, inputs: dict[str, Any], batch: TokenBatch, entropy: torch.Tensor) -> None:
+        rows = slice(0, self._samples_wanted - len(self._samples))
         names = ("prompt_ids", "prompt_mask", "completion_ids", "advantages", "rewards")
         kept = {name: inputs[name][rows].detach().clone() for name in names if name in inputs}
-        kept |= {"logp": batch.logp[rows], "entropy": batch.entropy[rows], "mask": batch.mask[rows]}
+        kept |= {"logp": batch.logp[rows], "entropy": entropy[rows], "mask": batch.mask[rows]}
         self._samples = [{name: value[i] for name, value in kept.items()} for i in range(len(kept["mask"]))]
 
     def _write_samples(self, step: int) -> None:
@@ -417,7 +431,8 @@ class EntropyControlMixin:
             return
         saved = json.loads(path.read_text(encoding="utf-8"))
         self._generated = saved["generated"]
-        self.record.rewind(saved["step"]) if self.accelerator.is_main_process else None
+        if self.accelerator.is_main_process:
+            self.record.rewind(saved["step"])
         if self.thermostat is None or saved["state"] is None:
             return
         changed = [k for k in ("knob", "controller", "target") if saved["recipe"][k] != getattr(self.recipe, k)]
@@ -427,7 +442,7 @@ class EntropyControlMixin:
             self.control_state = self.thermostat.restore(saved["state"])
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As TRL's; the first Ctrl-C or SIGTERM saves at the end of the generated batch and stops, the second stops now.
+        """As TRL's, but the first Ctrl-C or SIGTERM saves at the end of the generated batch, then stops.
 
         Raises:
             EntropyReadingError: ten readings in a row were refused; a checkpoint was saved.

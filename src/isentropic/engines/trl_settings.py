@@ -70,7 +70,9 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
         return recipe, settings(recipe)
     fixed = {"baseline", "objective", "reduction", "bounds", "on_policy"} & set(options)
     if fixed:
-        raise ValueError(f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one")
+        raise ValueError(
+            f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one"
+        )
     return compose(_as_recipe(args), **changes, **options), {}
 
 
@@ -102,7 +104,9 @@ def adopt(args: Any, owned: dict[str, Any]) -> None:
         got = getattr(args, name)
         if got not in (default[name], value):
             hint = "set clip_low and clip_high in recipe_options" if "epsilon" in name else f"leave {name} out"
-            raise ValueError(f"recipe {args.recipe} sets {name}={value!r}, got {got!r}; {hint}, or leave the recipe out")
+            raise ValueError(
+                f"recipe {args.recipe} sets {name}={value!r}, got {got!r}; {hint}, or leave the recipe out"
+            )
         setattr(args, name, value)
 
 
@@ -115,5 +119,3 @@ def boundary(args: Any) -> int:
     """Optimizer steps between the moments at which both a step ends and a new batch is about to be generated."""
     every = args.steps_per_generation * args.num_iterations
     return math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
-
-
