@@ -208,3 +208,7 @@ def _eval(args: dict[str, Any]) -> int:
         if key.startswith("pass@") or key in ("task", "step", "k", "distinct"):
             print(f"{key:10} {row[key]:.3f}" if isinstance(row[key], float) else f"{key:10} {row[key]}")
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -155,7 +155,8 @@ class StepLines(TrainerCallback):
     def __init__(self, say: Callable[[str], None]):
         self.say = say
         self.began = time.monotonic()
-        self.first: int | None = None
+        self.first = 0
+        self.reward: float | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.began, self.first = time.monotonic(), state.global_step
@@ -163,9 +164,10 @@ class StepLines(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or not logs or "entropy/mean" not in logs:
             return
-        done = max(state.global_step - (self.first or 0), 1)
+        self.reward = logs.get("reward", self.reward)  # TRL logs it once a generated batch
+        done = max(state.global_step - self.first, 1)
         left = (time.monotonic() - self.began) / done * (state.max_steps - state.global_step)
-        self.say(step_line(state.global_step, state.max_steps, left, logs))
+        self.say(step_line(state.global_step, state.max_steps, left, {**logs, "reward": self.reward}))
 
 
 def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any]) -> str:
@@ -176,11 +178,9 @@ def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any]) -
         'step   7/800  eta 1:01  reward 0.500  entropy 0.910 (target 1.000)  knob 0.02'
     """
     width = len(str(steps))
-    parts = [f"step {step:{width + (width < 4)}d}/{steps}" if width >= 4 else f"step {step:{width}d}/{steps}"]
-    parts.append(f"eta {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}")
-    reward = row.get("reward", row.get("reward/mean"))
-    if reward is not None:
-        parts.append(f"reward {reward:.3f}")
+    parts = [f"step {step:{width}d}/{steps}", f"eta {int(seconds_left) // 60}:{int(seconds_left) % 60:02d}"]
+    if row.get("reward") is not None:
+        parts.append(f"reward {row['reward']:.3f}")
     target = row.get("entropy/target")
     against = f" (target {target:.3f})" if target is not None else ""
     parts.append(f"entropy {row['entropy/mean']:.3f}{against}")
