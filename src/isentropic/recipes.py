@@ -251,8 +251,12 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
         _choose("recipe", recipe, RECIPES)
         recipe = RECIPES[recipe]
     changes = {key: value for key, value in changes.items() if value is not None}
-    for key in changes:
-        _choose("a field of a recipe", key, [f.name for f in fields(Recipe)])
+    kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(Recipe)}
+    for key, value in changes.items():
+        _choose("a field of a recipe", key, kinds)
+        allowed = ("int", "float") if kinds[key] == "float" else (kinds[key],)
+        if type(value).__name__ not in allowed:
+            raise ValueError(f"{key} must be of type {kinds[key]}, got {value!r}")
     knob = changes.get("knob")
     if knob is not None and knob != "none":
         _choose("knob", knob, KNOBS)

@@ -39,7 +39,9 @@ def test_save_stop_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path)
     assert same(weights(straight), weights(second))
     assert to_json(straight.control_state) == to_json(second.control_state)
     drop = {"seconds"}
-    rows = [[{k: v for k, v in r.items() if k not in drop} for r in t.record.rows("metrics")] for t in (straight, second)]
+    rows = [
+        [{k: v for k, v in r.items() if k not in drop} for r in t.record.rows("metrics")] for t in (straight, second)
+    ]
     assert rows[0] == rows[1]
     assert straight.record.rows("samples") == second.record.rows("samples")
 
@@ -137,7 +139,15 @@ def _free_port():
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory):
     out = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(_free_port())]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(_free_port()),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [*command, str(HERE / "trl_case.py"), str(out)], capture_output=True, text=True, check=False, env=environment

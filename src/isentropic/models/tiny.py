@@ -53,6 +53,7 @@ class TinySettings:
         noise: share of demonstrations in [0, 1] that show another target than theirs.
         hint: share of demonstrations in [0, 1] whose answer is sure to use the digit of the prompt; from this the
             sister task `expr-digit` starts.
+        hard: weight in [0, 1], against 1, of the expressions that take long to learn: two products, or one at the end.
         seed: of weights, demonstrations and the final measurement.
     """
 
@@ -63,8 +64,9 @@ class TinySettings:
     batch: int = 128
     lr: float = 0.01
     matrix_lr: float = 0.02
-    noise: float = 0.1
+    noise: float = 0.4
     hint: float = 0.5
+    hard: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -72,7 +74,7 @@ class TinySettings:
             value, default = getattr(self, name), getattr(type(self), name)
             if value <= 0:
                 raise ValueError(f"{name} must be > 0, got {value}; the default is {default}")
-        for name in ("noise", "hint"):
+        for name in ("noise", "hint", "hard"):
             value, default = getattr(self, name), getattr(type(self), name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a share in [0, 1], got {value}; the default is {default}")
@@ -188,19 +190,24 @@ def _tokens(texts: list[str]) -> np.ndarray:
 def _demonstrations(settings: TinySettings) -> tuple[Tensor, int]:
     """Return all batches of token ids [steps, batch, length], and the length of an answer with its end.
 
-    Targets are drawn uniformly, then one of the target's expressions: drawn uniformly among expressions, small
+    Targets are drawn uniformly, then one of the target's expressions by weight: drawn among all expressions, small
     targets would be nearly all there is. Held-out targets occur neither as values nor as noise.
     """
     rng = np.random.default_rng(settings.seed)
     num = settings.steps * settings.batch
     values, texts = enumerate_expressions(4)
     order = np.argsort(values, kind="stable")
-    counts = np.bincount(values, minlength=TARGETS)
-    first = np.cumsum(counts) - counts
+    values, texts = values[order], texts[order]
+    products = texts[:, 1::2] == ord("*")
+    weight = np.where((products.sum(axis=1) > 1) | products[:, -1], settings.hard, 1.0)
+    # An interval of [0, total) for each expression; those of a target lie together.
+    edges = np.concatenate([[0.0], np.cumsum(weight)])
+    low, high = edges[np.searchsorted(values, [np.arange(TARGETS), np.arange(1, TARGETS + 1)])]
     asked = np.setdiff1d(np.arange(TARGETS), HELD_OUT)
 
     value = rng.choice(asked, num)
-    answers = texts[order[first[value] + (rng.random(num) * counts[value]).astype(np.int64)]]
+    spot = low[value] + rng.random(num) * (high - low)[value]
+    answers = texts[np.searchsorted(edges, spot, side="right") - 1]
     shown = np.where(rng.random(num) < settings.noise, rng.choice(asked, num), value)
     operand = answers[np.arange(num), 2 * rng.integers(0, 4, num)] - ord("0")
     digit = np.where(rng.random(num) < settings.hint, operand, rng.integers(1, 10, num))
