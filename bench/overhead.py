@@ -115,9 +115,7 @@ def report(times):
     print(f"{'trainer':12}{'CPU ms a step':>15}{'wall ms a step':>16}{'CPU ratio to TRL (median of pairs)':>38}")
     result = {}
     for kind, rows in times.items():
-        cpu, wall = (
-            [row[i] / STEPS_A_BATCH * 1e3 for row in rows[WARM_UP:]] for i in (0, 1)
-        )
+        cpu, wall = ([row[i] / STEPS_A_BATCH * 1e3 for row in rows[WARM_UP:]] for i in (0, 1))
         pairs = [a[0] / b[0] for a, b in zip(rows[WARM_UP:], times["trl"][WARM_UP:], strict=True)]
         low, middle, high = statistics.quantiles(pairs, n=4)
         result[kind] = {"cpu_ms": statistics.median(cpu), "ratio": middle, "quartiles": [low, high]}

@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 
 from .models import MODELS
 from .recipes import Recipe, check, compose
-from .tasks import TASKS
+from .tasks import TASKS, load_task
 
 
 class ConfigError(ValueError):
@@ -160,12 +160,16 @@ def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig
 
 
 def _check_names(config: RunConfig, where: str) -> None:
-    """Names that can be judged without loading them."""
+    """The task is loaded, which is light; a model is judged by its name and its directory."""
     if ":" not in config.task and config.task not in TASKS:
         raise ConfigError(
             f"{where}task: got {config.task!r}{suggest(config.task, list(TASKS))}; allowed: {', '.join(TASKS)}, "
             "or package.module:attribute of your own"
         )
+    try:
+        load_task(config.task)
+    except ValueError as error:
+        raise ConfigError(f"{where}{error}") from None
     if config.model in MODELS:
         return
     looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).exists()

@@ -38,36 +38,37 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
         ConfigError: a model, task or run directory that cannot be used.
     """
     began = time.monotonic()
+    main = os.environ.get("RANK", "0") == "0"
     record = Record(str(config.out))
     task = load_task(config.task)
-    model_path = resolve_model(config.model)
-    checkpoint = _checkpoint_to_resume(record) if resume else None
-    if not resume:
+    model, tokenizer = load_model(resolve_model(config.model), config.dtype)
+    checkpoint = _checkpoint_to_resume(record, main) if resume else None
+    if main and not resume:
         record.start(as_dict(config), asdict(recipe_of(config)), config.seed, task=config.task, model=config.model)
-    model, tokenizer = load_model(model_path, config.dtype)
     trainer = _trainer(config, task, model, tokenizer, say)
-    if checkpoint is None and config.eval_k:
+    evaluating = main and config.eval_k > 0
+    if evaluating and checkpoint is None:
         record.append("evaluations", evaluate(model, tokenizer, task, config, step=0))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
     if step < config.steps:
         raise KeyboardInterrupt
-    if config.eval_k and trainer.accelerator.is_main_process:
-        record.append(
-            "evaluations", evaluate(trainer.accelerator.unwrap_model(trainer.model), tokenizer, task, config, step)
-        )
+    if evaluating and all(row["step"] != step for row in record.rows("evaluations")):
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        record.append("evaluations", evaluate(trained, tokenizer, task, config, step))
     result = summary(record, time.monotonic() - began)
-    write_json(record.path / "summary.json", result)
+    if main:
+        write_json(record.path / "summary.json", result)
     return result
 
 
-def _checkpoint_to_resume(record: Record) -> Path | None:
+def _checkpoint_to_resume(record: Record, main: bool) -> Path | None:
     found = record.checkpoints()
-    if not found:
+    if found:
+        return found[-1][1]
+    if main:
         record.rewind(-1)
-        return None
-    record.rewind(found[-1][0])
-    return found[-1][1]
+    return None
 
 
 def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
@@ -290,27 +291,25 @@ def _first_and_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(result: dict[str, Any], out: str) -> str:
     """The closing table as text."""
-    lines = [("", "start", "target", "end")]
-    number = "{:.3f}".format
-    target = result["entropy/target"]
+
+    def line(name: str, start: Any = None, target: Any = None, end: Any = None) -> tuple[str, ...]:
+        return name, *("" if x is None else x if isinstance(x, str) else f"{x:.3f}" for x in (start, target, end))
+
+    lines = [line("", "start", "target", "end")]
     lines.append(
-        (
-            "entropy (nats a token)",
-            number(result["entropy/start"]),
-            number(target) if target else "-",
-            number(result["entropy/end"]),
-        )
+        line("entropy (nats a token)", result["entropy/start"], result["entropy/target"], result["entropy/end"])
     )
     if result["entropy/rms_error"] is not None:
-        lines.append((f"RMS entropy error after {SETTLED} steps", "", "", f"{result['entropy/rms_error']:.1%}"))
-    lines.append(("reward (training prompts)", number(result["reward/start"]), "", number(result["reward/end"])))
-    if "end" in result:
-        for key in result["end"]:
-            if key in ("pass@1", "distinct") or key == list(result["end"])[-2]:
-                name = "distinct right answers" if key == "distinct" else key
-                lines.append((f"{name} (held-out)", number(result["start"][key]), "", number(result["end"][key])))
-    lines.append(("seconds", "", "", f"{result['seconds']:.0f}"))
-    width = max(len(line[0]) for line in lines)
+        lines.append(line(f"RMS entropy error after {SETTLED} steps", end=f"{result['entropy/rms_error']:.1%}"))
+    lines.append(line("reward (training prompts)", result["reward/start"], None, result["reward/end"]))
+    before, after = result.get("start", {}), result.get("end", {})
+    scores = [key for key in after if key.startswith("pass@")]
+    for key in dict.fromkeys([*scores[:1], *scores[-1:]]):
+        lines.append(line(f"{key} (held-out)", before.get(key), None, after[key]))
+    if after:
+        lines.append(line("distinct right answers (held-out)", before.get("distinct"), None, after["distinct"]))
+    lines.append(line("seconds", end=f"{result['seconds']:.0f}"))
+    width = max(len(row[0]) for row in lines)
     text = "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in lines)
     return f"\n{text}\n\nrun directory: {out}"
 

@@ -323,3 +323,15 @@ def test_settings_of_a_reciprocal_clip():
     got = settings(RECIPES["loop"])
     assert 1 - got["epsilon"] == pytest.approx(1 / 1.1)
     assert got["epsilon_high"] == 0.1
+
+
+def test_vllms_importance_correction_is_left_alone(tmp_path):
+    """The sampler's ratio multiplies the native loss after the clip, whatever we wrote into the advantages."""
+    trainer = trained(tmp_path, 4, recipe="repo-r-loop")
+    inputs = trainer._buffered_inputs[1]
+    trainer.model.train()
+    plain = trainer._compute_loss(trainer.model, dict(inputs))
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True
+    halved = {**inputs, "importance_sampling_ratio": torch.full_like(inputs["old_per_token_logps"], 0.5)}
+    assert trainer._compute_loss(trainer.model, halved).item() == pytest.approx(plain.item() / 2, abs=1e-7)
+    trainer.use_vllm = False

@@ -1,0 +1,91 @@
+"""A whole run from the command line: a task of one's own, a local model, the table, and what eval makes of it."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("trl")
+sys.path.insert(0, str(Path(__file__).parent / "engines"))
+from trl_case import save_model
+
+from isentropic.cli import main
+from isentropic.record import Record
+from isentropic.tasks import Task
+from isentropic.training import summary, table
+
+letters = Task(
+    name="letters",
+    description="Start with a digit.",
+    train=lambda seed: [{"prompt": f"{(seed + i) % 90 + 10}>", "digit": i % 10} for i in range(64)],
+    heldout=lambda: [{"prompt": f"{i}>", "digit": i} for i in range(6)],
+    verify=lambda completion, digit: completion[:1].isdigit(),
+    normalise=lambda text: text[:1],
+    max_completion_length=6,
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    home = tmp_path_factory.mktemp("run")
+    model = save_model(home / "model")
+    config = home / "run.toml"
+    config.write_text(f'model = "{model}"\ntask = "test_training:letters"\nsteps = 24\neval_k = 4\nsave_every = 8\n')
+    flags = ["--prompts", "4", "--generations", "8", "--out", str(home / "out"), "--learning-rate", "1e-3"]
+    flags += ["--recipe", "dapo", "--knob", "beta", "--target", "90%"]
+    assert main(["train", str(config), *flags]) == 0
+    return Record(home / "out")
+
+
+def test_the_run_directory_holds_everything(run):
+    header = run.header()
+    assert header["config"]["steps"] == 24
+    assert header["config"]["prompts"] == 4
+    assert header["recipe"]["knob"] == "beta"
+    assert {"trl", "torch", "isentropic"} <= set(header["versions"])
+    assert [row["step"] for row in run.rows("metrics")] == list(range(1, 25))
+    assert [step for step, _ in run.checkpoints()] == [16, 24]
+    first, last = run.rows("evaluations")
+    assert (first["step"], last["step"]) == (0, 24)
+    assert set(last) >= {"pass@1", "pass@2", "pass@4", "distinct", "num_correct", "num_samples", "prompts"}
+    assert last["pass@1"] == pytest.approx(sum(last["num_correct"]) / 24)
+    assert {s["step"] for s in run.rows("samples")} == {1, 5, 9, 13, 17, 21}
+
+
+def test_the_summary_is_what_the_rows_say(run):
+    rows = run.rows("metrics")
+    result = summary(run, 1.0)
+    settled = [(r["entropy/mean"] / r["entropy/target"] - 1) ** 2 for r in rows if r["step"] > 20]
+    assert result["entropy/rms_error"] == pytest.approx((sum(settled) / len(settled)) ** 0.5)
+    assert result["entropy/target"] == pytest.approx(0.9 * rows[0]["entropy/mean"])
+    text = table(result, "out")
+    for part in (
+        "entropy (nats a token)",
+        "RMS entropy error after 20 steps",
+        "pass@1",
+        "pass@4",
+        "distinct",
+        "seconds",
+    ):
+        assert part in text
+
+
+def test_eval_recomputes_from_a_checkpoint(run, capsys):
+    last = run.rows("evaluations")[-1]
+    assert main(["eval", str(run.path)]) == 0
+    text = capsys.readouterr().out
+    assert f"pass@1     {last['pass@1']:.3f}" in text
+    assert f"distinct   {last['distinct']:.3f}" in text
+    assert main(["eval", str(run.path), "--step", "16", "--k", "8"]) == 0
+    assert "pass@8" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["eval", str(run.path), "--step", "3"])
+    assert "checkpoints are at 16, 24" in capsys.readouterr().err
+
+
+def test_a_task_that_cannot_be_imported_is_one_line(capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--task", "no_such_package.room:task", "--out", str(tmp_path / "a")])
+    assert stop.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert not (tmp_path / "a").exists()
