@@ -57,7 +57,7 @@ def test_the_lists_of_names_are_the_rooms_own():
 def test_the_catalogue_holds_what_is_promised():
     bases = ["rloo", "loop", "grpo", "dapo", "gspo"]
     wanted = {f"repo-{kind}-{base}" for kind in "rd" for base in bases} | set(bases)
-    wanted |= {"reinforce", "dr-grpo", "cispo", "entropy-bonus", "entropy-bonus-adaptive", "adapo"}
+    wanted |= {"isentropic", "reinforce", "dr-grpo", "cispo", "entropy-bonus", "entropy-bonus-adaptive", "adapo"}
     assert set(RECIPES) == wanted
     for recipe in RECIPES.values():
         assert check(recipe) is recipe

@@ -27,7 +27,7 @@ class RunConfig:
 
     model: str = _setting("tiny", "tiny (built here), a local path, or a hub id")
     task: str = _setting("expr", "a built-in task, or package.module:attribute of your own")
-    recipe: str = _setting("repo-r-loop", "a named algorithm; see `isentropic recipes`")
+    recipe: str = _setting("isentropic", "a named algorithm; see `isentropic recipes`")
     knob: str | None = _setting(None, "what is turned: clip_high, clip_low, beta, zeta, entropy_coef, or none")
     controller: str | None = _setting(
         None, "how: fixed, double_halve, multiplicative, sign_step, pi; none only monitors"
@@ -42,7 +42,9 @@ class RunConfig:
     out: str | None = _setting(None, "the run directory [runs/TASK-RECIPE-sSEED]")
     device: str = _setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
     dtype: str = _setting("float32", "dtype of weights and arithmetic", choices=("float32", "bfloat16"))
-    learning_rate: float = _setting(1e-4, "AdamW learning rate, constant", low=0.0)
+    learning_rate: float = _setting(4e-4, "AdamW learning rate at its peak", low=0.0)
+    schedule: str = _setting("linear", "of the learning rate after the warm-up", choices=("linear", "constant", "cosine"))
+    warmup: int = _setting(50, "optimizer steps over which the learning rate rises to its peak", low=0)
     prompts: int = _setting(16, "prompts a generated batch", low=1)
     generations: int = _setting(16, "samples a prompt", low=2)
     updates: int = _setting(4, "optimizer steps a generated batch; 1 is on-policy", low=1)

@@ -106,6 +106,8 @@ def _scaled(name: str, sign: int) -> Callable[[Recipe], Range]:
 def _zeta_range(recipe: Recipe) -> Range:
     if recipe.shaping.startswith("repo_d"):
         return Range(recipe.zeta or 1.0, 0.0, 64.0, 0.01)
+    if recipe.shaping == "repo_r":
+        return Range(recipe.zeta, -1.0, 1.0, 1e-3)
     return Range(recipe.zeta or 1e-3, -0.05, 0.05, 1e-4)
 
 
@@ -115,7 +117,7 @@ KNOBS: dict[str, Knob] = {
         _scaled("clip_low", -1), None, True, "arXiv:2509.26114: a tighter low clip raises entropy [range ours]"
     ),
     "beta": Knob(lambda r: Range(r.beta, -1.0, 1.0, 1e-3), "repo", False, "A − βL of arXiv:2603.11682 [range ours]"),
-    "zeta": Knob(_zeta_range, "repo_r", False, "REPO-R and REPO-D, arXiv:2603.11682; ±[1e-4, 0.05] for REPO-R [paper]"),
+    "zeta": Knob(_zeta_range, "repo_r", False, "REPO-R, REPO-D arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]"),
     "entropy_coef": Knob(
         lambda r: Range(r.entropy_coef, 0.0, 0.1, 1e-4),
         None,
@@ -175,6 +177,16 @@ def _on(base: str, suffix: str, source: str, **changes: Any) -> Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
+    "isentropic": _on(
+        "loop",
+        "centred REPO-R, A − ζ|A|·L, ζ by PI on every optimizer step",
+        f"ours; REPO-R is of {_REPO}",
+        shaping="repo_r",
+        knob="zeta",
+        controller="pi",
+        target="85%",
+        every=1,
+    ),
     **_BASES,
     "entropy-bonus": _on("grpo", "loss − c·mean H, c fixed", "common practice", entropy_coef=0.003),
     "entropy-bonus-adaptive": _on(
