@@ -215,11 +215,12 @@ def gated_step(knob: Range, step: float | None = None) -> Controller:
     return Controller(lambda: GatedState(rest, knob.start), update)
 
 
-def pi(knob: Range, gain: float = 1.0, integral_gain: float = 0.1) -> Controller:
+def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05) -> Controller:
     """``knob = start + span · (gain · e + integral_gain · Σe)``, e the relative error, span = high − low.
 
     Anti-windup: the sum does not grow while the output is held at the bound that the error pushes against. Gains are
-    per unit of relative error and in spans, so that one pair serves every knob.
+    per unit of relative error and in spans, so that one pair serves every knob. Entropy integrates the knob, so a large
+    gain and a small integral gain settle without ringing.
 
     Reference: [ours]; EntroPIC (arXiv:2511.15248) steers sample weights by PI, its gains are unknown.
 
@@ -235,7 +236,7 @@ def pi(knob: Range, gain: float = 1.0, integral_gain: float = 0.1) -> Controller
     knob.check()
     if gain < 0 or integral_gain < 0 or gain + integral_gain == 0:
         raise ValueError(
-            f"gains must be >= 0 and not both 0, got {gain} and {integral_gain}; 1.0 and 0.1 are the defaults"
+            f"gains must be >= 0 and not both 0, got {gain} and {integral_gain}; 4 and 0.05 are the defaults"
         )
     span = knob.high - knob.low
 

@@ -64,9 +64,9 @@ class TinySettings:
     batch: int = 128
     lr: float = 0.01
     matrix_lr: float = 0.02
-    noise: float = 0.4
+    noise: float = 0.1
     hint: float = 0.5
-    hard: float = 0.05
+    hard: float = 0.3
     seed: int = 0
 
     def __post_init__(self) -> None:
