@@ -165,9 +165,9 @@ class EntropyControlMixin(_Trainer):
             logger.warning(
                 "mask_truncated_completions: TRL does not score truncated completions, so entropy omits them"
             )
-        self._warn_of_native_bonus()
+        self._refuse_two_bonuses()
 
-    def _warn_of_native_bonus(self) -> None:
+    def _refuse_two_bonuses(self) -> None:
         if self.recipe.knob == "entropy_coef" and (self.args.use_adaptive_entropy or self.args.entropy_coef):
             raise ValueError(
                 "knob entropy_coef and TRL's own entropy bonus are both on, and would add up; "
@@ -255,7 +255,10 @@ class EntropyControlMixin(_Trainer):
         table = torch.stack([entropy, torch.ones_like(logp), low, high, adv, logp, adv * logp, ratio])
         wide = torch.float32 if logp.device.type == "mps" else torch.float64
         sums = torch.where(batch.mask.bool(), table, 0.0).sum((1, 2), dtype=wide)
-        sums = torch.cat([sums, sums.new_tensor([0.0, float(self._stop_requested)])])
+        more = sums.new_zeros(2)
+        if self._stop_requested:
+            more[1:].fill_(1.0)
+        sums = torch.cat([sums, more])
         self._window = sums if self._window is None else self._window + sums
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -461,10 +464,16 @@ class EntropyControlMixin(_Trainer):
 def _stop_signals(trainer: Any) -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into a request that all ranks see at their next reduction."""
 
+    first = 0.0
+
     def request(number: int, frame: Any) -> None:
+        nonlocal first
         if trainer._stop_requested:
-            raise KeyboardInterrupt
-        trainer._stop_requested = True
+            # A launcher passes its own Ctrl-C on: two signals at once are one request.
+            if time.monotonic() - first > 2:
+                raise KeyboardInterrupt
+            return
+        trainer._stop_requested, first = True, time.monotonic()
         logger.warning("will save and stop at the end of this generated batch; once more to stop now, without saving")
 
     if threading.current_thread() is not threading.main_thread():
