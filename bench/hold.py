@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 # Chosen for plain GRPO's reward and fixed before the comparison; see docs/results/hold.md.
-SHARED = {"steps": 900, "prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
+SHARED = {"steps": 960, "prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
 CELLS = {
     "grpo": {"recipe": "grpo"},
     "isentropic": {"recipe": "isentropic"},
@@ -30,8 +30,8 @@ CELLS = {
     "dapo": {"recipe": "dapo"},
     # Strictly on-policy: one step a batch, and a batch of the size the others step on. Steps and samples are the same.
     "rloo": {"recipe": "rloo", "prompts": 8, "updates": 1},
-    "adapo": {"recipe": "adapo"},
-    "repo-r": {"recipe": "repo-r-loop"},
+    "adapo": {"recipe": "adapo", "target": "80%"},
+    "repo-r": {"recipe": "repo-r-loop", "target": "80%"},
     "isentropic at 100%": {"recipe": "isentropic", "target": "initial"},
     "isentropic at 60%": {"recipe": "isentropic", "target": "60%"},
 }

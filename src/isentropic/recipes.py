@@ -117,7 +117,7 @@ KNOBS: dict[str, Knob] = {
         _scaled("clip_low", -1), None, True, "arXiv:2509.26114: a tighter low clip raises entropy [range ours]"
     ),
     "beta": Knob(lambda r: Range(r.beta, -1.0, 1.0, 1e-3), "repo", False, "A − βL of arXiv:2603.11682 [range ours]"),
-    "zeta": Knob(_zeta_range, "repo_r", False, "REPO-R, REPO-D arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]"),
+    "zeta": Knob(_zeta_range, "repo_r", False, "REPO, arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]"),
     "entropy_coef": Knob(
         lambda r: Range(r.entropy_coef, 0.0, 0.1, 1e-4),
         None,
@@ -184,7 +184,7 @@ RECIPES: dict[str, Recipe] = {
         shaping="repo_r",
         knob="zeta",
         controller="pi",
-        target="85%",
+        target="80%",
         every=1,
     ),
     **_BASES,

@@ -90,7 +90,7 @@ def test_rebuild_replaces_and_gives_the_same_weights(cache):
 
 
 def test_every_setting_names_another_directory(cache):
-    other = {"hidden": 32, "heads": 4, "noise": 0.5, "hint": 0.25, "lr": 1e-3, "matrix_lr": 1e-3}
+    other = {"hidden": 32, "heads": 4, "noise": 0.5, "hint": 0.25, "hard": 0.75, "lr": 1e-3, "matrix_lr": 1e-3}
     homes = {module._fingerprint(MINUTE)}
     for name, value in vars(MINUTE).items():
         homes.add(module._fingerprint(replace(MINUTE, **{name: other.get(name, value + 1)})))
