@@ -96,6 +96,7 @@ def test_any_knob_any_controller_any_target_composes(recipe, knob, controller, t
         ("rloo", {"knob": "clip_high"}, "needs a clip"),
         ("grpo", {"knob": "clip_hihg"}, "did you mean clip_high"),
         ("grpo", {"controller": "pi"}, "has no knob to turn"),
+        ("grpo", {"target": "0.8"}, "target has no effect without a knob"),
         ("grpo", {"targt": "1"}, "did you mean target"),
         ("grpo", {"clip_low": 1.5}, "clip_low must be < 1"),
         ("grpo", {"clip_high": -0.1}, "clip_high must be > 0"),

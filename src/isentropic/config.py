@@ -37,7 +37,7 @@ class RunConfig:
     )
     every: int | None = _setting(None, "optimizer steps between controller updates [a generated batch]", low=1)
     shaping: str | None = _setting(None, "how the advantage is shaped: none, repo, repo_r, repo_r_raw, repo_d, ...")
-    steps: int = _setting(960, "optimizer steps", low=1)
+    steps: int = _setting(800, "optimizer steps", low=1)
     seed: int = _setting(0, "seed of data, sampling and optimisation", low=0)
     out: str | None = _setting(None, "the run directory [runs/TASK-RECIPE-sSEED]")
     device: str = _setting("auto", "where to train", choices=("auto", "cpu", "cuda"))

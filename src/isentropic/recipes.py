@@ -282,7 +282,11 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
         changes["knob"] = None
         recipe = replace(recipe, knob=None, controller="fixed")
         changes = {key: value for key, value in changes.items() if key != "knob"}
-    return check(replace(recipe, **changes))
+    made = check(replace(recipe, **changes))
+    idle = [key for key in ("target", "every", "initial_readings") if key in changes and made.knob is None]
+    if idle and knob != "none":
+        raise ValueError(f"{idle[0]} has no effect without a knob under control; name one of {', '.join(KNOBS)}")
+    return made
 
 
 def check(recipe: Recipe, updates: int | None = None) -> Recipe:

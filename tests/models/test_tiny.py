@@ -11,7 +11,15 @@ import torch
 
 from isentropic.models import MODELS, resolve_model
 from isentropic.models import tiny as module
-from isentropic.tasks.expressions import HELD_OUT, evaluate, expr, expr_digit
+from isentropic.tasks.expressions import (
+    DIGITS,
+    HELD_OUT,
+    OPERATORS,
+    enumerate_expressions,
+    evaluate,
+    expr,
+    expr_digit,
+)
 
 pytest.importorskip("transformers")
 
@@ -90,7 +98,16 @@ def test_rebuild_replaces_and_gives_the_same_weights(cache):
 
 
 def test_every_setting_names_another_directory(cache):
-    other = {"hidden": 32, "heads": 4, "noise": 0.5, "hint": 0.25, "hard": 0.75, "lr": 1e-3, "matrix_lr": 1e-3}
+    other = {
+        "hidden": 32,
+        "heads": 4,
+        "noise": 0.5,
+        "hint": 0.25,
+        "hard": 0.75,
+        "noise_from": 0.5,
+        "lr": 1e-3,
+        "matrix_lr": 1e-3,
+    }
     homes = {module._fingerprint(MINUTE)}
     for name, value in vars(MINUTE).items():
         homes.add(module._fingerprint(replace(MINUTE, **{name: other.get(name, value + 1)})))
@@ -159,16 +176,16 @@ def test_the_cache_root_follows_the_environment(monkeypatch):
 
 def demonstrations(**changes):
     settings = replace(MINUTE, steps=20, batch=200, **changes)
-    batches, answer = module._demonstrations(settings)
+    batches, odds = module._demonstrations(settings)
     symbols = ["", "", "", *module.ALPHABET]
     assert (batches[..., -1] == module.EOS).all()
     texts = ["".join(symbols[i] for i in ids) for ids in batches.flatten(0, 1).tolist()]
-    return [(int(text[:2]), text[3], text[5:]) for text in texts], answer
+    return [(int(text[:2]), text[3], text[5:]) for text in texts], odds.flatten(0, 1)
 
 
 def test_demonstrations_are_right_balanced_and_leave_out_the_held_out_targets():
-    rows, answer = demonstrations(noise=0.0, hint=0.0)
-    assert answer == expr.max_completion_length
+    rows, odds = demonstrations(noise=0.0, hint=0.0)
+    assert odds.shape == (4000, expr.max_completion_length, len(module.ANSWER_TOKENS))
     assert all(evaluate(text) == target for target, _, text in rows)
     targets = [target for target, _, _ in rows]
     assert set(targets) == set(range(100)) - set(HELD_OUT)
@@ -176,12 +193,42 @@ def test_demonstrations_are_right_balanced_and_leave_out_the_held_out_targets():
 
 
 def test_noise_and_hint_have_the_shares_asked_for():
-    rows, _ = demonstrations(noise=0.4, hint=0.0)
-    wrong = sum(evaluate(text) != target for target, _, text in rows) / len(rows)
-    assert wrong == pytest.approx(0.4 * 79 / 80, abs=0.03)
+    rows, _ = demonstrations(noise=0.4, noise_from=0.5, hint=0.0)
+    wrong = [evaluate(text) != target for target, _, text in rows]
+    assert not any(wrong[:2000])
+    assert sum(wrong[2000:]) / 2000 == pytest.approx(0.4 * 79 / 80, abs=0.03)
     assert not {target for target, _, _ in rows} & set(HELD_OUT)
     rows, _ = demonstrations(noise=0.0, hint=1.0)
     assert all(digit in text for _, digit, text in rows)
+
+
+def test_hard_expressions_have_their_weight():
+    rows, _ = demonstrations(noise=0.0, hard=0.0)
+    assert not any(text[-2] == "*" or text.count("*") > 1 for _, _, text in rows)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_odds_are_those_of_all_expressions_weighed_one_by_one(place):
+    """P(next | beginning, shown target, digit), by the definition: a sum over every expression that begins so."""
+    noise, hint, hard = 0.3, 0.5, 0.2
+    values, codes = enumerate_expressions(4)
+    pairs = [(int(v), bytes(c).decode()) for v, c in zip(values, codes, strict=True) if int(v) not in HELD_OUT]
+    weights = [hard if text[-2] == "*" or text.count("*") > 1 else 1.0 for _, text in pairs]
+    total = [0.0] * 100
+    for (value, _), weight in zip(pairs, weights, strict=True):
+        total[value] += weight
+    rows, odds = demonstrations(noise=noise, noise_from=0.0, hint=hint, hard=hard)
+    symbols = DIGITS + OPERATORS
+    for k in range(3):
+        shown, digit, answer = rows[k]
+        expected = torch.zeros(len(symbols) + 1, dtype=torch.float64)
+        for (value, text), weight in zip(pairs, weights, strict=True):
+            if text[:place] == answer[:place]:
+                seen = (1 - noise) * (value == shown) + noise / 80
+                likelihood = hint * text.count(digit) / 4 + (1 - hint) / 9
+                expected[symbols.index(text[place])] += seen * likelihood * weight / total[value]
+        torch.testing.assert_close(odds[k, place].double(), expected / expected.sum(), atol=1e-6, rtol=1e-5)
+    assert torch.equal(odds[:, 7], torch.eye(13)[-1].expand(4000, 13))
 
 
 def test_muon_moves_a_matrix_by_a_nearly_orthogonal_step():
@@ -199,11 +246,11 @@ def test_muon_moves_a_matrix_by_a_nearly_orthogonal_step():
 def test_training_lowers_the_loss(cache):
     settings = replace(MINUTE, hidden=32, steps=60, batch=64)
     trained = module._new_model(settings)
-    batches, answer = module._demonstrations(replace(settings, seed=1))
+    batches, _ = module._demonstrations(replace(settings, seed=1))
 
     def loss():
-        logits = trained(input_ids=batches[0][:, :-1], logits_to_keep=answer).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batches[0][:, -answer:].flatten()).item()
+        logits = trained(input_ids=batches[0][:, :-1], logits_to_keep=8).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batches[0][:, -8:].flatten()).item()
 
     assert loss() == pytest.approx(torch.log(torch.tensor(99.0)).item(), abs=0.5)
     module._warm_start(trained, settings, lambda: None)

@@ -4,7 +4,18 @@ A Qwen3 causal language model with a character tokenizer, warm-started by superv
 `isentropic.tasks.expressions`. It is what reinforcement learning wants to start from: about a third of its samples
 are right, the rest is noise that rewards can remove, and its entropy is high. Nothing is downloaded.
 
-FIGURES
+The demonstrations never show a held-out target, neither as value nor as noise, and the model does as well on them as on
+the others. Default settings: 166,624 parameters, fp32, 39 s and as many CPU seconds on one thread (AMD EPYC with
+AVX-512, torch 2.13). Measured on all held-out rows, 16 samples each at temperature 1; seeds 1 and 2 have .36 and .31:
+
+| task         | pass@1 | pass@16 | nats a token | distinct right of 16 |
+|--------------|--------|---------|--------------|----------------------|
+| `expr`       | .37    | 1.00    | 1.07         | 5.6                  |
+| `expr-digit` | .20    | .91     | 1.08         | 2.9                  |
+
+A policy that is always right and draws uniformly among all right answers has 0.83 nats a token there. Plain
+group-relative policy gradient on `expr`, 4 prompts x 16 samples a step at 1e-4, one seed: reward .80 in steps 401-500
+and .88 in steps 901-1000, at 0.60 and 0.44 nats a token.
 """
 
 import hashlib
@@ -23,21 +34,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isentropic.tasks import Task
-from isentropic.tasks.expressions import DIGITS, HELD_OUT, TARGETS, enumerate_expressions, expr, format_prompt
+from isentropic.tasks.expressions import (
+    DIGITS,
+    HELD_OUT,
+    OPERATORS,
+    TARGETS,
+    enumerate_expressions,
+    expr,
+    format_prompt,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 # Part of every directory name: count it up when the recipe below changes what is built.
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PAD, EOS = 0, 1
 MAX_LENGTH = 256
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 TOKEN_OF = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
+OPERANDS = 4
+LENGTH = 2 * OPERANDS - 1
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,9 @@ class TinySettings:
         steps, batch: supervised steps, and demonstrations in each.
         lr: peak learning rate of AdamW, for embeddings and norms.
         matrix_lr: peak learning rate of Muon, for all other weights.
-        noise: share of demonstrations in [0, 1] that show another target than theirs.
+        noise: share of demonstrations in [0, 1] that show a random target, once `noise_from` of the steps are done.
+        noise_from: share of the steps in [0, 1] with clean demonstrations. Noise from the start slows the learning of
+            arithmetic; noise at the end hides it, and rewards uncover it again.
         hint: share of demonstrations in [0, 1] whose answer is sure to use the digit of the prompt; from this the
             sister task `expr-digit` starts.
         hard: weight in [0, 1], against 1, of the expressions that take long to learn: two products, or one at the end.
@@ -60,13 +82,14 @@ class TinySettings:
     hidden: int = 64
     layers: int = 3
     heads: int = 4
-    steps: int = 900
-    batch: int = 128
+    steps: int = 1500
+    batch: int = 64
     lr: float = 0.01
     matrix_lr: float = 0.02
-    noise: float = 0.1
+    noise: float = 0.25
+    noise_from: float = 0.85
     hint: float = 0.5
-    hard: float = 0.3
+    hard: float = 0.05
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,7 +97,7 @@ class TinySettings:
             value, default = getattr(self, name), getattr(type(self), name)
             if value <= 0:
                 raise ValueError(f"{name} must be > 0, got {value}; the default is {default}")
-        for name in ("noise", "hint", "hard"):
+        for name in ("noise", "noise_from", "hint", "hard"):
             value, default = getattr(self, name), getattr(type(self), name)
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} must be a share in [0, 1], got {value}; the default is {default}")
@@ -187,36 +210,101 @@ def _tokens(texts: list[str]) -> np.ndarray:
     return np.array([[TOKEN_OF[c] for c in text] for text in texts])
 
 
-def _demonstrations(settings: TinySettings) -> tuple[Tensor, int]:
-    """Return all batches of token ids [steps, batch, length], and the length of an answer with its end.
+class Demonstrator:
+    """The noisy demonstrator whom the model imitates: it draws answers, and knows the odds of every next character.
 
-    Targets are drawn uniformly, then one of the target's expressions by weight: drawn among all expressions, small
-    targets would be nearly all there is. Held-out targets occur neither as values nor as noise.
+    Shown a target and a digit, it answers with one of the target's expressions, drawn by weight; with probability
+    `noise` it mistakes the target for a random one. Learning from its odds q(. | prompt, characters so far) instead of
+    from the one character that it drew is the same objective with less variance: after 1,600 clean steps .79 of the
+    samples are right instead of .66.
+
+    The odds are masses of ranges: with each target's expressions sorted as texts, those that begin alike lie together,
+    and so two look-ups in a running sum weigh all of them. Held-out targets do not occur.
+    """
+
+    SPAN = 16**LENGTH  # of the codes of texts: four bits a character
+    ANY = TARGETS  # stands for a random target
+
+    def __init__(self, hint: float, hard: float) -> None:
+        values, texts = enumerate_expressions(OPERANDS)
+        self.asked = np.setdiff1d(np.arange(TARGETS), HELD_OUT)
+        kept = np.isin(values, self.asked)
+        values, texts = values[kept].astype(np.int64), texts[kept]
+        rank = np.zeros(128, dtype=np.int64)
+        for symbols in (DIGITS, OPERATORS):
+            rank[[ord(c) for c in symbols]] = np.arange(1, len(symbols) + 1)
+        codes = (rank[texts] << (4 * np.arange(LENGTH)[::-1])).sum(axis=1)
+        order = np.argsort(values * self.SPAN + codes)
+        self.texts, self.codes, values = texts[order], codes[order], values[order]
+
+        products = self.texts[:, 1::2] == ord("*")
+        weight = np.where((products.sum(axis=1) > 1) | products[:, -1], hard, 1.0)
+        self.edges = np.concatenate([[0.0], np.cumsum(weight)])
+        self.first = np.searchsorted(values, np.arange(TARGETS + 1))
+        total = np.bincount(values, weights=weight, minlength=TARGETS)
+        # P(expression | target) P(digit | expression) for all nine digits, first by target, then for a random one.
+        uses = (self.texts[:, 0::2, None] == np.arange(ord("1"), ord("9") + 1)).mean(axis=1)
+        joint = (weight / total[values])[:, None] * (hint * uses + (1 - hint) / 9)
+        by_code = np.argsort(self.codes)
+        self.keys = np.concatenate([values * self.SPAN + self.codes, self.ANY * self.SPAN + self.codes[by_code]])
+        masses = np.concatenate([joint, joint[by_code] / len(self.asked)])
+        self.masses = np.concatenate([np.zeros((1, 9)), np.cumsum(masses, axis=0)])
+        self.hint = hint
+
+    def draw(self, noise: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return shown targets [n], digits [n], and the rows [n] of the expressions that answer them."""
+        num = len(noise)
+        value = rng.choice(self.asked, num)
+        low, high = self.edges[self.first[value]], self.edges[self.first[value + 1]]
+        rows = np.searchsorted(self.edges, low + rng.random(num) * (high - low), side="right") - 1
+        shown = np.where(rng.random(num) < noise, rng.choice(self.asked, num), value)
+        operand = self.texts[rows, 2 * rng.integers(0, OPERANDS, num)] - ord("0")
+        digit = np.where(rng.random(num) < self.hint, operand, rng.integers(1, 10, num))
+        return shown, digit, rows
+
+    def odds(self, place: int, noise: np.ndarray, shown: np.ndarray, digit: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return q [n, 9 digits or 3 operators] of the character at `place`, given those before it in the answers."""
+        num_symbols = len(OPERATORS) if place % 2 else len(DIGITS)
+        shift = 4 * (LENGTH - place)
+        edges = (self.codes[rows] >> shift << shift)[:, None] + (np.arange(1, num_symbols + 2) << (shift - 4))
+
+        def mass(target: np.ndarray, some: np.ndarray) -> np.ndarray:
+            at = np.searchsorted(self.keys, target[:, None] * self.SPAN + edges[some])
+            return np.diff(self.masses[at, digit[some, None] - 1], axis=1)
+
+        q = (1 - noise)[:, None] * mass(shown, np.arange(len(rows)))
+        noisy = np.flatnonzero(noise)
+        q[noisy] += noise[noisy, None] * mass(np.full(len(noisy), self.ANY), noisy)
+        return q / q.sum(axis=1, keepdims=True)
+
+
+# What can follow a prompt: a digit, an operator, or the end.
+ANSWER_TOKENS = [*(TOKEN_OF[c] for c in DIGITS + OPERATORS), EOS]
+
+
+def _demonstrations(settings: TinySettings) -> tuple[Tensor, Tensor]:
+    """Return token ids [steps, batch, length], and for their answers q [steps, batch, answer, len(ANSWER_TOKENS)].
+
+    Targets are uniform: drawn among all expressions, small targets would be nearly all there is.
     """
     rng = np.random.default_rng(settings.seed)
-    num = settings.steps * settings.batch
-    values, texts = enumerate_expressions(4)
-    order = np.argsort(values, kind="stable")
-    values, texts = values[order], texts[order]
-    products = texts[:, 1::2] == ord("*")
-    weight = np.where((products.sum(axis=1) > 1) | products[:, -1], settings.hard, 1.0)
-    # An interval of [0, total) for each expression; those of a target lie together.
-    edges = np.concatenate([[0.0], np.cumsum(weight)])
-    low, high = edges[np.searchsorted(values, [np.arange(TARGETS), np.arange(1, TARGETS + 1)])]
-    asked = np.setdiff1d(np.arange(TARGETS), HELD_OUT)
+    demonstrator = Demonstrator(settings.hint, settings.hard)
+    late = np.arange(settings.steps) >= settings.noise_from * settings.steps
+    noise = np.repeat(np.where(late, settings.noise, 0.0), settings.batch)
+    shown, digit, rows = demonstrator.draw(noise, rng)
 
-    value = rng.choice(asked, num)
-    spot = low[value] + rng.random(num) * (high - low)[value]
-    answers = texts[np.searchsorted(edges, spot, side="right") - 1]
-    shown = np.where(rng.random(num) < settings.noise, rng.choice(asked, num), value)
-    operand = answers[np.arange(num), 2 * rng.integers(0, 4, num)] - ord("0")
-    digit = np.where(rng.random(num) < settings.hint, operand, rng.integers(1, 10, num))
+    q = np.zeros((len(noise), LENGTH + 1, len(ANSWER_TOKENS)), dtype=np.float32)
+    for place in range(LENGTH):
+        columns = slice(9, 12) if place % 2 else slice(0, 9)
+        q[:, place, columns] = demonstrator.odds(place, noise, shown, digit, rows)
+    q[:, -1, -1] = 1.0
 
     prompts = _tokens([format_prompt(t, int(d)) for t in range(TARGETS) for d in DIGITS])
-    token_of_code = np.array([TOKEN_OF.get(chr(code), 0) for code in range(128)])
-    ends = np.full((num, 1), EOS)
-    ids = np.concatenate([prompts[shown * 9 + digit - 1], token_of_code[answers], ends], axis=1)
-    return torch.from_numpy(ids).view(settings.steps, settings.batch, -1), answers.shape[1] + 1
+    token_of_code = np.array([TOKEN_OF.get(chr(code), PAD) for code in range(128)])
+    ends = np.full((len(noise), 1), EOS)
+    ids = np.concatenate([prompts[shown * 9 + digit - 1], token_of_code[demonstrator.texts[rows]], ends], axis=1)
+    shape = (settings.steps, settings.batch)
+    return torch.from_numpy(ids).unflatten(0, shape), torch.from_numpy(q).unflatten(0, shape)
 
 
 class Muon:
@@ -257,17 +345,19 @@ class Muon:
 
 
 def _warm_start(model: "Qwen3ForCausalLM", settings: TinySettings, advance: Callable[[], None]) -> None:
-    """Train on the demonstrations; the loss is on the answers only. `advance` is called after every step."""
-    batches, answer = _demonstrations(settings)
+    """Minimise the cross-entropy to the demonstrator's odds along its answers. `advance` is called after every step."""
+    batches, odds = _demonstrations(settings)
+    answer_tokens = torch.tensor(ANSWER_TOKENS)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = Muon(matrices)
     adam = torch.optim.AdamW(others, lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
     model.train()
-    for i, ids in enumerate(batches):
+    for i, (ids, q) in enumerate(zip(batches, odds, strict=True)):
         pace = min(1.0, (i + 1) / 50) * (1 - i / settings.steps)
-        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=answer).logits
-        F.cross_entropy(logits.flatten(0, 1), ids[:, -answer:].flatten()).backward()
+        logits = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=LENGTH + 1).logits
+        logp = logits.log_softmax(-1)[..., answer_tokens]
+        (-(q * logp).sum(-1).mean()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.param_groups[0]["lr"] = settings.lr * pace
         adam.step()
