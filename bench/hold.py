@@ -34,6 +34,10 @@ CELLS = {
     "repo-r": {"recipe": "repo-r-loop", "target": "80%"},
     "isentropic at 100%": {"recipe": "isentropic", "target": "initial"},
     "isentropic at 60%": {"recipe": "isentropic", "target": "60%"},
+    # How the learning rate was chosen, and whether ADAPO gets a hold where ratios move more.
+    "grpo lr 3e-4": {"recipe": "grpo", "learning_rate": 3e-4},
+    "grpo lr 8e-4": {"recipe": "grpo", "learning_rate": 8e-4},
+    "adapo 16 updates": {"recipe": "adapo", "target": "80%", "updates": 16, "steps": 3200, "warmup": 200},
 }
 
 

@@ -25,7 +25,7 @@ BAD_FLAGS = {
     "clip knob without a clip": (["--recipe", "rloo", "--knob", "clip_high"], ["needs a clip", "zeta"]),
     "clip knob on-policy": (["--recipe", "adapo", "--updates", "1"], ["no ratio leaves 1", "several optimizer steps"]),
     "on-policy recipe": (["--recipe", "rloo", "--updates", "4"], ["strictly on-policy", "got 4"]),
-    "updates": (["--updates", "5"], ["does not divide the 256"]),
+    "updates": (["--updates", "5"], ["does not divide the 512"]),
     "model": (["--model", "tny"], ["tny", "did you mean tiny?"]),
     "model path": (["--model", "./nowhere"], ["no config.json"]),
     "task": (["--task", "exr"], ["exr", "did you mean expr?"]),
