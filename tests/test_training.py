@@ -89,3 +89,31 @@ def test_a_task_that_cannot_be_imported_is_one_line(capsys, tmp_path):
     assert stop.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    import huggingface_hub
+
+    from isentropic.config import ConfigError
+    from isentropic.training import load_model
+
+    def unreachable(self, name, timeout):
+        raise OSError(f"no route to {name}")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    with pytest.raises(ConfigError, match="no route to nobody/nothing"):
+        load_model("nobody/nothing")
+
+
+def test_a_knob_at_its_bound_is_told_in_the_table(run):
+    result = summary(run, 1.0)
+    assert "knob at its bound" not in table({**result, "knob/saturated": 0.0}, "out")
+    assert "knob at its bound" in table({**result, "knob/saturated": 0.5}, "out")
+
+
+def test_save_every_0_keeps_the_last_checkpoint(tmp_path):
+    model = save_model(tmp_path / "model")
+    flags = ["--model", model, "--steps", "6", "--save-every", "0", "--eval-k", "0", "--prompts", "4"]
+    assert main(["train", *flags, "--generations", "8", "--out", str(tmp_path / "out")]) == 0
+    assert [step for step, _ in Record(tmp_path / "out").checkpoints()] == [6]

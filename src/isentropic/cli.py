@@ -178,7 +178,7 @@ def _recipes(args: dict[str, Any]) -> int:
         print(f"  {name:23} {formula}")
     print("\nCONTROLLERS (--controller NAME[:OPTION=VALUE])")
     for name, function in CONTROLLERS.items():
-        print(f"  {name:23} {(function.__doc__ or '').splitlines()[0]}")
+        print(f"  {name:23} {(function.__doc__ or '').splitlines()[0].replace('`', '')}")
     print("\nTARGETS (--target)")
     for form, meaning in TARGETS.items():
         print(f"  {form:23} {meaning}")

@@ -195,8 +195,9 @@ class GatedState(NamedTuple):
 
 
 def gated_step(knob: Range, step: float | None = None) -> Controller:
-    """A sign step whose knob is in force only while entropy is below its target, and off otherwise: 0, or the
-    bound that raises entropy least.
+    """A sign step whose knob is in force only while entropy is below its target.
+
+    Above it the knob is off: at 0, or at the bound that raises entropy least.
 
     Reference: Skywork-OR1's adaptive entropy bonus (arXiv:2505.22312): ``c += δ`` below the target, ``c −= δ`` above.
 

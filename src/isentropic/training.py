@@ -81,6 +81,7 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     Raises:
         ConfigError: what could not be loaded, and why, in one line.
     """
+    _reach(path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
@@ -92,6 +93,23 @@ def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def _reach(name: str) -> None:
+    """Ask the hub once about a model that is not here: its own loader goes on asking for more than a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE or Path(name).exists() or isinstance(try_to_load_from_cache(name, "config.json"), str):
+        return
+    try:
+        HfApi().model_info(name, timeout=10)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"model: {name!r} is neither a directory nor in the hub's cache, and the hub does not give it: {reason}; "
+            "check the name and the network, or name a saved model's directory"
+        ) from None
 
 
 def _trainer(
@@ -130,8 +148,8 @@ def _trainer(
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
-        save_strategy="steps" if config.save_every else "no",
-        save_steps=config.save_every or config.steps,
+        save_strategy="steps",
+        save_steps=config.save_every or -(-config.steps // config.updates) * config.updates,
         save_total_limit=config.keep,
     )
     peft = None
@@ -270,6 +288,7 @@ def summary(record: Record, seconds: float) -> dict[str, Any]:
     rows = record.rows("metrics")
     settled = [r for r in rows if r["step"] > SETTLED and r.get("entropy/target") is not None] or None
     tail = rows[-max(1, len(rows) // 10) :]
+    bound = [row["knob/saturated"] for row in rows[SETTLED:] if row.get("knob/saturated") is not None]
     result: dict[str, Any] = {
         "steps": rows[-1]["step"],
         "seconds": round(seconds, 1),
@@ -279,6 +298,7 @@ def summary(record: Record, seconds: float) -> dict[str, Any]:
         "entropy/end": sum(r["entropy/mean"] for r in tail) / len(tail),
         "entropy/mean": sum(r["entropy/mean"] for r in rows[SETTLED:] or rows) / len(rows[SETTLED:] or rows),
         "entropy/rms_error": None,
+        "knob/saturated": sum(bound) / len(bound) if bound else None,
         "reward/start": rows[0]["reward/mean"],
         "reward/end": sum(r["reward/mean"] for r in tail) / len(tail),
     }
@@ -306,6 +326,8 @@ def table(result: dict[str, Any], out: str) -> str:
     )
     if result["entropy/rms_error"] is not None:
         lines.append(line(f"RMS entropy error after {SETTLED} steps", end=f"{result['entropy/rms_error']:.1%}"))
+    if result["knob/saturated"]:
+        lines.append(line("steps with the knob at its bound", end=f"{result['knob/saturated']:.0%}"))
     lines.append(line("reward (training prompts)", result["reward/start"], None, result["reward/end"]))
     before, after = result.get("start", {}), result.get("end", {})
     scores = [key for key in after if key.startswith("pass@")]
