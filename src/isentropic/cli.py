@@ -100,6 +100,8 @@ def _train(args: dict[str, Any]) -> int:
         resolve_model(config.model, rebuild=rebuild)
         result = training.train(config, resume)
     except KeyboardInterrupt:
+        if not (Path(str(config.out)) / "run.json").exists():
+            raise
         print(f"stopped; go on with: {_PROG} train --out {config.out} --resume", file=sys.stderr)
         return 130
     print(training.table(result, str(config.out)))
