@@ -33,6 +33,7 @@ CELLS = {
     "adapo": {"recipe": "adapo", "target": "80%"},
     "repo-r": {"recipe": "repo-r-loop", "target": "80%"},
     "isentropic at 100%": {"recipe": "isentropic", "target": "initial"},
+    "isentropic at 80%": {"recipe": "isentropic", "target": "80%"},
     "isentropic at 60%": {"recipe": "isentropic", "target": "60%"},
     # How the learning rate was chosen, and whether ADAPO gets a hold where ratios move more.
     "grpo lr 3e-4": {"recipe": "grpo", "learning_rate": 3e-4},
@@ -138,25 +139,28 @@ def draw(home, found):
     from isentropic.record import Record
 
     plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
-    colours = {"grpo": "#d55e00", "isentropic": "#0072b2", "rloo": "#009e73", "adapo": "#cc79a7"}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
+    colours = {"grpo": "#d55e00", "isentropic": "#0072b2", "isentropic at 60%": "#56b4e9", "rloo": "#009e73"}
     for cell, colour in colours.items():
         for seed in found.get(cell, {}):
             rows = Record(where(home, cell, seed)).rows("metrics")
             samples = [row["samples/total"] / 1000 for row in rows]
-            label = {"label": cell} if seed == min(found[cell]) else {}
-            for axis, name in ((left, "entropy/mean"), (right, "reward/mean")):
-                axis.plot(samples, smooth([row[name] for row in rows]), color=colour, lw=1.1, alpha=0.85, **label)
-            if cell == "isentropic" and rows[-1].get("entropy/target"):
+            label = {"label": {"isentropic": "isentropic (75%)"}.get(cell, cell)} if seed == min(found[cell]) else {}
+            for axis, name in ((left, "entropy/mean"), (middle, "reward/mean")):
+                values = smooth([row[name] for row in rows])
+                axis.plot(samples[::5], values[::5], color=colour, lw=1.1, alpha=0.85, **label)
+            if rows[-1].get("entropy/target"):
                 left.axhline(rows[-1]["entropy/target"], color=colour, lw=0.8, ls="--", alpha=0.6)
-    left.set(
-        title="Does entropy stay where it was asked to?",
-        xlabel="thousand samples",
-        ylabel="nats per token",
-        ylim=(0, None),
-    )
-    right.set(title="Does it still learn?", xlabel="thousand samples", ylabel="reward", ylim=(0, 1))
-    left.legend(frameon=False)
+            end = found[cell][seed]["end"]
+            right.plot(end["pass@1"], end["distinct"], "o", color=colour, ms=5, alpha=0.85)
+            start = found[cell][seed]["start"]
+            right.plot(start["pass@1"], start["distinct"], "x", color="#777777", ms=5)
+    left.set(title="Does entropy stay where it was asked?", xlabel="thousand samples", ylim=(0, None))
+    left.set_ylabel("nats per token")
+    middle.set(title="Does it still learn?", xlabel="thousand samples", ylabel="reward", ylim=(0, 1))
+    right.set(title="What does it buy?", xlabel="pass@1, held-out (x: before)", ylim=(0, None), xlim=(0, 1))
+    right.set_ylabel("different right answers of 16")
+    left.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(RESULTS / "hold.svg", metadata={"Date": None})
 

@@ -184,7 +184,7 @@ RECIPES: dict[str, Recipe] = {
         shaping="repo_r",
         knob="zeta",
         controller="pi",
-        target="80%",
+        target="75%",
         every=1,
     ),
     **_BASES,
@@ -252,7 +252,7 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
         ValueError: an unknown name, or a composition that cannot work, by name.
 
     Example:
-        >>> compose("loop", knob="zeta", target="80%").shaping
+        >>> compose("loop", knob="zeta", target="75%").shaping
         'repo_r'
         >>> compose("rloo", knob="clip_high")
         Traceback (most recent call last):
