@@ -1,10 +1,11 @@
 """What a controlled step costs beside TRL's own: CPU time, interleaved, medians.
 
-Two processes run the real trainers, one GRPOTrainer and one IsentropicTrainer with a knob under control, the run
-directory written and samples kept. They take turns, one generated batch (4 optimizer steps) at a time, so that a
-machine whose speed drifts drifts for both. The learning rate is so small that both sample answers of one length.
+Processes run the real trainers: GRPOTrainer, and IsentropicTrainer without and with a knob under control, the run
+directory written and samples kept. "trl again" is a second GRPOTrainer: what two equal processes differ by. They take
+turns, one generated batch (4 optimizer steps) at a time, so that a machine whose speed drifts drifts for all. The
+learning rate is so small that all sample answers of one length.
 
-    python bench/overhead.py [--batches 150] [--hidden 64 --layers 3] [--device cpu]
+    python bench/overhead.py [--batches 150] [--batch 256]
 """
 
 import argparse
@@ -51,6 +52,7 @@ def child(kind, options, pipe):
 
     trainer, config, more = {
         "trl": (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "epsilon_high": 0.28}),
+        "trl again": (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "epsilon_high": 0.28}),
         "controlled": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "knob": "zeta", "target": "initial"}),
         "monitored": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo"}),
     }[kind]
@@ -93,7 +95,7 @@ def main():
     parser.add_argument("--batch", type=int, default=256, help="completions a generated batch")
     options = parser.parse_args()
     context, pipes, workers = mp.get_context("spawn"), {}, []
-    for kind in ("trl", "monitored", "controlled"):
+    for kind in ("trl", "trl again", "monitored", "controlled"):
         pipes[kind], theirs = context.Pipe()
         workers.append(context.Process(target=child, args=(kind, options, theirs), daemon=True))
         workers[-1].start()

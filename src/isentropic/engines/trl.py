@@ -271,7 +271,8 @@ class EntropyControlMixin(_Trainer):
             loss = super()._compute_loss(model, self._live)
             loss = self._penalised(loss, inputs)
         finally:
-            self._live = None
+            # The entropies hold the graph: let it go with the loss.
+            self._live = self._terms = None
         if self._window is None:
             raise RuntimeError(
                 "the native loss never asked for log-probabilities; this trainer's loss cannot be wrapped"
