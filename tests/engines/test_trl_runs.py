@@ -94,7 +94,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_run_prints_a_line_a_step_and_a_table(uninterrupted):
     lines = uninterrupted[2].splitlines()
-    steps = [line for line in lines if line.startswith("step")]
+    steps = [line for line in lines if line.startswith("step ")]
     assert len(steps) == 40
     assert "eta" in steps[0]
     assert "reward" in steps[3]
