@@ -32,6 +32,8 @@ BAD_FLAGS = {
     "device": (["--device", "gpu"], ["gpu", "auto, cpu, cuda"]),
     "dtype": (["--dtype", "float16"], ["float16", "bfloat16"]),
     "temperature": (["--temperature", "0"], ["must be > 0"]),
+    "infinite temperature": (["--temperature", "inf"], ["got inf", "finite"]),
+    "infinite learning rate": (["--learning-rate", "inf"], ["got inf", "finite"]),
     "learning rate": (["--learning-rate", "0"], ["must be > 0"]),
     "shaping": (["--shaping", "repo_x"], ["repo_x", "repo_r"]),
     "every": (["--every", "0"], ["at least 1"]),

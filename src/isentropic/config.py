@@ -147,10 +147,12 @@ def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig
         check(recipe, config.updates)
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{where}{error}") from None
-    if not config.learning_rate > 0:
-        raise ConfigError(f"{where}learning_rate: got {config.learning_rate}, must be > 0")
-    if not config.temperature > 0:
-        raise ConfigError(f"{where}temperature: got {config.temperature}, must be > 0; greedy decoding has no entropy")
+    if not 0 < config.learning_rate < float("inf"):
+        raise ConfigError(f"{where}learning_rate: got {config.learning_rate}, must be > 0 and finite")
+    if not 0 < config.temperature < float("inf"):
+        raise ConfigError(
+            f"{where}temperature: got {config.temperature}, must be > 0, finite; greedy decoding has no entropy"
+        )
     batch = config.prompts * config.generations
     if batch % config.updates:
         raise ConfigError(
