@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isentropic.dynamics import natural_change, predicted_change
-from isentropic.entropy import token_entropy, token_stats
+from isentropic.entropy import token_entropy, logits_stats
 
 STEP = 1e-6
 
@@ -54,7 +54,7 @@ def test_numbers_by_hand():
 
 def test_exact_form_is_the_measured_change():
     logits, ids, weight = rows()
-    stats = token_stats(logits, ids)
+    stats = logits_stats(logits, ids)
     direction = weight[..., None] * (one_hot(ids, 8) - logits.softmax(-1))
     close(predict(weight, stats), measured(logits, direction))
     # A step of the loss itself: z − η ∂loss/∂z with loss = −w·logp
@@ -66,7 +66,7 @@ def test_exact_form_is_the_measured_change():
 
 def test_natural_form_is_the_measured_change_of_a_natural_step():
     logits, ids, weight = rows(seed=1)
-    stats = token_stats(logits, ids)
+    stats = logits_stats(logits, ids)
     p = logits.softmax(-1)[:, 0]
     fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     gradient = (weight[..., None] * (one_hot(ids, 8) - p[:, None]))[:, 0]
@@ -79,7 +79,7 @@ def test_natural_form_is_the_measured_change_of_a_natural_step():
 def test_temperature():
     logits, ids, weight = rows(seed=2)
     for temperature in (0.6, 1.5):
-        stats = token_stats(logits, ids, temperature)
+        stats = logits_stats(logits, ids, temperature)
         p = (logits / temperature).softmax(-1)
         direction = weight[..., None] * (one_hot(ids, 8) - p) / temperature  # −∂loss/∂z through the temperature
         ahead = token_entropy(logits + STEP * direction, temperature)
@@ -91,7 +91,7 @@ def expectation(logits, advantage, change):
     """Σ_a π(a)·ΔH(a): the mean over all tokens of a row instead of one sample."""
     num, _, v = logits.shape
     spread = logits.expand(num, v, v)
-    stats = token_stats(spread, torch.arange(v).expand(num, v))
+    stats = logits_stats(spread, torch.arange(v).expand(num, v))
     return (stats.logp.exp() * change(advantage, stats)).sum(-1)
 
 
@@ -120,22 +120,22 @@ def test_expectations():
 
 def test_limits():
     flat = torch.zeros(1, 1, 7, dtype=torch.float64)  # L = 0: no first-order change
-    stats = token_stats(flat, torch.tensor([[3]]))
+    stats = logits_stats(flat, torch.tensor([[3]]))
     weight = torch.ones(1, 1, dtype=torch.float64)
     close(predict(weight, stats), torch.zeros_like(weight), 1e-15)
     certain = flat.clone()
     certain[..., 1:] = -math.inf
-    stats = token_stats(certain, torch.tensor([[0]]))
+    stats = logits_stats(certain, torch.tensor([[0]]))
     assert predict(weight, stats).item() == 0.0
     logits, ids, weight = rows(seed=5)
-    stats = token_stats(logits, ids)
+    stats = logits_stats(logits, ids)
     close(predict(-3 * weight, stats), -3 * predict(weight, stats), 1e-12)  # linear in the weight
 
 
 def test_quadrants():
     # A<0 and surprisal > H surely falls; A>0 and surprisal > H surely rises; the likely side is not certain.
     logits, ids, _ = rows(num=2000, seed=6)
-    stats = token_stats(logits, ids)
+    stats = logits_stats(logits, ids)
     up = predict(torch.ones_like(stats.logp), stats)
     surprising = -stats.logp > stats.entropy
     assert (up[surprising] > 0).all()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.entropy import _row_chunks, sampled_entropy, token_entropy, token_stats
+from isentropic.entropy import _row_chunks, sampled_entropy, token_entropy, logits_stats
 
 INF = math.inf
 
@@ -28,7 +28,7 @@ def test_numbers_by_hand():
     # π = (½, ¼, ¼): H = ½·1 + 2·¼·2 = 1.5 bit; Σπ² = ¼ + 2/16 = 3/8; Σπ² log₂π = −¼ − 2·2/16 = −½;
     # Σπ² log₂²π = ¼ + 2·4/16 = ¾
     bit = math.log(2)
-    stats = token_stats(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([1]))
+    stats = logits_stats(torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([1]))
     expected = [-2 * bit, 1.5 * bit, 0.375, -0.5 * bit, 0.75 * bit**2]
     assert [x.item() for x in stats] == pytest.approx(expected, rel=1e-6)
 
@@ -36,7 +36,7 @@ def test_numbers_by_hand():
 def test_temperature_by_hand():
     # Odds 16 : 1 at temperature 2 are 4 : 1.
     logits = torch.tensor([[math.log(16.0), 0.0]])
-    stats = token_stats(logits, torch.tensor([0]), temperature=2.0)
+    stats = logits_stats(logits, torch.tensor([0]), temperature=2.0)
     p = torch.tensor([0.8, 0.2])
     assert stats.logp.item() == pytest.approx(math.log(0.8), rel=1e-6)
     assert stats.entropy.item() == pytest.approx(entropy_of(p.log()).item(), rel=1e-6)
@@ -45,7 +45,7 @@ def test_temperature_by_hand():
 
 @pytest.mark.parametrize("v", [1, 2, 50_000])
 def test_uniform_rows(v):
-    stats = token_stats(torch.full((2, v), 3.0), torch.tensor([0, v - 1]))
+    stats = logits_stats(torch.full((2, v), 3.0), torch.tensor([0, v - 1]))
     log_v = math.log(v)
     expected = [-log_v, log_v, 1 / v, -log_v / v, log_v**2 / v]
     for got, value in zip(stats, expected, strict=True):
@@ -55,12 +55,12 @@ def test_uniform_rows(v):
 
 def test_one_hot_rows():
     for logits in (torch.tensor([[-INF, 0.0, -INF]]), torch.tensor([[-1e4, 0.0, -1e4]])):
-        stats = token_stats(logits, torch.tensor([1]))
+        stats = logits_stats(logits, torch.tensor([1]))
         assert [x.item() for x in stats] == [0.0, 0.0, 1.0, 0.0, 0.0]
         assert token_entropy(logits).item() == 0.0
     # Far tokens keep their log-probability even where π underflows to 0; what cannot be sampled has −inf.
-    assert token_stats(torch.tensor([[-1e4, 0.0]]), torch.tensor([0])).logp.item() == -1e4
-    assert token_stats(torch.tensor([[-INF, 0.0]]), torch.tensor([0])).logp.item() == -INF
+    assert logits_stats(torch.tensor([[-1e4, 0.0]]), torch.tensor([0])).logp.item() == -1e4
+    assert logits_stats(torch.tensor([[-INF, 0.0]]), torch.tensor([0])).logp.item() == -INF
 
 
 def test_masked_vocabulary_is_a_smaller_vocabulary():
@@ -68,7 +68,7 @@ def test_masked_vocabulary_is_a_smaller_vocabulary():
     cut = logits.clone()
     cut[:, 5:] = -INF
     ids = torch.tensor([0, 4, 2, 1])
-    for got, expected in zip(token_stats(cut, ids), token_stats(logits[:, :5], ids), strict=True):
+    for got, expected in zip(logits_stats(cut, ids), logits_stats(logits[:, :5], ids), strict=True):
         close(got, expected)
     close(token_entropy(cut), token_entropy(logits[:, :5]))
     cut.requires_grad_()
@@ -92,7 +92,7 @@ def test_definitions_and_chunks(rows, v, chunk, temperature, seed):
     ids = torch.randint(v, (rows,), generator=torch.Generator().manual_seed(seed))
     logp = (logits / temperature).log_softmax(-1)
     p = logp.exp()
-    stats = token_stats(logits, ids, temperature, chunk)
+    stats = logits_stats(logits, ids, temperature, chunk)
     expected = (
         logp[torch.arange(rows), ids],
         entropy_of(logp),
@@ -109,16 +109,16 @@ def test_definitions_and_chunks(rows, v, chunk, temperature, seed):
 def test_shapes_and_slices():
     logits = random_logits(3, 5, 7)
     ids = torch.arange(15).reshape(3, 5) % 7
-    whole = token_stats(logits, ids)
+    whole = logits_stats(logits, ids)
     assert all(x.shape == (3, 5) for x in whole)
     # Without the last position, as engines slice: a view that is not contiguous.
-    for got, expected in zip(token_stats(logits[:, :-1], ids[:, :-1], chunk=3), whole, strict=True):
+    for got, expected in zip(logits_stats(logits[:, :-1], ids[:, :-1], chunk=3), whole, strict=True):
         close(got, expected[:, :-1])
     for part in (logits[:, :-1], logits.transpose(0, 1), logits[0], logits[0, 0], logits[:, :0], logits[:0]):
         assert token_entropy(part, chunk=2).shape == part.shape[:-1]
         close(token_entropy(part, chunk=2), entropy_of(part.log_softmax(-1)))
-    assert token_stats(logits[0, 0], ids[0, 0]).entropy.shape == ()
-    assert token_stats(logits[:0], ids[:0]).logp.shape == (0, 5)
+    assert logits_stats(logits[0, 0], ids[0, 0]).entropy.shape == ()
+    assert logits_stats(logits[:0], ids[:0]).logp.shape == (0, 5)
 
 
 def test_chunks_are_views():
@@ -150,7 +150,7 @@ def test_gradcheck():
 
 def test_statistics_carry_no_gradient():
     logits = random_logits(2, 3).requires_grad_()
-    assert not any(x.requires_grad for x in token_stats(logits, torch.tensor([0, 1])))
+    assert not any(x.requires_grad for x in logits_stats(logits, torch.tensor([0, 1])))
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
@@ -163,15 +163,15 @@ def test_rows_outside_the_mask_may_hold_anything(bad):
     assert logits.grad.isfinite().all()
     assert logits.grad[0, 2].eq(0).all()
     assert logits.grad[0, :2].ne(0).all()
-    stats = token_stats(logits, torch.tensor([[1, 2, -100]]))  # a padding id reads some token
+    stats = logits_stats(logits, torch.tensor([[1, 2, -100]]))  # a padding id reads some token
     assert all(x[mask].isfinite().all() for x in stats)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_read_in_fp32(dtype):
     logits = random_logits(2, 2000, seed=4).to(dtype)
-    exact = token_stats(logits.double(), torch.tensor([3, 5]))
-    for got, expected in zip(token_stats(logits, torch.tensor([3, 5])), exact, strict=True):
+    exact = logits_stats(logits.double(), torch.tensor([3, 5]))
+    for got, expected in zip(logits_stats(logits, torch.tensor([3, 5])), exact, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-7)
     logits.requires_grad_()
@@ -252,7 +252,7 @@ def test_errors():
         with pytest.raises(ValueError, match="temperature must be > 0, got"):
             token_entropy(logits, temperature)
         with pytest.raises(ValueError, match="temperature must be > 0, got"):
-            token_stats(logits, torch.tensor([0]), temperature)
+            logits_stats(logits, torch.tensor([0]), temperature)
     with pytest.raises(ValueError, match="chunk must be >= 1 row, got 0"):
         token_entropy(logits, chunk=0)
 
@@ -262,4 +262,4 @@ def test_nothing_waits_for_the_device():
     logits = torch.empty(2, 5, 7, device="meta", requires_grad=True)
     token_entropy(logits, chunk=3).sum().backward()
     assert logits.grad.is_meta
-    assert token_stats(logits, torch.empty(2, 5, device="meta", dtype=torch.int64), chunk=3).entropy.is_meta
+    assert logits_stats(logits, torch.empty(2, 5, device="meta", dtype=torch.int64), chunk=3).entropy.is_meta

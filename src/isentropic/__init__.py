@@ -13,9 +13,9 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 _ROOMS = {
-    "types": ("EntropyReading", "TokenBatch", "TokenFacts"),
+    "types": ("EntropyReading", "TokenBatch", "TokenFacts", "TokenStats"),
     "reduce": ("SumCount",),
-    "entropy": ("TokenStats", "sampled_entropy", "token_entropy", "token_stats"),
+    "entropy": ("logits_stats", "sampled_entropy", "token_entropy"),
     "controllers": ("Range",),
     "targets": ("parse_target",),
     "thermostat": ("Thermostat", "thermostat"),

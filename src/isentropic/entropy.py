@@ -6,7 +6,6 @@ the logits never exceeds one chunk. A logit of −inf is a token that cannot be 
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -15,26 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from . import reduce
 from .reduce import SumCount
+from .types import TokenStats
 
 CHUNK = 256
-
-
-class TokenStats(NamedTuple):
-    """What the entropy dynamics of a sampled token a need of its row π, each [...] in fp32.
-
-    Attributes:
-        logp: ``log π(a)``, nats.
-        entropy: ``H = −Σ_v π log π``, nats.
-        sum_p2: ``Σ_v π²``, the probability that two draws agree.
-        sum_p2_logp: ``Σ_v π² log π``, nats.
-        sum_p2_logp2: ``Σ_v π² log² π``, nats².
-    """
-
-    logp: Float[Tensor, "..."]
-    entropy: Float[Tensor, "..."]
-    sum_p2: Float[Tensor, "..."]
-    sum_p2_logp: Float[Tensor, "..."]
-    sum_p2_logp2: Float[Tensor, "..."]
 
 
 def _check(temperature: float, chunk: int) -> None:
@@ -66,7 +48,7 @@ def _probs_(logp: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
 
 
 @torch.no_grad()
-def token_stats(
+def logits_stats(
     logits: Float[Tensor, "*rows v"], ids: Int[Tensor, "*rows"], temperature: float = 1.0, chunk: int = CHUNK
 ) -> TokenStats:
     """Read the statistics of sampled tokens and their rows, exactly and without a gradient.
@@ -87,7 +69,7 @@ def token_stats(
 
     The moments are those of the exact form of Theorem 1 of arXiv:2603.11682 [derived].
 
-    >>> stats = token_stats(torch.tensor([[0.0, 0.0], [0.0, -float("inf")]]), torch.tensor([1, 0]))
+    >>> stats = logits_stats(torch.tensor([[0.0, 0.0], [0.0, -float("inf")]]), torch.tensor([1, 0]))
     >>> stats.logp, stats.entropy, stats.sum_p2  # log ½, log 2, ½; and a certain token
     (tensor([-0.6931,  0.0000]), tensor([0.6931, 0.0000]), tensor([0.5000, 1.0000]))
     """

@@ -48,6 +48,24 @@ class TokenFacts(NamedTuple):
     clipped_high: Tensor
 
 
+class TokenStats(NamedTuple):
+    """What the entropy dynamics of a sampled token a need of its row π, ``[...]`` each, in fp32 or float64.
+
+    Attributes:
+        logp: ``log π(a)``, nats.
+        entropy: ``H = −Σ_v π log π``, nats.
+        sum_p2: ``Σ_v π²``, the probability that two draws agree.
+        sum_p2_logp: ``Σ_v π² log π``, nats.
+        sum_p2_logp2: ``Σ_v π² log² π``, nats².
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    sum_p2: Tensor
+    sum_p2_logp: Tensor
+    sum_p2_logp2: Tensor
+
+
 class EntropyReading(NamedTuple):
     """The entropy of one optimizer step: (sum, count) over every token the policy generated, on all ranks.
 
