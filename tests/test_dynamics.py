@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isentropic.dynamics import natural_change, predicted_change
-from isentropic.entropy import token_entropy, logits_stats
+from isentropic.entropy import logits_stats, token_entropy
 
 STEP = 1e-6
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.entropy import _row_chunks, sampled_entropy, token_entropy, logits_stats
+from isentropic.entropy import _row_chunks, logits_stats, sampled_entropy, token_entropy
 
 INF = math.inf
 
