@@ -51,6 +51,8 @@ class TokenFacts(NamedTuple):
 class TokenStats(NamedTuple):
     """What the entropy dynamics of a sampled token a need of its row π, ``[...]`` each, in fp32 or float64.
 
+    The three moments come together; they are None where only the first two were read.
+
     Attributes:
         logp: ``log π(a)``, nats.
         entropy: ``H = −Σ_v π log π``, nats.
@@ -61,9 +63,9 @@ class TokenStats(NamedTuple):
 
     logp: Tensor
     entropy: Tensor
-    sum_p2: Tensor
-    sum_p2_logp: Tensor
-    sum_p2_logp2: Tensor
+    sum_p2: Tensor | None = None
+    sum_p2_logp: Tensor | None = None
+    sum_p2_logp2: Tensor | None = None
 
 
 class EntropyReading(NamedTuple):
