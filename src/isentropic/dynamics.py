@@ -9,7 +9,7 @@ A prediction is per unit step size: multiply it by the learning rate. Weights th
 (1/N of a token mean) make the *sum* over tokens the predicted change of the mean entropy, in nats per token.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -210,7 +210,7 @@ def change_of(weights: Weights, stats: TokenStats) -> Float[Tensor, "b t"]:
 
 def _clean(stats: TokenStats, inside: Bool[Tensor, "b t"]) -> TokenStats:
     """Zeros outside the mask, where anything may stand."""
-    kept: dict[str, Tensor | None] = {
+    kept: dict[str, Any] = {
         name: None if x is None else torch.where(inside, x.detach(), torch.zeros_like(x))
         for name, x in stats._asdict().items()
     }

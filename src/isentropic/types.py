@@ -78,6 +78,10 @@ class EntropyReading(NamedTuple):
         temperature: the sampling temperature the rows were scaled with.
         dtype: dtype of the arithmetic, for example ``float32``.
         tokens: the token set; ``generated`` is the only one a controller may see.
+        predicted: Σ over optimizer steps of the predicted entropy change, nats per token, as ``dynamics.py`` computes
+            it, times the learning rate.
+        gain: Σ over the same steps of its derivative by the knob under control.
+        steps: number of optimizer steps that carried a prediction; 0 where nothing is predicted.
 
     Example:
         >>> EntropyReading(sum=6.0, count=4.0).mean
@@ -92,6 +96,9 @@ class EntropyReading(NamedTuple):
     temperature: float = 1.0
     dtype: str = "float32"
     tokens: str = "generated"
+    predicted: float = 0.0
+    gain: float = 0.0
+    steps: int = 0
 
     @property
     def mean(self) -> float:
@@ -115,4 +122,10 @@ class EntropyReading(NamedTuple):
 
     def __add__(self, other: EntropyReading) -> EntropyReading:  # type: ignore[override]
         """Join two readings of the same kind: sums and counts add."""
-        return self._replace(sum=self.sum + other.sum, count=self.count + other.count)
+        return self._replace(
+            sum=self.sum + other.sum,
+            count=self.count + other.count,
+            predicted=self.predicted + other.predicted,
+            gain=self.gain + other.gain,
+            steps=self.steps + other.steps,
+        )
