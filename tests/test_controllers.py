@@ -1,6 +1,7 @@
 """Controllers: numbers worked by hand, bounds, and what they have in common."""
 
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -8,12 +9,14 @@ from hypothesis import strategies as st
 
 from isentropic.controllers import (
     CONTROLLERS,
+    Forecast,
     Range,
     double_halve,
     gated_step,
     multiplicative,
     parse_controller,
     pi,
+    predictive,
     sign_step,
 )
 
@@ -21,11 +24,16 @@ WIDE = Range(start=0.1, low=-1.0, high=1.0, least=0.01)
 BELOW, ABOVE, TARGET = 0.5, 2.0, 1.0
 
 
-def run(controller, *entropies):
+def more(controller, sign=1):
+    """What a controller that forecasts is told beside the reading."""
+    return (Forecast(-0.001, 0.005 * sign, 1, 1),) if controller.forecasts else ()
+
+
+def run(controller, *entropies, sign=1):
     state = controller.init()
     values = []
     for entropy in entropies:
-        state = controller.update(state, entropy, TARGET)
+        state = controller.update(state, entropy, TARGET, *more(controller, sign))
         values.append(state.value)
     return values
 
@@ -78,13 +86,77 @@ def test_pi_does_not_wind_up():
     assert state.value < 1.0
 
 
+def plant(controller, steps=400, *, slope=7.0, gain=1e-3, fall=-1e-4, noise=0.05, unexplained=-5e-4, seed=0):
+    """An entropy that answers the knob through a slope the controller is not told, read with noise."""
+    rng, entropy, state, rows = random.Random(seed), 1.2, controller.init(), []
+    for _ in range(steps):
+        seen = entropy * (1 + noise * rng.gauss(0, 1))
+        rows.append((entropy, seen, state.value))
+        change = fall + gain * state.value
+        entropy += slope * change + unexplained
+        forecast = (Forecast(change, gain, 1, 1),) if controller.forecasts else ()
+        state = controller.update(state, seen, TARGET, *forecast)
+    return rows, state
+
+
+def rms(values):
+    return math.sqrt(sum(v * v for v in values) / len(values))
+
+
+@pytest.mark.parametrize("slope", [0.7, 7.0, 70.0])
+def test_predictive_needs_no_gain_for_plants_a_hundredfold_apart(slope):
+    # The fall without control scales along, so that every plant can be held.
+    rows, _ = plant(predictive(Range(0.0, -1.0, 1.0)), 2000, slope=slope, unexplained=-7e-5 * slope)
+    assert rms([entropy - TARGET for entropy, *_ in rows[1000:]]) < 0.03
+    # Both parts of the fall are there in the end: s·p₀ + d = slope·(−1e-4) + unexplained, over the whole of it.
+    knobs = [knob for *_, knob in rows[1000:]]
+    assert sum(knobs) / len(knobs) == pytest.approx(0.1 + 0.07, abs=0.03)
+
+
+def test_predictive_beats_pi_on_a_plant_whose_slope_neither_knows():
+    knob = Range(0.0, -1.0, 1.0)
+    ours, theirs = (
+        [rms([h - TARGET for h, *_ in plant(make(knob), seed=seed)[0][150:]]) for seed in range(8)]
+        for make in (predictive, pi)
+    )
+    assert sum(ours) < 0.9 * sum(theirs)
+
+
+def test_predictive_solves_for_the_knob_without_noise():
+    # Two steps by hand: slope 1 is the first guess for gain 0.005 over a span of 2 at target 1 (0.01·1/(0.005·2)).
+    controller = predictive(Range(0.0, -10.0, 10.0))
+    state = controller.update(controller.init(), 1.0, 1.0, Forecast(-0.01, 0.0005, 1, 1))
+    assert state.slope == pytest.approx(0.01 / (0.0005 * 20))
+    # Ĥ = 1 − 0.01; wanted 0.01/8 + 0.01 over the gain 0.0005: 22.5, cut at the bound
+    assert state.entropy == pytest.approx(0.99)
+    assert state.value == 10.0
+    state = controller.update(controller.init(), 1.0, 1.0, Forecast(-0.001, 0.0005, 1, 1))
+    assert state.value == pytest.approx((0.001 / 8 + 0.001) / 0.0005)
+
+
+def test_predictive_restarts_after_a_jump():
+    controller = predictive(Range(0.0, -1.0, 1.0))
+    _, state = plant(controller, 200)
+    jumped = controller.update(state, 3.0, TARGET, Forecast(-1e-4, 1e-3, 1, 1))
+    assert jumped.entropy == pytest.approx(3.0, abs=0.05)
+    assert jumped.slope == pytest.approx(state.slope)
+
+
+def test_predictive_refuses_readings_without_a_prediction_but_bridges_a_gap():
+    controller = predictive(Range(0.0, -1.0, 1.0))
+    with pytest.raises(ValueError, match="carry a predicted change"):
+        controller.update(controller.init(), 1.0, TARGET, Forecast(0.0, 0.0, 0, 1))
+    state = controller.update(controller.init(), 1.0, TARGET, Forecast(-1e-3, 5e-3, 1, 1))
+    assert controller.update(state, 1.0, TARGET, Forecast(0.0, 0.0, 0, 1)).gain == state.gain
+
+
 @pytest.mark.parametrize("name", CONTROLLERS)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_every_controller_moves_the_right_way_and_stays_inside(name, sign):
     knob = Range(0.3, 0.1, 0.9, 0.1, sign)
     controller = CONTROLLERS[name](knob)
-    low = run(controller, *[BELOW] * 200)
-    high = run(controller, *[ABOVE] * 200)
+    low = run(controller, *[BELOW] * 200, sign=sign)
+    high = run(controller, *[ABOVE] * 200, sign=sign)
     assert all(knob.low <= value <= knob.high or value == 0.1 for value in low + high)
     if name != "fixed":
         assert (low[-1] - high[-1]) * sign > 0
@@ -96,7 +168,7 @@ def test_states_are_plain_numbers_and_values_stay_inside(name, entropies):
     controller = CONTROLLERS[name](WIDE)
     state = controller.init()
     for entropy in entropies:
-        state = controller.update(state, entropy, TARGET)
+        state = controller.update(state, entropy, TARGET, *more(controller))
         assert WIDE.low <= state.value <= WIDE.high
     assert all(isinstance(x, float | int) and math.isfinite(x) for x in state)
     assert type(state)(**state._asdict()) == state

@@ -66,11 +66,28 @@ class IntegralState(NamedTuple):
     integral: float
 
 
+class Forecast(NamedTuple):
+    """What ``dynamics.py`` predicted over the optimizer steps since the last update.
+
+    Attributes:
+        change: Σ predicted entropy change, nats per token, with the knob as it stood.
+        gain: Σ its derivative by the knob.
+        steps: optimizer steps that carried a prediction.
+        readings: optimizer steps in all.
+    """
+
+    change: float
+    gain: float
+    steps: int
+    readings: int
+
+
 class Controller(NamedTuple):
-    """A pair of pure functions."""
+    """A pair of pure functions; ``update`` of one that ``forecasts`` takes a :class:`Forecast` as fourth argument."""
 
     init: Callable[[], Any]
-    update: Callable[[Any, float, float], Any]
+    update: Callable[..., Any]
+    forecasts: bool = False
 
 
 def relative_error(entropy: float, target: float) -> float:
@@ -251,6 +268,146 @@ def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05) -> Controlle
     return Controller(lambda: IntegralState(knob.start, 0.0), update)
 
 
+class PredictiveState(NamedTuple):
+    """State of the predictive controller.
+
+    Attributes:
+        value: the knob.
+        updates: how often it was updated.
+        entropy, slope, drift: estimates: nats; measured per predicted change; nats a step that no prediction explains.
+        hh, hs, hd, ss, sd, dd: covariance of these three.
+        noise: variance of a reading, nats².
+        base, gain: running means of the prediction of one step with the knob at 0, and of its derivative by the knob.
+        unit: the slope at which the whole range of the knob moves entropy by ``AUTHORITY`` of the target a step.
+    """
+
+    value: float
+    updates: int = 0
+    entropy: float = 0.0
+    slope: float = 0.0
+    drift: float = 0.0
+    hh: float = 0.0
+    hs: float = 0.0
+    hd: float = 0.0
+    ss: float = 0.0
+    sd: float = 0.0
+    dd: float = 0.0
+    noise: float = 0.0
+    base: float = 0.0
+    gain: float = 0.0
+    unit: float = 0.0
+
+
+HORIZON = 8.0  # steps in which an error is to be gone: the filtered entropy, not the reading, so it may be short
+MEMORY = 20  # readings over which predictions are averaged
+AUTHORITY = 0.01  # first guess: what the whole range of the knob moves in a step, as a share of the target
+
+
+def predictive(knob: Range) -> Controller:
+    """Solve for the knob whose predicted change is the wanted drift, corrected by the measured slope; no gain to tune.
+
+    ``knob = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, p₀ the predicted change of a step with the knob at 0, g its derivative
+
+    A Kalman filter of three numbers holds what a prediction lacks: the entropy Ĥ behind noisy readings, the slope s of
+    measured on predicted change, and the drift d that no prediction explains; from one reading to the next
+    ``Ĥ ← Ĥ + s·(p₀ + g·knob) + d``. The slope never falls below a tenth of the first guess, so that a doubtful one
+    does not throw the knob about. The knob that was really in force enters, so nothing winds up at a bound; a reading
+    five deviations off restarts Ĥ. Where the prediction gives the knob no hold (g of the wrong sign, or 0), it drifts
+    to the bound that its ``sign`` names. All constants are relative to the target.
+
+    Reference: [ours]; the predicted change is Theorem 1 of arXiv:2603.11682.
+
+    Raises:
+        ValueError: at the first update, readings that carry no prediction.
+
+    Example:
+        >>> c = predictive(Range(0.0, -1.0, 1.0))
+        >>> state = c.update(c.init(), 0.9, 1.0, Forecast(change=-0.001, gain=0.005, steps=1, readings=1))
+        >>> round(state.slope, 3), round(state.drift, 3), round(state.value, 3)  # at its bound
+        (1.0, 0.0, 1.0)
+    """
+    knob.check()
+
+    def update(state: PredictiveState, entropy: float, target: float, forecast: Forecast) -> PredictiveState:
+        relative_error(entropy, target)
+        if forecast.steps == 0 and state.updates == 0:
+            raise ValueError(
+                "controller predictive needs readings that carry a predicted change, got none; "
+                "give EntropyReading its predicted, gain and steps, or choose pi"
+            )
+        state = _learn(state, forecast, target, knob)
+        state = _correct(state, entropy, target) if state.updates > 1 else _start(state, entropy, target)
+        state = _advance(state, forecast.readings, target)
+        n, slope = forecast.readings, max(state.slope, 0.1 * state.unit)
+        wanted = (target - state.entropy) * min(1.0, n / HORIZON) - n * (state.drift + slope * state.base)
+        hold = n * slope * state.gain
+        if hold * knob.sign > 0:
+            return state._replace(value=knob.clip(wanted / hold))
+        bound = knob.high if wanted * knob.sign > 0 else knob.low
+        return state._replace(value=knob.clip(state.value + (bound - state.value) / MEMORY))
+
+    return Controller(lambda: PredictiveState(knob.start), update, forecasts=True)
+
+
+def _learn(state: PredictiveState, forecast: Forecast, target: float, knob: Range) -> PredictiveState:
+    """Average the predictions of one step, and put the first guess of the slope on their scale."""
+    state = state._replace(updates=state.updates + 1)
+    if forecast.steps:
+        share = 1 / min(state.updates, MEMORY)
+        gain = forecast.gain / forecast.steps
+        base = forecast.change / forecast.steps - gain * state.value
+        state = state._replace(
+            base=state.base + share * (base - state.base), gain=state.gain + share * (gain - state.gain)
+        )
+    reach = abs(state.gain) * (knob.high - knob.low)
+    return state._replace(unit=AUTHORITY * target / reach if reach else state.unit)
+
+
+def _start(state: PredictiveState, entropy: float, target: float) -> PredictiveState:
+    noise = (0.05 * target) ** 2
+    return state._replace(
+        entropy=entropy, slope=state.unit, noise=noise, hh=noise, ss=state.unit**2, dd=(2e-3 * target) ** 2
+    )
+
+
+def _correct(state: PredictiveState, entropy: float, target: float) -> PredictiveState:
+    """Take in a reading."""
+    off, variance = entropy - state.entropy, state.hh + state.noise
+    if off * off > 25 * variance:
+        return state._replace(entropy=entropy, hh=state.noise, hs=0.0, hd=0.0)
+    share = 1 / min(state.updates + 20, 100)
+    noise = state.noise + share * (max(off * off - state.hh, 0.1 * state.noise) - state.noise)
+    h, s, d = state.hh / variance, state.hs / variance, state.hd / variance
+    return state._replace(
+        entropy=state.entropy + h * off,
+        slope=state.slope + s * off,
+        drift=state.drift + d * off,
+        noise=max(noise, (1e-4 * target) ** 2),
+        hh=state.hh - h * state.hh,
+        hs=state.hs - h * state.hs,
+        hd=state.hd - h * state.hd,
+        ss=state.ss - s * state.hs,
+        sd=state.sd - s * state.hd,
+        dd=state.dd - d * state.hd,
+    )
+
+
+def _advance(state: PredictiveState, n: int, target: float) -> PredictiveState:
+    """Move the estimates over the n steps just taken, with the knob that was in force."""
+    x = n * (state.base + state.gain * state.value)
+    hs = state.hs + x * state.ss + n * state.sd
+    hd = state.hd + x * state.sd + n * state.dd
+    wander = 0.02 * max(abs(state.slope), 0.1 * state.unit)
+    return state._replace(
+        entropy=state.entropy + state.slope * x + n * state.drift,
+        hh=state.hh + x * (state.hs + hs) + n * (state.hd + hd) + n * (2e-3 * target) ** 2,
+        hs=hs,
+        hd=hd,
+        ss=state.ss + n * wander**2,
+        dd=state.dd + n * (2e-4 * target) ** 2,
+    )
+
+
 CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "fixed": fixed,
     "double_halve": double_halve,
@@ -258,6 +415,7 @@ CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "sign_step": sign_step,
     "gated_step": gated_step,
     "pi": pi,
+    "predictive": predictive,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .controllers import Controller
+from .controllers import Controller, Forecast
 from .targets import Target, TargetState
 from .types import EntropyReading
 
@@ -22,6 +22,7 @@ class ThermostatState(NamedTuple):
         target: the target's state.
         sum, count: Σ H and tokens since the controller last acted.
         waited: readings since the controller last acted.
+        predicted, gain, steps: Σ of what those readings predicted, and how many of them did.
         refused: readings refused in a row.
     """
 
@@ -31,6 +32,9 @@ class ThermostatState(NamedTuple):
     count: float = 0.0
     waited: int = 0
     refused: int = 0
+    predicted: float = 0.0
+    gain: float = 0.0
+    steps: int = 0
 
     @property
     def value(self) -> float:
@@ -87,13 +91,18 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
             count=state.count + reading.count,
             waited=state.waited + 1,
             refused=0,
+            predicted=state.predicted + reading.predicted,
+            gain=state.gain + reading.gain,
+            steps=state.steps + reading.steps,
         )
         if not (act if every is None else state.waited >= every):
             return state
         level = target.level(state.target)
         if level is not None and not target.hold(state.target):
-            state = state._replace(controller=controller.update(state.controller, state.sum / state.count, level))
-        return state._replace(sum=0.0, count=0.0, waited=0)
+            more = (Forecast(state.predicted, state.gain, state.steps, state.waited),) if controller.forecasts else ()
+            turned = controller.update(state.controller, state.sum / state.count, level, *more)
+            state = state._replace(controller=turned)
+        return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0)
 
     def restore(saved: dict[str, Any]) -> ThermostatState:
         blank = init()
