@@ -30,7 +30,7 @@ class RunConfig:
     recipe: str = _setting("isentropic", "a named algorithm; see `isentropic recipes`")
     knob: str | None = _setting(None, "what is turned: clip_high, clip_low, beta, zeta, entropy_coef, or none")
     controller: str | None = _setting(
-        None, "how: fixed, double_halve, multiplicative, sign_step, pi; none only monitors"
+        None, "how: predictive, pi, double_halve, multiplicative, sign_step, fixed; none only monitors"
     )
     target: str | None = _setting(
         None, "what entropy is held at: initial, 0.8, 80%%, anneal:FROM:TO:STEPS, band:LOW:HIGH"
@@ -53,6 +53,9 @@ class RunConfig:
     lora_rank: int = _setting(0, "rank of a LoRA adapter; 0 trains all weights", low=0)
     save_every: int = _setting(200, "optimizer steps between checkpoints; 0 keeps only the last", low=0)
     keep: int = _setting(2, "checkpoints kept", low=1)
+    explain_every: int | None = _setting(
+        None, "steps between two whose entropy change is explained; 0 never [1 or 10, by the size of the head]", low=0
+    )
     eval_k: int = _setting(16, "samples a held-out prompt in the evaluations at start and end; 0 skips them", low=0)
     recipe_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "other fields of a recipe (TOML table)"}

@@ -26,6 +26,9 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ``clip/low_frac``           share of tokens with A<0 whose gradient the lower bound removed
 ``clip/high_frac``          share of tokens with A>0 whose gradient the upper bound removed or capped
 ``ratio/mean``              mean importance ratio
+``ratio/outside_frac``      share of tokens whose ratio lies outside the clip, whatever the sign of A
+``theorem2/violated_frac``  share of rows whose entropy left [(1−ε_low)·H, (1+ε_high)·H] of when they were sampled;
+                            token ratios under a clip only
 ``cov/adv_logp``            covariance over tokens of the unshaped advantage and log π
 ``adv/mean``                mean unshaped advantage over tokens
 ``loss``, ``grad_norm``     of the step; the gradient norm before clipping
@@ -33,6 +36,28 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch
 ``length/mean``             tokens a completion, and ``length/truncated_frac``
 ``samples/total``           completions generated so far
+==========================  ==========================================================================================
+
+On steps that are explained (``explain_every``), a row also holds what ``dynamics.py`` predicts: nats per token, to first
+order in the logits, times the learning rate. Each split sums to ``predict/change``.
+
+==========================  ==========================================================================================
+``predict/change``          predicted entropy change of the step: exact form, or without moments if ``moments`` is 0
+``predict/change_simple``   by the form without moments; and ``predict/change_natural``, of a natural-gradient step
+``predict/absolute``        Σ of absolute contributions, the scale of the others
+``predict/likely_up``       quadrants: the sampled token likely (surprisal < H) or ``rare``, pushed ``up`` or ``down``:
+                            ``likely_up``, ``rare_up``, ``likely_down``, ``rare_down``; with ``bonus``, through H itself
+``predict/unclipped``       by clip, with ``clipped_low`` and ``clipped_high``; beside the split, ``removed_low`` and
+                            ``removed_high`` estimate what the clip took away
+``predict/positive``        by sign of the advantage, with ``negative`` and ``neutral``
+``predict/position_1``      to ``position_8``, by eighth of the completion
+``predict/gain``            derivative of the change by the knob; for a clip, an estimate from the tokens at its edge
+``predict/knob``            gain × knob: what the knob adds; null for a clip
+``predict/numerics``        what the rounding of log π in this pass adds, to first order; null without moments
+``predict/moments``         1 where the moments of the rows were at hand
+``predict/top_tokens``      [text, change, count] of the tokens that moved entropy most, summed by token, main process
+``numerics/logp_rms``       rms difference between the engine's log π and that of an fp32 head, nats; with
+                            ``numerics/entropy_bias``, mean difference of the entropies
 ==========================  ==========================================================================================
 
 A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``advantage``, and, aligned by token,

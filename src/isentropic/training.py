@@ -132,6 +132,7 @@ def _trainer(
             **{k: v for k, v in (("every", config.every), ("shaping", config.shaping)) if v is not None},
             **config.recipe_options,
         },
+        explain_every=config.explain_every,
         max_steps=config.steps,
         seed=config.seed,
         use_cpu=use_cpu,

@@ -13,11 +13,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,12 +23,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..advantages import overlong_penalty
+from ..dynamics import bound_violations
 from ..recipes import Recipe, build_thermostat, check, knob_range, shape, with_knob
 from ..record import CHECKPOINT_FILE, Record, write_json
 from ..thermostat import to_json
-from ..types import EntropyReading, TokenBatch
+from ..types import EntropyReading, TokenBatch, TokenFacts
+from .trl_explain import Explainer, check_explain
+from .trl_samples import Samples
 from .trl_sampling import local_advantages, resample
-from .trl_settings import adopt, boundary, clip_settings, resolve_recipe, updates_per_batch
+from .trl_settings import adopt, boundary, clip_settings, resolve_recipe, round_save_steps, updates_per_batch
+from .trl_signals import stop_signals
 
 SUPPORTED = (1, 16)
 
@@ -64,7 +65,7 @@ _FROM_TRL = {
     "completions/mean_length": "length/mean",
     "completions/clipped_ratio": "length/truncated_frac",
 }
-_SUMS = ("entropy", "tokens", "low", "high", "adv", "logp", "adv_logp", "ratio", "loss", "stop")
+_SUMS = tuple("entropy tokens low high adv logp adv_logp ratio outside violated compared loss stop".split())
 
 
 @dataclass
@@ -78,6 +79,8 @@ class EntropyControlConfig:
             only monitors.
         recipe_options: any other field of :class:`isentropic.Recipe`, as a dict or a JSON string.
         samples_logged: completions written to samples.jsonl for each generated batch.
+        explain_every: optimizer steps between two whose predicted entropy change is computed and attributed; 0 never.
+            None is every step where the head is a small share of the model, else every tenth.
     """
 
     recipe: str | None = field(default=None, metadata={"help": "Named algorithm; see `isentropic recipes`."})
@@ -86,31 +89,15 @@ class EntropyControlConfig:
     target: str | None = field(default=None, metadata={"help": "initial, 0.8, 80%, anneal:..., band:..."})
     recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
     samples_logged: int = field(default=2, metadata={"help": "Completions kept for each generated batch."})
+    explain_every: int | None = field(default=None, metadata={"help": "Steps between explained ones; 0 is never."})
 
     def __post_init__(self) -> None:
         self.entropy_recipe, owned = resolve_recipe(self)
+        check_explain(self.entropy_recipe, self.explain_every)
         adopt(self, owned)
         super().__post_init__()  # type: ignore[misc]
         check(self.entropy_recipe, updates_per_batch(self))
-        _round_save_steps(self)
-
-
-def _round_save_steps(args: Any) -> None:
-    """TRL does not save its generation buffer: a resume is exact only where a new batch is about to be generated."""
-    period = boundary(args)
-    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps" or period == 1:
-        return
-    steps = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * max(args.max_steps, 0))
-    rounded = max(1, math.ceil(steps / period)) * period
-    if rounded != args.save_steps:
-        logger.warning(
-            "save_steps=%s is rounded up to %s, a multiple of the %s optimizer steps of a generated batch, so that a "
-            "resumed run equals an uninterrupted one",
-            args.save_steps,
-            rounded,
-            period,
-        )
-        args.save_steps = rounded
+        round_save_steps(self)
 
 
 @dataclass
@@ -144,19 +131,21 @@ class EntropyControlMixin(_Trainer):
         if not hasattr(self.args, "entropy_recipe"):
             self.args.entropy_recipe, _ = resolve_recipe(self.args)
         self.recipe: Recipe = self.args.entropy_recipe
-        self._samples_wanted: int = getattr(self.args, "samples_logged", 0)
         self.thermostat = build_thermostat(self.recipe)
         self.control_state = self.thermostat.init() if self.thermostat else None
         self._knob_range: Any = knob_range(self.recipe) if self.thermostat else None
         self.record = Record(self.args.output_dir)
         self._boundary = boundary(self.args)
+        self.samples = Samples(getattr(self.args, "samples_logged", 0))
+        self.explainer = Explainer(self, getattr(self.args, "explain_every", None))
         self._live: dict[str, Any] | None = None
         self._terms: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._seen: tuple[tuple[torch.Tensor, torch.Tensor], TokenBatch, torch.Tensor] | None = None
+        self._scored: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._window: torch.Tensor | None = None
         self._rewards: torch.Tensor | None = None
         self._row: dict[str, Any] | None = None
         self._batch_facts: dict[str, float] = {}
-        self._samples: list[dict[str, torch.Tensor]] = []
         self._refused = self._generated = 0
         self._stop_requested = False
         self._failure: str | None = None
@@ -188,24 +177,42 @@ class EntropyControlMixin(_Trainer):
         return per_function
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
         if not self.model.training:
-            return output
-        output = local_advantages(self, output)
+            return super()._generate_and_score_completions(inputs)
+        output = local_advantages(self, self._roll_out(inputs))
         if self.recipe.dynamic_sampling:
-            output = resample(self, inputs, output, super()._generate_and_score_completions)
+            output = resample(self, inputs, output, self._roll_out)
         self._generated += len(inputs) * self.accelerator.num_processes
         seen = self._metrics["train"]
         self._batch_facts = {ours: seen[name][-1] for name, ours in _FROM_TRL.items() if seen.get(name)}
-        self._samples = []
+        self.samples.clear()
+        return output
+
+    def _roll_out(self, inputs: Any) -> dict[str, Any]:
+        """TRL's generation, with the entropies that its pass for the old log-probs computes and drops."""
+        self._scored = []
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            old = output.get("old_per_token_logps")
+            for logp, entropy in self._scored:
+                if logp is old:
+                    output["old_entropies"] = entropy
+        finally:
+            self._scored = None
         return output
 
     # The loss.
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
-        out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._live is not None and self._terms is None:
-            self._observe(self._live, out[0], out[1])
+        if self._scored is not None:
+            out = super()._get_per_token_logps_and_entropies(*args, **{**kwargs, "compute_entropy": True})
+            self._scored.append((out[0], out[1]))
+            return out
+        if self._live is None or self._terms is not None:
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        with self.explainer.watching(args[0]) if self.explainer.due() else nullcontext():
+            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        self._observe(self._live, out[0], out[1])
         return out
 
     def _observe(self, inputs: dict[str, Any], logp: torch.Tensor, entropy: torch.Tensor) -> None:
@@ -218,9 +225,10 @@ class EntropyControlMixin(_Trainer):
             logp.detach(), inputs.get("old_per_token_logps"), inputs["advantages"], mask, entropy.detach()
         )
         ratio = self._ratio(batch)
-        self._count(batch, entropy.detach(), ratio)
-        if len(self._samples) < self._samples_wanted and (self._step % self._micro_batches()) == 0:
-            self._keep_samples(inputs, batch, entropy.detach())
+        self._seen = ((logp, entropy), batch, ratio)
+        self._count(batch, entropy.detach(), ratio, inputs.get("old_entropies"))
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self.samples.keep(inputs, batch, entropy.detach())
         if self.recipe.shaping == "none":
             return
         recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
@@ -230,9 +238,9 @@ class EntropyControlMixin(_Trainer):
         if recipe.objective == "sequence_clipped":
             # One ratio a sequence with a gradient by token: the token ratio exp(logp − (sg(logp) − log s)).
             inputs["old_per_token_logps"] = batch.logp - ratio.log()
-
-    def _micro_batches(self) -> int:
-        return self.args.steps_per_generation * self.num_iterations
+        if self.explainer.due() and self.control_state is not None:
+            # The derivative by the knob goes through the advantages.
+            inputs["advantages"] = inputs["advantages"].detach().requires_grad_()
 
     def _ratio(self, batch: TokenBatch) -> torch.Tensor:
         """The importance ratio as the loss uses it, ``[b t]``, 1 outside the mask."""
@@ -244,21 +252,36 @@ class EntropyControlMixin(_Trainer):
             log_ratio = log_ratio.expand_as(batch.logp)
         return log_ratio.exp()
 
-    def _count(self, batch: TokenBatch, entropy: torch.Tensor, ratio: torch.Tensor) -> None:
+    def _clips(self, ratio: torch.Tensor, adv: torch.Tensor) -> tuple[TokenFacts, torch.Tensor]:
+        """Which tokens the clip takes hold of, and which ratios lie outside it whatever the sign of A, ``[b t]``."""
+        ceiling = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
+        floor = -1.0 if self.loss_type == "cispo" else 1 - self.epsilon_low
+        low, high = ratio < floor, ratio > ceiling
+        return TokenFacts(ratio, low & (adv < 0), high & (adv > 0)), low | high
+
+    def _count(
+        self, batch: TokenBatch, entropy: torch.Tensor, ratio: torch.Tensor, old_entropies: torch.Tensor | None
+    ) -> None:
         """Add this micro-batch's sums, in the order of ``_SUMS``, without a synchronisation."""
         logp = batch.logp
         adv = batch.adv if batch.adv.dim() == 2 else batch.adv.unsqueeze(1)
         adv = adv.expand_as(logp)
-        ceiling = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
-        floor = -1.0 if self.loss_type == "cispo" else 1 - self.epsilon_low
-        low, high = (ratio < floor) & (adv < 0), (ratio > ceiling) & (adv > 0)
-        table = torch.stack([entropy, torch.ones_like(logp), low, high, adv, logp, adv * logp, ratio])
+        facts, outside = self._clips(ratio, adv)
+        ones = torch.ones_like(logp)
+        table = torch.stack(
+            [entropy, ones, facts.clipped_low, facts.clipped_high, adv, logp, adv * logp, ratio, outside]
+        )
         wide = torch.float32 if logp.device.type == "mps" else torch.float64
         sums = torch.where(batch.mask.bool(), table, 0.0).sum((1, 2), dtype=wide)
+        left = sums.new_zeros(2)
+        if old_entropies is not None and self.recipe.objective == "clipped":
+            left = torch.stack(
+                bound_violations(entropy, old_entropies, batch.mask, self.epsilon_low, self.epsilon_high)
+            )
         more = sums.new_zeros(2)
         if self._stop_requested:
             more[1:].fill_(1.0)
-        sums = torch.cat([sums, more])
+        sums = torch.cat([sums, left.to(wide), more])
         self._window = sums if self._window is None else self._window + sums
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -269,10 +292,15 @@ class EntropyControlMixin(_Trainer):
         self._live, self._terms = dict(inputs), None
         try:
             loss = super()._compute_loss(model, self._live)
-            loss = self._penalised(loss, inputs)
+            loss, bonus = self._penalised(loss, inputs)
+            if self.explainer.due() and self._seen is not None:
+                head, batch, ratio = self._seen
+                adv = self._live["advantages"].detach()
+                facts, _ = self._clips(ratio, adv if adv.dim() == 2 else adv.unsqueeze(1).expand_as(ratio))
+                self.explainer.add(loss, head, self._live, batch, facts, bonus)
         finally:
             # The entropies hold the graph: let it go with the loss.
-            self._live = self._terms = None
+            self._live = self._terms = self._seen = None
         if self._window is None:
             raise RuntimeError(
                 "the native loss never asked for log-probabilities; this trainer's loss cannot be wrapped"
@@ -288,11 +316,11 @@ class EntropyControlMixin(_Trainer):
         bounds = clip_settings(with_knob(self.recipe, self.control_state.value))
         self.epsilon_low, self.epsilon_high = bounds["epsilon"], bounds["epsilon_high"]
 
-    def _penalised(self, loss: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-        """Subtract ``c·H`` under the loss's own normaliser."""
+    def _penalised(self, loss: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Subtract ``c·H`` under the loss's own normaliser; returns the normalised H beside the loss."""
         recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
-        if not recipe.entropy_coef or self._terms is None:
-            return loss
+        if self._terms is None or not (recipe.entropy_coef or recipe.knob == "entropy_coef"):
+            return loss, None
         entropy, mask = self._terms
         windows = self.current_gradient_accumulation_steps
         if recipe.reduction == "sequence":
@@ -302,22 +330,32 @@ class EntropyControlMixin(_Trainer):
         else:
             share = windows / self.args.steps_per_generation / self.accelerator.num_processes
             bonus = (entropy * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1.0) * share)
-        return loss - recipe.entropy_coef * bonus
+        return (loss - recipe.entropy_coef * bonus if recipe.entropy_coef else loss), bonus
 
     # The optimizer step.
 
     def _close_window(self) -> None:
-        totals = dict(zip(_SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True))
+        totals: dict[str, float] = dict(
+            zip(_SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True)
+        )
         self._window = None
         step = self.state.global_step + 1
         at_boundary = step % self._boundary == 0
         reading = EntropyReading(totals["entropy"], totals["tokens"], "exact", float(self.temperature))
         before = self.control_state
+        explained = self.explainer.close(self._rate())
+        if explained:
+            predicted, gain = explained["predict/change"], explained["predict/gain"]
+            reading = reading._replace(predicted=predicted, gain=gain, steps=1)
         self._regulate(reading, at_boundary)
-        self._report(step, totals, reading, before)
+        self._report(step, totals, reading, before, explained)
         if totals["stop"] and at_boundary:
             logger.warning("stopping after optimizer step %s with a checkpoint, as asked", step)
             self._save_and_stop()
+
+    def _rate(self) -> float:
+        """The learning rate of the step under way."""
+        return self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
 
     def _regulate(self, reading: EntropyReading, at_boundary: bool) -> None:
         problem = reading.problem()
@@ -338,7 +376,9 @@ class EntropyControlMixin(_Trainer):
     def _save_and_stop(self) -> None:
         self.control.should_save = self.control.should_training_stop = True
 
-    def _report(self, step: int, totals: dict[str, float], reading: EntropyReading, before: Any) -> None:
+    def _report(
+        self, step: int, totals: dict[str, float], reading: EntropyReading, before: Any, explained: dict[str, Any]
+    ) -> None:
         n = max(totals["tokens"], 1.0)
         row: dict[str, Any] = {
             "entropy/mean": reading.mean,
@@ -347,6 +387,7 @@ class EntropyControlMixin(_Trainer):
             "clip/low_frac": totals["low"] / n,
             "clip/high_frac": totals["high"] / n,
             "ratio/mean": totals["ratio"] / n,
+            "ratio/outside_frac": totals["outside"] / n,
             "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
             "adv/mean": totals["adv"] / n,
         }
@@ -358,8 +399,11 @@ class EntropyControlMixin(_Trainer):
                 "knob/value": before.value,
                 "knob/saturated": int(self._knob_range.saturated(before.value)),
             }
+        if totals["compared"]:
+            row["theorem2/violated_frac"] = totals["violated"] / totals["compared"]
+        row |= explained
         for name, value in row.items():
-            if value is not None and math.isfinite(value):
+            if isinstance(value, int | float) and math.isfinite(value):
                 self._metrics["train"][name].append(value)
         self._flush()
         self._row = {
@@ -370,40 +414,10 @@ class EntropyControlMixin(_Trainer):
             "samples/total": self._generated,
             **self._batch_facts,
         }
-        self._write_samples(step)
+        if self.accelerator.is_main_process:
+            self.record.append("samples", *self.samples.rows(step, self.processing_class.decode))
 
     # The run directory.
-
-    def _keep_samples(self, inputs: dict[str, Any], batch: TokenBatch, entropy: torch.Tensor) -> None:
-        rows = slice(0, self._samples_wanted - len(self._samples))
-        names = ("prompt_ids", "prompt_mask", "completion_ids", "advantages", "rewards")
-        kept = {name: inputs[name][rows].detach().clone() for name in names if name in inputs}
-        kept |= {"logp": batch.logp[rows], "entropy": entropy[rows], "mask": batch.mask[rows]}
-        self._samples = [{name: value[i] for name, value in kept.items()} for i in range(len(kept["mask"]))]
-
-    def _write_samples(self, step: int) -> None:
-        if not self.accelerator.is_main_process or not self._samples or "done" in self._samples[0]:
-            return
-        decode = self.processing_class.decode
-        rows = []
-        for sample in self._samples:
-            keep = sample["mask"].bool()
-            ids = sample["completion_ids"][keep].tolist()
-            prompt = sample["prompt_ids"][sample["prompt_mask"].bool()].tolist()
-            rows.append(
-                {
-                    "step": step,
-                    "prompt": decode(prompt, skip_special_tokens=True),
-                    "completion": decode(ids, skip_special_tokens=True),
-                    "reward": sample["rewards"].item() if "rewards" in sample else None,
-                    "advantage": sample["advantages"].mean().item(),
-                    "tokens": [decode([i]) for i in ids],
-                    "surprisal": [round(-x, 4) for x in sample["logp"][keep].tolist()],
-                    "entropy": [round(x, 4) for x in sample["entropy"][keep].tolist()],
-                }
-            )
-        self.record.append("samples", *rows)
-        self._samples[0]["done"] = torch.ones(())
 
     def _flush(self) -> None:
         if self._row is not None and self.accelerator.is_main_process:
@@ -453,39 +467,12 @@ class EntropyControlMixin(_Trainer):
         """
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         self._began, self._failure, self._stop_requested = time.monotonic(), None, False
-        with _stop_signals(self):
+        with stop_signals(self):
             result = super().train(*args, **kwargs)
         self._flush()
         if self._failure:
             raise EntropyReadingError(self._failure)
         return result
-
-
-@contextmanager
-def _stop_signals(trainer: Any) -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into a request that all ranks see at their next reduction."""
-
-    first = 0.0
-
-    def request(number: int, frame: Any) -> None:
-        nonlocal first
-        if trainer._stop_requested:
-            # A launcher passes its own Ctrl-C on: two signals at once are one request.
-            if time.monotonic() - first > 2:
-                raise KeyboardInterrupt
-            return
-        trainer._stop_requested, first = True, time.monotonic()
-        logger.warning("will save and stop at the end of this generated batch; once more to stop now, without saving")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class IsentropicTrainer(EntropyControlMixin, GRPOTrainer):

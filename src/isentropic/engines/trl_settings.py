@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from dataclasses import fields
 from typing import Any
 
 from ..recipes import Recipe, compose
 
+logger = logging.getLogger("isentropic")
 _LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
 # What a native loss type is to a recipe: has it a clip, and what divides it.
 _NATIVE = {
@@ -119,3 +121,21 @@ def boundary(args: Any) -> int:
     """Optimizer steps between the moments at which both a step ends and a new batch is about to be generated."""
     every = args.steps_per_generation * args.num_iterations
     return math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def round_save_steps(args: Any) -> None:
+    """TRL does not save its generation buffer: a resume is exact only where a new batch is about to be generated."""
+    period = boundary(args)
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps" or period == 1:
+        return
+    steps = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * max(args.max_steps, 0))
+    rounded = max(1, math.ceil(steps / period)) * period
+    if rounded != args.save_steps:
+        logger.warning(
+            "save_steps=%s is rounded up to %s, a multiple of the %s optimizer steps of a generated batch, so that a "
+            "resumed run equals an uninterrupted one",
+            args.save_steps,
+            rounded,
+            period,
+        )
+        args.save_steps = rounded

@@ -1,0 +1,263 @@
+"""What the TRL engine adds to a row of metrics.jsonl about why entropy moves: weights read off the native loss.
+
+On a step that is explained, one autograd call on the elementwise graph between TRL's loss and its log-probabilities
+gives every token's weight. The moments of its row come from a second product of the last hidden state with the head, in
+fp32 and without a gradient.
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..dynamics import attribute, change_of, clip_gain, effective_weights, entropy_pull, token_totals
+from ..entropy import logits_stats
+from ..recipes import Recipe, knob_range, shape, with_knob
+from ..types import TokenBatch, TokenFacts, TokenStats
+from .trl_settings import clip_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger("isentropic")
+TOP_TOKENS = 8
+CHEAP_HEAD = 0.05  # a head with at most this share of the parameters is read at every step
+EVERY = 10
+_ROWS = 2**22  # logits of one chunk of the second product
+
+
+def head_of(model: Any) -> tuple[Any, Any] | None:
+    """The backbone and the output embedding of a causal language model, PEFT or not; None where it is not known."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    find = getattr(base, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    backbone = getattr(base, "base_model", None)
+    known = isinstance(head, torch.nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor)
+    return (backbone, head) if known and isinstance(backbone, torch.nn.Module) and backbone is not base else None
+
+
+def interval(model: Any, wanted: int | None) -> int:
+    """Optimizer steps between two explained ones: as asked, or 1 where the head is small beside the model, else 10."""
+    if wanted is not None:
+        return wanted
+    found = head_of(model)
+    if found is None:
+        return EVERY
+    return 1 if found[1].weight.numel() <= CHEAP_HEAD * sum(p.numel() for p in model.parameters()) else EVERY
+
+
+def check_explain(recipe: Recipe, every: int | None) -> None:
+    """Refuse an interval that cannot be, or that leaves a controller without what it needs.
+
+    Raises:
+        ValueError: what was got, and what is allowed.
+    """
+    if every is not None and every < 0:
+        raise ValueError(f"explain_every must be >= 0 optimizer steps, got {every}; 0 explains none, 1 every one")
+    if every == 0 and recipe.controller.split(":")[0] == "predictive":
+        raise ValueError("controller predictive needs explained steps, got explain_every=0; leave it out, or choose pi")
+
+
+def _logit_scale(config: Any) -> float | None:
+    """What the model multiplies its logits by, or None where it does something to them that is not known here."""
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    if any(getattr(config, name, None) is not None for name in names):
+        return None
+    return 1.0
+
+
+@torch.no_grad()
+def head_stats(
+    hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, softcap: float | None
+) -> torch.Tensor:
+    """The statistics of ``[n]`` tokens from ``[n d]`` hidden states, in fp32, a chunk of rows at a time."""
+    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
+    wide = weight.float()
+    parts = []
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows, chosen in zip(*(x.split(max(1, _ROWS // len(wide))) for x in (hidden, ids)), strict=True):
+            logits = rows.float() @ wide.T
+            logits = logits if bias is None else logits + bias.float()
+            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+            stats = logits_stats(logits, chosen, temperature, chunk=len(logits) or 1)
+            parts.append(torch.stack([x for x in stats if x is not None]))
+    return torch.cat(parts, dim=1) if parts else hidden.new_zeros(5, 0, dtype=torch.float32)
+
+
+class Explainer:
+    """Explains the steps of one trainer; sums of a window stay on the device until the step ends."""
+
+    def __init__(self, trainer: Any, every: int | None):
+        self.trainer = trainer
+        self.every = interval(trainer.model, every)
+        self.names: list[str] = []
+        self.sums: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
+        self._hidden: torch.Tensor | None = None
+        self._warned = False
+
+    def due(self) -> bool:
+        """Whether the optimizer step under way is explained."""
+        return self.every > 0 and self.trainer.state.global_step % self.every == 0
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Keep the last hidden state of the forward pass inside, where the head is known."""
+        found = head_of(self.trainer.accelerator.unwrap_model(model))
+        if found is None:
+            self._warn("this model's head is not known: the predicted change is read without the moments of the rows")
+            yield
+            return
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            self._hidden = output.last_hidden_state.detach()
+
+        handle = found[0].register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            logger.warning(message)
+        self._warned = True
+
+    def _moments(self, inputs: dict[str, Any], inside: torch.Tensor, logp: torch.Tensor) -> TokenStats | None:
+        """The rows' own statistics in fp32, ``[b t]``, or None where they cannot be had."""
+        hidden, self._hidden = self._hidden, None
+        trainer, length = self.trainer, logp.shape[1]
+        found = head_of(trainer.accelerator.unwrap_model(trainer.model))
+        config = trainer.model.config.get_text_config()
+        if hidden is None or found is None or hidden.shape[0] != logp.shape[0] or _logit_scale(config) is None:
+            self._warn("no hidden state to read moments from: the predicted change is read without them")
+            return None
+        picked = hidden[:, -length - 1 : -1][inside]
+        softcap = getattr(config, "final_logit_softcapping", None)
+        flat = head_stats(picked, found[1], inputs["completion_ids"][inside], trainer.temperature, softcap)
+        table = flat.new_zeros(5, *logp.shape)
+        table[:, inside] = flat
+        return TokenStats(*table)
+
+    def add(
+        self,
+        loss: torch.Tensor,
+        head: tuple[torch.Tensor, torch.Tensor],
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        facts: TokenFacts,
+        bonus: torch.Tensor | None,
+    ) -> None:
+        """Add one micro-batch; ``inputs`` holds the advantages that the loss was computed from."""
+        logp, entropy = head
+        inside = batch.mask.bool()
+        stats = self._moments(inputs, inside, logp)
+        read = TokenStats(logp.detach().float(), entropy.detach().float())
+        rows = read if stats is None else stats
+        weights = effective_weights(loss, logp, entropy, differentiable=True)
+        adv = inputs["advantages"].detach()
+        adv = (adv if adv.dim() == 2 else adv.unsqueeze(1)).expand_as(logp)
+        sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts).items()}
+        predicted = torch.where(inside, change_of(weights, rows), 0.0)
+        gain = self._gain(predicted.sum(), weights, rows, adv, facts, inputs, batch, entropy, bonus)
+        error = torch.where(inside, read.logp - rows.logp, 0.0)
+        slope = None if batch.logp_old is None else _slope(predicted.sum(), logp)
+        sums |= {
+            "predict/gain": gain,
+            "predict/numerics": error.new_zeros(()) if slope is None else (slope * error).sum(),
+            "numerics/squared": error.square().sum(),
+            "numerics/entropy": torch.where(inside, read.entropy - rows.entropy, 0.0).sum(),
+            "numerics/tokens": inside.sum() * (stats is not None),
+        }
+        self.names = list(sums)
+        vector = torch.stack([value.detach().double() for value in sums.values()])
+        self.sums = vector if self.sums is None else self.sums + vector
+        size = int(self.trainer.model.config.get_text_config().vocab_size)
+        totals = token_totals(predicted.detach(), inputs["completion_ids"], batch.mask, size)
+        self.tokens = totals if self.tokens is None else self.tokens + totals
+
+    def _gain(
+        self,
+        total: torch.Tensor,
+        weights: Any,
+        rows: TokenStats,
+        adv: torch.Tensor,
+        facts: TokenFacts,
+        inputs: dict[str, Any],
+        batch: TokenBatch,
+        entropy: torch.Tensor,
+        bonus: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The derivative of the predicted change by the knob under control, per unit step size."""
+        trainer, zero = self.trainer, total.new_zeros(())
+        recipe, state = trainer.recipe, trainer.control_state
+        if state is None:
+            return zero
+        if recipe.knob == "entropy_coef" and bonus is not None:
+            per_row = torch.autograd.grad(bonus, entropy, retain_graph=True)[0]
+            return (per_row * torch.where(batch.mask.bool(), entropy_pull(rows), 0.0)).sum()
+        if recipe.knob in ("clip_low", "clip_high"):
+            return self._clip_gain(recipe, state.value, weights, rows, adv, facts, batch)
+        slope = _slope(total, inputs["advantages"])
+        if slope is None:
+            return zero
+        step = 1e-3 * (knob_range(recipe).high - knob_range(recipe).low)
+        up, down = (shape(with_knob(recipe, state.value + x), batch) for x in (step, -step))
+        return (torch.where(batch.mask.bool(), slope * (up - down), 0.0)).sum() / (2 * step)
+
+    def _clip_gain(
+        self, recipe: Recipe, value: float, weights: Any, rows: TokenStats, adv: Any, facts: TokenFacts, batch: Any
+    ) -> torch.Tensor:
+        name = "epsilon_high" if recipe.knob == "clip_high" else "epsilon"
+        settings = clip_settings(with_knob(recipe, value))
+        bound = settings[name] if recipe.objective == "cispo" else 1 + settings[name]
+        bound = bound if name == "epsilon_high" else 1 - settings[name]
+        ahead = clip_settings(with_knob(recipe, value * 1.001))[name]
+        per_knob = (ahead - settings[name]) / (value * 0.001)
+        return per_knob * clip_gain(weights, rows, adv, facts, batch.mask, bound, width=value / 2)
+
+    def close(self, rate: float) -> dict[str, Any]:
+        """The window as fields of a row: sums over ranks, times the learning rate; empty if nothing was explained."""
+        if self.sums is None:
+            return {}
+        trainer = self.trainer
+        ranks = trainer.accelerator.num_processes
+        sums = dict(zip(self.names, trainer.accelerator.reduce(self.sums, reduction="sum").tolist(), strict=True))
+        # TRL's loss is a mean over ranks: each rank's weights are that many times too large.
+        row = {name: rate * value / ranks for name, value in sums.items() if name.startswith("predict/")}
+        read = sums["numerics/tokens"]
+        if read:
+            row["numerics/logp_rms"] = (sums["numerics/squared"] / read) ** 0.5
+            row["numerics/entropy_bias"] = sums["numerics/entropy"] / read
+        else:
+            row["predict/numerics"] = None
+        row["predict/moments"] = int(read > 0)
+        row["predict/knob"] = self._knob_part(row)
+        row["predict/top_tokens"] = self._top(rate / ranks)
+        self.sums = self.tokens = None
+        return row
+
+    def _knob_part(self, row: dict[str, Any]) -> float | None:
+        """What the knob adds to the change: exact for a knob the loss is linear in, unknown for a clip."""
+        trainer = self.trainer
+        if trainer.control_state is None or trainer.recipe.knob in ("clip_low", "clip_high"):
+            return None
+        return row["predict/gain"] * trainer.control_state.value
+
+    def _top(self, scale: float) -> list[list[Any]]:
+        """Text, predicted change and count of this process's tokens that moved entropy most, summed by token."""
+        assert self.tokens is not None
+        change, count = self.tokens
+        top = change.abs().topk(min(TOP_TOKENS, len(change))).indices
+        found = zip(top.tolist(), change[top].tolist(), count[top].tolist(), strict=True)
+        decode = self.trainer.processing_class.decode
+        return [[decode([i]), scale * x, int(n)] for i, x, n in found if n]
+
+
+def _slope(total: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
+    if not (source.requires_grad and total.requires_grad):
+        return None
+    return torch.autograd.grad(total, source, retain_graph=True, allow_unused=True)[0]
