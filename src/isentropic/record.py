@@ -38,8 +38,8 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ``samples/total``           completions generated so far
 ==========================  ==========================================================================================
 
-On steps that are explained (``explain_every``), a row also holds what ``dynamics.py`` predicts: nats per token, to first
-order in the logits, times the learning rate. Each split sums to ``predict/change``.
+On steps that are explained (``explain_every``), a row also holds what ``dynamics.py`` predicts: nats per token, to
+first order in the logits, times the learning rate. Each split sums to ``predict/change``.
 
 ==========================  ==========================================================================================
 ``predict/change``          predicted entropy change of the step: exact form, or without moments if ``moments`` is 0
