@@ -41,22 +41,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
     train = commands.add_parser("train", help="train a model with its entropy under control", allow_abbrev=False)
     train.add_argument("config", nargs="?", help="TOML file; its keys are the flags' names with underscores")
-    hints = get_type_hints(RunConfig)
-    for setting in fields(RunConfig):
-        if setting.name in FLAGLESS:
-            continue
-        kind = next(k for k in (*get_args(hints[setting.name]), hints[setting.name]) if k is not type(None))
-        shown = "" if setting.default is None else f" [{setting.default}]"
-        train.add_argument(
-            f"--{setting.name.replace('_', '-')}",
-            type=kind,
-            default=argparse.SUPPRESS,
-            metavar=kind.__name__.upper(),
-            help=setting.metadata["help"] + shown,
-        )
+    _add_settings(train)
     train.add_argument("--resume", action="store_true", help="go on from the last checkpoint of --out")
     train.add_argument("--dry-run", action="store_true", help="check everything, print the resolved config, stop")
     train.add_argument("--rebuild", action="store_true", help="build the embedded model again")
+    audit = commands.add_parser(
+        "audit", help="find what falsifies log-probs, ratios and entropy, before training", allow_abbrev=False
+    )
+    audit.add_argument("config", nargs="?", help="TOML file, as for train")
+    _add_settings(audit, leave_out=("out", "audit"))
+    audit.add_argument("--json", action="store_true", help="print the report as JSON")
     commands.add_parser("recipes", help="list the algorithms, knobs, controllers and targets")
     evaluation = commands.add_parser(
         "eval", help="pass@k and distinct answers of a run's checkpoint", allow_abbrev=False
@@ -68,12 +62,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for every setting of a run."""
+    hints = get_type_hints(RunConfig)
+    for setting in fields(RunConfig):
+        if setting.name in (*FLAGLESS, *leave_out):
+            continue
+        kind = next(k for k in (*get_args(hints[setting.name]), hints[setting.name]) if k is not type(None))
+        shown = "" if setting.default is None else f" [{setting.default}]"
+        parser.add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=setting.metadata["help"] + shown,
+        )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (2 for a mistake in the settings, 130 for Ctrl-C)."""
+    """Run one command; returns 0, 1 for a serious finding, 2 for a mistake in the settings, 130 for Ctrl-C."""
     args = vars(_parser().parse_args(argv))
     command = args.pop("command")
     try:
-        return {"train": _train, "recipes": _recipes, "eval": _eval}[command](args)
+        return {"train": _train, "audit": _audit, "recipes": _recipes, "eval": _eval}[command](args)
     except ConfigError as error:
         _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -106,6 +117,16 @@ def _train(args: dict[str, Any]) -> int:
         return 130
     print(training.table(result, str(config.out)))
     return 0
+
+
+def _audit(args: dict[str, Any]) -> int:
+    as_json, path = args.pop("json"), args.pop("config")
+    config = load(path, args)
+    training = _heavy("training")
+    training.quiet()
+    report = training.audit(config)
+    print(report.json() if as_json else report.text())
+    return 1 if report.serious else 0
 
 
 def _heavy(name: str) -> Any:

@@ -57,6 +57,7 @@ class RunConfig:
         None, "steps between two whose entropy change is explained; 0 never [1 or 10, by the size of the head]", low=0
     )
     eval_k: int = _setting(16, "samples a held-out prompt in the evaluations at start and end; 0 skips them", low=0)
+    audit: str = _setting("on", "check precision and sampling as the run starts, and warn", choices=("on", "off"))
     recipe_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "other fields of a recipe (TOML table)"}
     )

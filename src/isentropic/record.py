@@ -4,6 +4,7 @@
 
     RUN/
       run.json           written first: schema, created, command, config (resolved), recipe, versions, machine, seed
+      audit.json         as training starts: findings on precision and sampling, what was checked, measured figures
       metrics.jsonl      one row an optimizer step
       samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
       evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
@@ -59,6 +60,10 @@ first order in the logits, times the learning rate. Each split sums to ``predict
 ``numerics/logp_rms``       rms difference between the engine's log π and that of an fp32 head, nats; with
                             ``numerics/entropy_bias``, mean difference of the entropies
 ==========================  ==========================================================================================
+
+audit.json (missing with ``--audit off``): ``findings``, gravest first, each with ``severity`` (serious, warning, note),
+``code``, ``what``, ``where``, ``effect``, ``remedy``, ``nats`` and ``clipped_frac``; ``serious``, the number of the
+serious ones; ``checked``, by name, as text; ``figures``, by name, in nats.
 
 A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``advantage``, and, aligned by token,
 ``tokens``, ``surprisal`` (nats, current policy) and ``entropy``.

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, P
 
 from .config import ConfigError, RunConfig, as_dict, recipe_of
 from .engines.trl import IsentropicConfig, IsentropicTrainer
+from .engines.trl_audit import StartAudit, audit_trainer
 from .evaluation import pass_at_k, rms_relative_error
 from .models import resolve_model
+from .precision import Report
 from .record import Record, write_json
 from .tasks import Task, load_task
 
@@ -50,6 +53,8 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
         # Threads that meet at every small operation make a tiny model five times slower on a busy machine.
         torch.set_num_threads(1)
     trainer = _trainer(config, task, model, tokenizer, say)
+    if config.audit == "on":
+        trainer.add_callback(StartAudit(trainer))
     evaluating = main and config.eval_k > 0
     if evaluating and checkpoint is None:
         record.append("evaluations", evaluate(model, tokenizer, task, config, step=0))
@@ -64,6 +69,18 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     if main:
         write_json(record.path / "summary.json", result)
     return result
+
+
+def audit(config: RunConfig) -> Report:
+    """Audit a config's trainer as it would start, in a directory that is thrown away.
+
+    Raises:
+        ConfigError: a model or task that cannot be used.
+    """
+    task = load_task(config.task)
+    model, tokenizer = load_model(resolve_model(config.model), config.dtype)
+    with TemporaryDirectory() as out:
+        return audit_trainer(_trainer(replace(config, out=out), task, model, tokenizer, say=print))
 
 
 def _checkpoint_to_resume(record: Record, main: bool) -> Path | None:
