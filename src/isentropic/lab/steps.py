@@ -190,8 +190,9 @@ def advance(
     lr: float,
     updates: int,
     knob: float | None = None,
+    natural: bool = False,
 ) -> Float[Tensor, "r v"]:
-    """Take ``updates`` plain gradient steps on one batch, which grows the more off-policy.
+    """Take ``updates`` steps on one batch, plain or natural as in ``step``; each makes the batch more off-policy.
 
     >>> from isentropic.lab import expected_batch
     >>> tree, recipe = Tree(1, 2), recipes.RECIPES["rloo"]
@@ -201,5 +202,6 @@ def advance(
     tensor([[ 0.2500, -0.2500]], dtype=torch.float64)
     """
     for _ in range(updates):
-        logits = logits - lr * gradient(logits, batch, recipe, knob)
+        slope = gradient(logits, batch, recipe, knob)
+        logits = logits - lr * (slope / logits.softmax(-1) if natural else slope)
     return logits
