@@ -15,6 +15,7 @@ except PackageNotFoundError:  # a source tree that was never installed
 _ROOMS = {
     "types": ("EntropyReading", "TokenBatch", "TokenFacts", "TokenStats"),
     "reduce": ("SumCount",),
+    "kernels": ("fused_logp", "fused_policy_loss", "token_stats"),
     "entropy": ("logits_stats", "sampled_entropy", "token_entropy"),
     "controllers": ("Range",),
     "targets": ("parse_target",),

@@ -1,0 +1,118 @@
+"""What a language-model head is to the kernels: its numbers, its rows, and the checks made before any heavy work.
+
+A head turns a final hidden state h into ``z_v = cap(scale·(h·w_v + b_v)) / T`` with
+``cap(y) = softcap·tanh(y/softcap)``, or the identity without a softcap. ``π = softmax(z)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ARITHMETIC = ("exact", "shifted")
+# A masked vocabulary entry, bias −∞, as a finite number: e is 0 there, and 0·x stays 0.
+NEVER = -1e30
+
+
+class Shard(NamedTuple):
+    """This process's part of a vocabulary that is split over several.
+
+    Attributes:
+        start: the id of the first row of the weight held here.
+        all_reduce: ``(tensor, "sum" or "max") -> tensor``, elementwise over the shards, the same on every one of them.
+            With torch.distributed a function of three lines: clone, ``dist.all_reduce``, return.
+    """
+
+    start: int
+    all_reduce: Callable[[Tensor, str], Tensor]
+
+
+class Head(NamedTuple):
+    """A head, checked: ``weight`` [v d], ``bias`` [v], ``wide`` the dtype of the arithmetic, fp32 or float64.
+
+    ``shard`` is None where the whole vocabulary is here.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+    scale: float
+    arithmetic: str
+    shard: Shard | None
+    wide: torch.dtype
+
+    def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        """Add (or maximise) x over the shards; x itself without shards."""
+        return x if self.shard is None else self.shard.all_reduce(x, op)
+
+
+class Rows(NamedTuple):
+    """The rows to work on: ``hidden`` [n d], ``ids`` [n] counted from the weight's first row, ``inv_t`` [n] or one."""
+
+    hidden: Tensor
+    ids: Tensor
+    inv_t: float | Tensor
+
+    def take(self, index: slice | Tensor) -> Rows:
+        """Some of the rows."""
+        inv_t = self.inv_t[index] if isinstance(self.inv_t, Tensor) else self.inv_t
+        return Rows(self.hidden[index], self.ids[index], inv_t)
+
+
+def whole(x: Any) -> Any:
+    """Gather a parameter that FSDP2 holds in parts (a DTensor), with its gradient; others pass unchanged."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def unmixed(x: Tensor) -> Any:
+    """A context without autocast on x's device: the kernels choose the dtype of every product themselves."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
+    """Refuse shapes and dtypes that do not fit together."""
+    if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
+        raise ValueError(
+            f"hidden [... d] and weight [v d] must share d, got {[*hidden.shape]} and {[*weight.shape]}; "
+            "pass the head's weight as nn.Linear stores it"
+        )
+    if ids.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"ids must be {[*hidden.shape[:-1]]}, one a hidden state, got {[*ids.shape]}; "
+            "the state at position i predicts the token at i + 1: shift one of them"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be {[*weight.shape[:1]]}, one a row of the weight, got {[*bias.shape]}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"mask must be {[*ids.shape]}, as ids, got {[*mask.shape]}; one entry a token")
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be fp16, bf16, fp32 or float64, got {x.dtype}; dequantise it first")
+
+
+def check_numbers(
+    temperature: float | Tensor, ids: Tensor, softcap: float | None, scale: float, arithmetic: str
+) -> None:
+    """Refuse settings outside their range."""
+    if isinstance(temperature, Tensor):
+        if temperature.shape != ids.shape:
+            raise ValueError(f"temperature must be a number or {[*ids.shape]}, as ids, got {[*temperature.shape]}")
+    elif not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be > 0 and finite, got {temperature}; 1.0 leaves the logits as they are")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0, got {softcap}; None leaves the logits uncapped")
+    if scale == 0:
+        raise ValueError("scale must not be 0, got 0; 1.0 leaves the logits as they are")
+    if arithmetic not in ARITHMETIC:
+        raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got {arithmetic!r}")
+
+
+def check_ids(ids: Tensor, num_rows: int, shard: Shard | None) -> None:
+    """Refuse ids past the vocabulary; on the CPU only, for elsewhere it would wait for the device."""
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"ids must be integers, got {ids.dtype}")
+    if shard is None and ids.numel() and ids.device.type == "cpu" and (most := int(ids.max())) >= num_rows:
+        raise ValueError(f"ids must be < {num_rows}, the rows of the weight, got {most}; are they of this tokenizer?")
