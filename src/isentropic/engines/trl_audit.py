@@ -97,7 +97,7 @@ def _generated(trainer: Any, prompts: int, tokens: int) -> AuditBatch:
         torch.cat([output["prompt_ids"], ids], 1),
         torch.cat([output["prompt_mask"], mask], 1),
         mask if tools is None else mask * tools,
-        _tokens_made(trainer, ids) if tools is None else mask * tools,
+        _tokens_made(trainer, ids, native=bool(seen)) if tools is None else mask * tools,
         output.get("old_per_token_logps"),
         logp_sampler,
         kept,
@@ -113,13 +113,18 @@ def _stand_in(completions: list[Any], **columns: Any) -> list[float]:
     return [float(i % 2) for i in range(len(completions))]
 
 
-def _tokens_made(trainer: Any, ids: torch.Tensor) -> torch.Tensor:
-    """What the sampler made, read from the tokens alone: up to the first end of text, else up to the padding."""
+def _tokens_made(trainer: Any, ids: torch.Tensor, native: bool) -> torch.Tensor:
+    """What the sampler made, read from the tokens alone: up to the first end of text.
+
+    Without one, the native sampler has filled the row, and may have drawn the padding token; another one may have
+    stopped on a string, and what follows is padding.
+    """
     ends = torch.isin(ids, torch.tensor(trainer.eos_token_ids, device=ids.device))
     padding = ids == trainer._tokenizer.pad_token_id
     trailing = padding.flip(1).long().cumprod(1).flip(1).bool()
     ended = ends.any(1, keepdim=True)
-    made = torch.where(ended, ends.long().cumsum(1) - ends.long() == 0, ~trailing)
+    unended = torch.ones_like(padding) if native else ~trailing
+    made = torch.where(ended, ends.long().cumsum(1) - ends.long() == 0, unended)
     if trainer.mask_truncated_completions:
         made = made & ended
     return made.long()

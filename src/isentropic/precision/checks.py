@@ -337,7 +337,7 @@ def sampler_findings(
     fit = fitted_temperature(logits, ids, logp_sampler)
     left = rms(from_logits(logits, ids, temperature=fit)[0] - logp_sampler)
     effect = measured(nats, clipped, clip)
-    if left < nats / 2 and abs(fit / temperature - 1) > 1e-3:
+    if left < nats / 5 and abs(fit / temperature - 1) > 1e-3:
         what = f"tokens are sampled at temperature {fit:.3g} and scored at {temperature:.3g}"
         remedy = "give sampler and scoring one temperature; in TRL set temperature, not generation_kwargs"
         return [Finding(grade(nats, clipped), "temperature", what, where, effect, remedy, nats, clipped)]

@@ -120,6 +120,9 @@ def _full(x: Any) -> Any:
 
 
 def _look(model: Any, batch: AuditBatch) -> _Look:
+    if hasattr(model, "reshard"):
+        # After a forward FSDP2 leaves the outermost parameters as they were cast; their own dtype is under the shards.
+        model.reshard()
     head, num, seen = model.get_output_embeddings(), batch.mask.shape[1], {}
     stored = head.weight.dtype
 
@@ -237,7 +240,7 @@ def _score_findings(case: _Case, calm: Scored, explained: float, where: str) -> 
         effect = measured(nats, clipped, case.clip)
         fit = fitted_temperature(case.logits, case.ids, calm.logp)
         again = from_logits(case.logits, case.ids, temperature=fit)[0]
-        if rms(again - calm.logp) < nats / 2 and abs(fit / case.temperature - 1) > 1e-3:
+        if rms(again - calm.logp) < nats / 5 and abs(fit / case.temperature - 1) > 1e-3:
             what = f"tokens are scored at temperature {fit:.3g} and sampled at {case.temperature:.3g}"
             remedy = "divide the logits by the sampling temperature before the log-softmax"
             return [Finding(grade(nats, clipped), "temperature", what, where, effect, remedy, nats, clipped)]
