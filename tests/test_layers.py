@@ -13,10 +13,10 @@ SRC = Path(__file__).parents[1] / "src" / "isentropic"
 
 # A room imports only the rooms above it.
 ORDER = """types reduce advantages shaping objectives kernels entropy dynamics controllers targets thermostat
-    recipes precision evaluation record lab compare engines tasks models report watch config training cli""".split()
+    recipes precision evaluation record explain lab compare engines tasks models report watch config training cli""".split()
 CORE = set(ORDER[: ORDER.index("evaluation") + 1])
 SEPARATE = {"engines", "tasks", "report"}
-TORCHLESS = set("__init__ controllers targets thermostat recipes record tasks models config cli".split())
+TORCHLESS = set("__init__ controllers targets thermostat recipes record explain tasks models config cli".split())
 ONLY_IN = {"argparse": {"config", "cli"}, "tomllib": {"config", "cli", "compare"}}
 EXTRAS = {"verl", "ray", "triton", "reasoning_gym", "math_verify", "textworld"}
 MAX_BYTES, MAX_LINES = 25_000, 60  # both exclusive

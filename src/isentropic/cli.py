@@ -59,6 +59,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--step", type=int, help="checkpoint after this optimizer step [the last]")
     evaluation.add_argument("--k", type=int, help="samples a prompt [as the run]")
     evaluation.add_argument("--task", help="another task than the run's")
+    why = commands.add_parser("explain", help="what moved the entropy of a run", allow_abbrev=False)
+    why.add_argument("run", metavar="RUN", help="run directory, which may be going on")
+    why.add_argument("--steps", metavar="A:B", help="optimizer steps, both ends included [all]")
+    why.add_argument("--json", action="store_true", help="the figures for a program")
+    report = commands.add_parser("report", help="one page that shows runs, for any browser", allow_abbrev=False)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or directories of them")
+    report.add_argument("-o", "--out", help="the HTML file [RUN/report.html; report.html for several]")
+    watch = commands.add_parser("watch", help="follow a run while it goes on; q quits", allow_abbrev=False)
+    watch.add_argument("run", metavar="RUN", help="run directory, which may not have begun")
+    watch.add_argument("--once", action="store_true", help="print one picture and stop")
+    watch.add_argument("--serve", action="store_true", help="the report on this machine, refreshed as the run goes on")
+    watch.add_argument("--port", type=int, help="of --serve [a free one]")
     return parser
 
 
@@ -84,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     command = args.pop("command")
     try:
-        return {"train": _train, "audit": _audit, "recipes": _recipes, "eval": _eval}[command](args)
+        return {"train": _train, "audit": _audit, "recipes": _recipes, "eval": _eval, **_SHOW}[command](args)
     except ConfigError as error:
         _fail(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -231,6 +243,60 @@ def _eval(args: dict[str, Any]) -> int:
         if key.startswith("pass@") or key in ("task", "step", "k", "distinct"):
             print(f"{key:10} {row[key]:.3f}" if isinstance(row[key], float) else f"{key:10} {row[key]}")
     return 0
+
+
+def _explain(args: dict[str, Any]) -> int:
+    import json
+
+    from .explain import explain, render
+
+    try:
+        found = explain(Record(args["run"]), args["steps"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    print(json.dumps(found, indent=2, ensure_ascii=False) if args["json"] else render(found))
+    return 0
+
+
+def _report(args: dict[str, Any]) -> int:
+    from .report import write
+
+    runs = args["runs"]
+    out = Path(args["out"] or (Path(runs[0]) / "report.html" if len(runs) == 1 else "report.html"))
+    if out.is_dir():
+        raise ConfigError(f"--out: {out} is a directory; name a file in it, such as {out / 'report.html'}")
+    try:
+        print(write(runs, out))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}; name another file") from None
+    return 0
+
+
+def _watch(args: dict[str, Any]) -> int:
+    from .watch import serve, watch
+
+    port = args["port"]
+    if args["once"] and args["serve"]:
+        raise ConfigError("--once prints in the terminal and --serve does not end; leave one out")
+    if port is not None and not args["serve"]:
+        raise ConfigError("--port belongs to --serve; add --serve, or leave --port out")
+    if port is not None and not 0 <= port <= 65535:
+        raise ConfigError(f"--port: got {port}, must be from 0 to 65535; 0 takes a free one")
+    try:
+        if args["serve"]:
+            serve(args["run"], port or 0)
+        else:
+            watch(args["run"], args["once"])
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from None
+    except KeyboardInterrupt:
+        pass
+    return 0
+
+
+_SHOW = {"explain": _explain, "report": _report, "watch": _watch}
 
 
 if __name__ == "__main__":

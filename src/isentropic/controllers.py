@@ -400,7 +400,7 @@ def _advance(state: PredictiveState, n: int, target: float) -> PredictiveState:
     wander = 0.02 * max(abs(state.slope), 0.1 * state.unit)
     return state._replace(
         entropy=state.entropy + state.slope * x + n * state.drift,
-        hh=state.hh + x * (state.hs + hs) + n * (state.hd + hd) + n * (2e-3 * target) ** 2,
+        hh=state.hh + x * (state.hs + hs) + n * (state.hd + hd) + n * (1e-2 * target) ** 2,
         hs=hs,
         hd=hd,
         ss=state.ss + n * wander**2,
