@@ -295,12 +295,7 @@ def _by_clip(
         names = ("clipped_low", "clipped_high", "removed_low", "removed_high")
         return {"unclipped": change} | dict.fromkeys(names, nothing)
     low, high = facts.clipped_low & inside, facts.clipped_high & inside
-    free = inside & ~low & ~high
-    full = torch.where(inside, facts.ratio * adv, torch.zeros_like(w))
-    scale = (w.abs() * free).sum(-1, keepdim=True) / (full.abs() * free).sum(-1, keepdim=True)
-    overall = (w.abs() * free).sum() / (full.abs() * free).sum()
-    scale = torch.where(scale.isfinite() & (scale > 0), scale, overall.nan_to_num(0.0, posinf=0.0))
-    removed = -(scale * full - w) * _pull(stats)
+    removed = -(_unclipped(w, adv, inside, facts) - w) * _pull(stats)
     return {
         "unclipped": change * ~(low | high),
         "clipped_low": change * low,
@@ -308,6 +303,17 @@ def _by_clip(
         "removed_low": removed * low,
         "removed_high": removed * high,
     }
+
+
+def _unclipped(
+    w: Float[Tensor, "b t"], adv: Float[Tensor, "b t"], inside: Bool[Tensor, "b t"], facts: TokenFacts
+) -> Float[Tensor, "b t"]:
+    """The weights ``c·r·A`` that a loss without its clip would give, c read off the tokens that are not clipped."""
+    free = inside & ~facts.clipped_low & ~facts.clipped_high
+    full = torch.where(inside, facts.ratio * adv, torch.zeros_like(w))
+    scale = (w.abs() * free).sum(-1, keepdim=True) / (full.abs() * free).sum(-1, keepdim=True)
+    overall = (w.abs() * free).sum() / (full.abs() * free).sum()
+    return full * torch.where(scale.isfinite() & (scale > 0), scale, overall.nan_to_num(0.0, posinf=0.0))
 
 
 def _by_position(change: Float[Tensor, "b t"], inside: Bool[Tensor, "b t"]) -> Float[Tensor, "8"]:
@@ -374,16 +380,8 @@ def clip_gain(
     inside = mask.bool()
     pushed = adv > 0 if bound > 1 else adv < 0
     edge = inside & pushed & ((facts.ratio - bound).abs() < width / 2)
-    nowhere = torch.zeros_like(edge)
-    split = _by_clip(
-        torch.where(edge, torch.zeros_like(weights.logp), weights.logp.detach()),
-        stats,
-        adv,
-        torch.zeros_like(adv),
-        inside,
-        TokenFacts(facts.ratio, nowhere, edge),
-    )
-    return split["removed_high"].sum() / width
+    freed = _unclipped(weights.logp.detach(), adv, inside, facts)
+    return -torch.where(edge, freed * _pull(stats), torch.zeros_like(freed)).sum() / width
 
 
 def entropy_bounds(
