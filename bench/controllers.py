@@ -1,0 +1,244 @@
+"""Which controller holds entropy best? In the lab, where a run takes seconds, and on the embedded task.
+
+Every controller turns the same knob at every optimizer step, from the same start. Embedded cells are runs of
+`isentropic train`, each in a process of its own; a finished cell is never run again, a killed one starts afresh.
+
+    python bench/controllers.py lab [--seeds 10]
+    python bench/controllers.py embedded [--runs DIR] [--seeds 0 1 2 3 4] [--jobs 2]
+    python bench/controllers.py report          # the table and the picture from what has run
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"
+CONTROLLERS = ["double_halve", "multiplicative", "sign_step", "pi", "predictive"]
+BASELINE = "pi"
+# What the lab holds: a knob on a recipe, and a step size; gains of a plant differ by more than tenfold between rows.
+PLANTS = {
+    "ζ on LOOP": ({"recipe": "loop", "knob": "zeta", "target": "75%"}, 4.0),
+    "ζ on LOOP, steps four times as large": ({"recipe": "loop", "knob": "zeta", "target": "75%"}, 16.0),
+    "entropy bonus on GRPO": ({"recipe": "grpo", "knob": "entropy_coef", "target": "75%"}, 4.0),
+    "β on DAPO": ({"recipe": "dapo", "knob": "beta", "target": "75%"}, 4.0),
+    "ζ on LOOP, target annealed": ({"recipe": "loop", "knob": "zeta", "target": "anneal:100%:60%:600"}, 4.0),
+}
+LAB_STEPS = 1000
+SETTLED, BAND, WINDOW = 20, 0.05, 20
+
+
+def figures(entropy, target, knob, low, high):
+    """What the table holds, from readings, targets in force and knobs, a number a step."""
+    entropy, target = np.asarray(entropy, float), np.asarray(target, float)
+    target = np.where(np.isfinite(target), target, target[np.isfinite(target)][0])
+    error = (entropy - target) / target
+    smooth = np.convolve(error, np.ones(WINDOW) / WINDOW, mode="valid")
+    inside = np.abs(smooth) <= BAND
+    settling = int(np.argmax(inside)) if inside.any() else len(entropy)
+    # How far it goes past the target, on the other side from where it began, once it has come there.
+    after = smooth[settling:] * -np.sign(smooth[0])
+    knob = np.asarray(knob, float)
+    return {
+        "settling": settling,
+        "rms": float(np.sqrt(np.mean(error[SETTLED:] ** 2))),
+        "rms after 100": float(np.sqrt(np.mean(error[100:] ** 2))),
+        "overshoot": float(max(after.max(initial=0.0), 0.0)),
+        "at a bound": float(np.mean((knob[SETTLED:] <= low) | (knob[SETTLED:] >= high))),
+        "knob motion": float(np.sqrt(np.mean(np.diff(knob[SETTLED:]) ** 2)) / (high - low)),
+    }
+
+
+def lab(seeds):
+    from isentropic.lab import simulate
+    from isentropic.recipes import compose, knob_range
+
+    found = {}
+    for plant, (settings, rate) in PLANTS.items():
+        for controller in CONTROLLERS:
+            recipe = compose(**settings, controller=controller, every=1)
+            span = knob_range(recipe)
+            began = time.monotonic()
+            rows = []
+            for seed in range(seeds):
+                run = simulate(recipe, LAB_STEPS, seed, lr=rate)
+                row = figures(run.entropy, run.target, run.knob, span.low, span.high)
+                # In the lab the policy's own entropy is known: the error without the noise of readings.
+                row["true rms after 100"] = figures(run.entropy, run.target, run.knob, span.low, span.high)[
+                    "rms after 100"
+                ]
+                rows.append(row | {"reward": float(run.reward[-100:].mean())})
+            found.setdefault(plant, {})[controller] = rows
+            print(f"{plant}, {controller}: {time.monotonic() - began:.0f} s", flush=True)
+    save("lab", found)
+
+
+def embedded(home, seeds, jobs):
+    from isentropic.models import resolve_model
+
+    resolve_model("tiny")
+    cells = [(controller, seed) for seed in seeds for controller in CONTROLLERS]
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda cell: run(*cell, home), cells))
+    collect(home, seeds)
+
+
+def run(controller, seed, home):
+    out = home / f"{controller}-s{seed}"
+    if (out / "summary.json").exists():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    flags = ["--recipe", "isentropic", "--controller", controller, "--seed", str(seed), "--save-every", "0"]
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "isentropic.cli", "train", *flags, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode:
+        raise SystemExit(f"{controller}, seed {seed}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    print(f"{controller}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def collect(home, seeds):
+    from isentropic.recipes import compose, knob_range
+    from isentropic.record import Record
+
+    span, found = knob_range(compose("isentropic")), {}
+    for controller in CONTROLLERS:
+        for seed in seeds:
+            record = Record(home / f"{controller}-s{seed}")
+            if not (record.path / "summary.json").exists():
+                continue
+            rows = record.rows("metrics")
+            columns = ([row[name] for row in rows] for name in ("entropy/mean", "entropy/target", "knob/value"))
+            entropy, target, knob = columns
+            target = [np.nan if x is None else x for x in target]
+            summary = json.loads((record.path / "summary.json").read_text())
+            row = figures(entropy, target, knob, span.low, span.high) | {"reward": summary["reward/end"], "seed": seed}
+            row |= {name: summary["end"][name] for name in ("pass@1", "pass@16", "distinct")}
+            row["trace"] = [round(float(x), 4) for x in np.convolve(entropy, np.ones(WINDOW) / WINDOW, "valid")[::8]]
+            row["target"] = target[-1]
+            found.setdefault(controller, []).append(row)
+    save("embedded", {"the embedded task, default run": found})
+
+
+def save(part, found):
+    from isentropic.record import versions, write_json
+
+    made = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
+        "versions": versions(),
+    }
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    write_json(RESULTS / f"controllers-{part}.json", {"made": made, "plants": found})
+    report()
+
+
+COLUMNS = {
+    "settling": "{:.0f}",
+    "rms": "{:.1%}",
+    "rms after 100": "{:.1%}",
+    "true rms after 100": "{:.1%}",
+    "overshoot": "{:.1%}",
+    "at a bound": "{:.0%}",
+    "knob motion": "{:.1%}",
+    "reward": "{:.3f}",
+    "pass@1": "{:.3f}",
+    "pass@16": "{:.3f}",
+    "distinct": "{:.1f}",
+}
+
+
+def cell(values, form):
+    from isentropic.evaluation import bootstrap_interval
+
+    mean = form.format(float(np.mean(values)))
+    if len(values) < 3:
+        return mean
+    low, high = bootstrap_interval(values)
+    return f"{mean} ({form.format(low)}..{form.format(high)})"
+
+
+def report():
+    lines = []
+    for part in ("embedded", "lab"):
+        path = RESULTS / f"controllers-{part}.json"
+        if not path.exists():
+            continue
+        found = json.loads(path.read_text())
+        for plant, by_controller in found["plants"].items():
+            names = [n for n in COLUMNS if n in next(iter(by_controller.values()))[0]]
+            lines += [f"## {plant}", "", "| controller | " + " | ".join([*names, f"rms − {BASELINE}'s"]) + " |"]
+            lines.append("|---" * (len(names) + 2) + "|")
+            for controller, rows in by_controller.items():
+                cells = [cell([row[name] for row in rows], COLUMNS[name]) for name in names]
+                pairs = [a["rms"] - b["rms"] for a, b in zip(rows, by_controller[BASELINE], strict=False)]
+                gap = "" if controller == BASELINE else cell(pairs, "{:+.1%}")
+                lines.append(f"| {controller} | " + " | ".join([*cells, gap]) + " |")
+            number = len(next(iter(by_controller.values())))
+            lines += ["", f"Mean over {number} seeds (0 to {number - 1}), 95 % bootstrap interval over seeds.", ""]
+        made = found["made"]
+        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
+        lines += [f"{made['date']}; {made['machine']}; {versions}.", ""]
+        if part == "embedded":
+            draw(found["plants"])
+    (RESULTS / "controllers-table.md").write_text("\n".join(lines))
+    print("\n".join(lines))
+
+
+def draw(plants):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    colours = dict(zip(CONTROLLERS, ["#999999", "#e69f00", "#009e73", "#d55e00", "#0072b2"], strict=True))
+    (by_controller,) = plants.values()
+    figure, axis = plt.subplots(figsize=(8, 3.4))
+    for controller, rows in by_controller.items():
+        for i, row in enumerate(rows):
+            label = {"label": controller} if i == 0 else {}
+            values = [x / row["target"] for x in row["trace"]]
+            axis.plot(np.arange(len(values)) * 8 + WINDOW / 2, values, color=colours[controller], lw=0.9, **label)
+    axis.axhline(1.0, color="#333333", lw=0.8, ls="--")
+    axis.set(
+        title="Which controller holds entropy?", xlabel="optimizer steps", ylabel="entropy / target, 20 steps' mean"
+    )
+    axis.set_ylim(0.7, 1.4)
+    axis.legend(frameon=False, fontsize=8, ncols=3)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "controllers.svg", metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=["lab", "embedded", "report"])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "controllers")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None)
+    parser.add_argument("--jobs", type=int, default=2)
+    options = parser.parse_args()
+    if options.part == "lab":
+        lab((options.seeds or [10])[0])
+    elif options.part == "embedded":
+        embedded(options.runs, options.seeds or [0, 1, 2, 3, 4], options.jobs)
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()
