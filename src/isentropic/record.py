@@ -9,6 +9,7 @@
       samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
       evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
       summary.json       written at the end: the closing table
+      report.html        written at the end: what the rest of the directory shows, as a page
       checkpoint-N/      the engine's own checkpoint after optimizer step N, and isentropic.json, written last
 
 Rows are JSON objects; a number that is not finite, or not known, is null. Fields are only ever added within a schema
@@ -37,6 +38,7 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch
 ``length/mean``             tokens a completion, and ``length/truncated_frac``
 ``samples/total``           completions generated so far
+``task``                    name of the task, where tasks follow one another; another name than before is a switch
 ==========================  ==========================================================================================
 
 On steps that are explained (``explain_every``), a row also holds what ``dynamics.py`` predicts: nats per token, to
@@ -119,7 +121,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a JSONL file, without a last line that was cut short; nothing where the file is missing."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    # A write may end inside a character too.
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             try:
                 row = json.loads(line)

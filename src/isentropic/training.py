@@ -68,7 +68,18 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     result = summary(record, time.monotonic() - began)
     if main:
         write_json(record.path / "summary.json", result)
+        _write_report(record, say)
     return result
+
+
+def _write_report(record: Record, say: Callable[[str], None]) -> None:
+    """The page of a run that has ended; nothing that goes wrong here may fail the run."""
+    from .report import write
+
+    try:
+        say(f"report: {write([record.path], record.path / 'report.html')}")
+    except Exception as error:
+        say(f"no report: {error}")
 
 
 def audit(config: RunConfig) -> Report:

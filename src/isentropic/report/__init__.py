@@ -1,0 +1,76 @@
+"""The report: one page that shows a run, or several side by side, without a network.
+
+``write`` reads run directories (their schema is in :mod:`isentropic.record`) and writes one HTML file that holds all it
+needs. A panel without data is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from . import about, answers, control, why
+from .figures import Panel
+from .page import page
+from .runs import Run, read
+
+# The order on the page: what everyone asks first.
+PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
+    control.hold,
+    control.phase,
+    control.knob,
+    answers.sequence,
+    answers.pass_at,
+    answers.distinct,
+    why.quadrants,
+    why.where,
+    why.predicted,
+    why.clip,
+    why.covariance,
+    answers.length,
+    answers.samples,
+    about.precision,
+    about.config,
+)
+
+
+def panels(runs: Sequence[Run]) -> list[Panel]:
+    """The panels that these runs have data for."""
+    return [panel for make in PANELS if (panel := make(runs)) is not None]
+
+
+def render(paths: Iterable[str | Path], live: str | None = None) -> str:
+    """The page as text.
+
+    Args:
+        paths: run directories, or directories of run directories.
+        live: a mark of the state of the files: the page then asks its server for a newer one, and takes plotly from it.
+
+    Raises:
+        ValueError: no run there.
+        ImportError: plotly is missing.
+    """
+    runs = read(paths)
+    return page(runs, about.key_numbers(runs), panels(runs), live)
+
+
+def write(paths: Iterable[str | Path], out: str | Path) -> Path:
+    """Write the page of these runs to ``out``, whole or not at all.
+
+    Args:
+        paths: run directories, or directories of run directories.
+        out: the HTML file; its directory is made where it is missing.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ValueError: no run there.
+        ImportError: plotly is missing.
+    """
+    text = render(paths)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.with_name(f".{out.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    return draft.replace(out)

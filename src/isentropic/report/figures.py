@@ -1,0 +1,185 @@
+"""Figures as plain plotly JSON: one quantity a figure, colour and dash by run, and colours that follow the theme.
+
+A string that begins with ``@`` is a colour of the page's theme (``@ink``, ``@muted``, ``@grid``, ``@band``), filled in
+when the figure is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .html import Html, visible
+from .runs import Run
+
+Trace = dict[str, Any]
+MAX_POINTS = 2000
+BAND = 0.05  # share of the target
+_RAW = 4  # runs up to which the unsmoothed line is drawn too
+
+
+class Figure(NamedTuple):
+    """A caption and plotly's traces and layout; ``wide`` takes the whole row."""
+
+    caption: str
+    traces: list[Trace]
+    layout: dict[str, Any]
+    wide: bool = False
+
+
+class Panel(NamedTuple):
+    """A question, how to read its answer, and the answer: figures, then markup."""
+
+    id: str
+    question: str
+    note: str
+    figures: list[Figure]
+    body: Html = Html("")
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Five digits: what a screen can show."""
+    return [float(f"{value:.5g}") if isinstance(value, float) else value for value in values]
+
+
+def thin(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
+    """At most about ``limit`` points: of every stretch the lowest and the highest, so that no spike is lost.
+
+    Example:
+        >>> thin(range(8), [0, 9, 0, 0, 0, 0, -9, 0], limit=4)
+        ([0, 1, 4, 6], [0, 9, 0, -9])
+    """
+    if len(x) <= limit:
+        return list(x), list(y)
+    size = math.ceil(len(x) / (limit // 2))
+    kept: list[int] = []
+    for start in range(0, len(x), size):
+        span = range(start, min(start + size, len(x)))
+        kept += sorted({min(span, key=y.__getitem__), max(span, key=y.__getitem__)})
+    return [x[i] for i in kept], [y[i] for i in kept]
+
+
+def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
+    """An exponential mean that starts without bias.
+
+    Example:
+        >>> smooth([1.0, 1.0, 1.0])
+        [1.0, 1.0, 1.0]
+    """
+    level = weight = 0.0
+    out = []
+    for value in values:
+        level += share * (value - level)
+        weight += share * (1 - weight)
+        out.append(level / weight)
+    return out
+
+
+def budget(runs: Sequence[Run]) -> int:
+    """Points a line: fewer where there are many runs, so that the page stays light."""
+    return max(200, MAX_POINTS // max(1, len(runs) // 3))
+
+
+def line(run: Run, x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS, **more: Any) -> Trace:
+    """A line in the colour and dash of its run."""
+    x, y = thin(x, y, limit)
+    style = {"color": run.colour, "dash": run.dash, "width": 2, **more.pop("line", {})}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": plain(run.label),
+        "x": list(x),
+        "y": rounded(y),
+        "line": style,
+        "meta": {"run": run.label},
+        **more,
+    }
+
+
+def over_steps(runs: Sequence[Run], name: str, caption: str, smoothing: bool = True, **axis: Any) -> Figure | None:
+    """A metric against step, a line a run; None where no run has it."""
+    traces: list[Trace] = []
+    for run in runs:
+        x, y = run.column(name)
+        if not x:
+            continue
+        if not smoothing or len(x) < 30:
+            traces.append(line(run, x, y, budget(runs)))
+        elif len(runs) <= _RAW:
+            traces.append(line(run, x, y, budget(runs), opacity=0.35, line={"width": 1, "dash": "solid"}))
+            traces.append(line(run, x, smooth(y), budget(runs), hoverinfo="skip"))
+        else:
+            traces.append(line(run, x, smooth(y), budget(runs)))
+    if not traces:
+        return None
+    return Figure(caption, traces, step_layout(runs, yaxis=axis))
+
+
+def collect(runs: Sequence[Run], *wanted: tuple[str, str], **axis: Any) -> list[Figure]:
+    """Figures of the metrics (name, caption) that exist."""
+    found = [over_steps(runs, name, caption, **axis) for name, caption in wanted]
+    return [figure for figure in found if figure is not None]
+
+
+def marks(runs: Sequence[Run]) -> dict[str, Any]:
+    """Lines and names where a run's task changes."""
+    found = dict.fromkeys((step, task) for run in runs for step, task in run.switches())
+    shapes = [
+        {"type": "line", "xref": "x", "yref": "paper", "x0": step - 0.5, "x1": step - 0.5, "y0": 0, "y1": 1}
+        | {"line": {"color": "@ink", "width": 1, "dash": "dot"}}
+        for step, _ in found
+    ]
+    notes = [
+        {"xref": "x", "yref": "paper", "x": step - 0.5, "y": 1, "xanchor": "left", "yanchor": "top", "xshift": 3}
+        | {"text": plain(f"switch to {task}"), "showarrow": False, "font": {"size": 11, "color": "@ink"}}
+        for step, task in found
+    ]
+    return {"shapes": shapes, "annotations": notes}
+
+
+def plain(text: str) -> str:
+    """Text for plotly, which reads a few tags in labels: none is left.
+
+    Example:
+        >>> plain("<b>x</b>")
+        '&lt;b&gt;x&lt;/b&gt;'
+    """
+    return visible(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def step_layout(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
+    """The layout of whatever is drawn against the optimizer step."""
+    last = max((run.metrics[-1]["step"] for run in runs if run.metrics), default=1)
+    axis = {"title": {"text": "optimizer step"}, "range": [0, last]}
+    return layout(xaxis=axis, hovermode="x unified", **marks(runs), **more)
+
+
+def layout(**more: Any) -> dict[str, Any]:
+    """The house layout: quiet axes, no title (the page has it), colours of the theme.
+
+    Example:
+        >>> layout(yaxis={"range": [0, 1]})["yaxis"]["range"]
+        [0, 1]
+    """
+    quiet = {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@muted", "automargin": True}
+    base: dict[str, Any] = {
+        "margin": {"l": 44, "r": 10, "t": 8, "b": 36},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"family": "system-ui, sans-serif", "size": 12, "color": "@ink"},
+        "hoverlabel": {"bgcolor": "@card", "bordercolor": "@muted", "font": {"color": "@ink"}, "namelength": 40},
+        "showlegend": False,
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
+        "xaxis": quiet,
+        "yaxis": quiet,
+        "hovermode": "closest",
+        "dragmode": "zoom",
+        "uirevision": "kept",
+    }
+    for axis in ("xaxis", "yaxis"):
+        title = more.get(axis, {}).get("title")
+        more |= {axis: more[axis] | {"title": title | {"font": {"size": 12}}}} if title else {}
+    for key, value in more.items():
+        base[key] = {**base[key], **value} if isinstance(base.get(key), dict) and isinstance(value, dict) else value
+    return base

@@ -1,0 +1,129 @@
+"""Markup in which everything is escaped unless it is markup already."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from typing import Any
+
+
+class Html(str):
+    """Text that is markup; any other string is escaped where it enters an element."""
+
+    __slots__ = ()
+
+
+VOID = {"meta", "input", "br"}
+
+
+def el(name: str, /, *children: Any, **attributes: Any) -> Html:
+    """An element; strings are escaped, lists flattened, None left out.
+
+    Args:
+        name: the tag.
+        children: :class:`Html`, anything that ``str`` shows, None, or lists of these.
+        attributes: values are escaped; True stands alone, None and False are left out. ``class_`` is ``class`` and
+            ``data_run`` is ``data-run``.
+
+    Example:
+        >>> el("p", "1 < 2 ", el("b", "&"), class_="note", hidden=True, title=None)
+        '<p class="note" hidden>1 &lt; 2 <b>&amp;</b></p>'
+    """
+    words = [name]
+    for key, value in attributes.items():
+        key = key.rstrip("_").replace("_", "-")
+        if value is True:
+            words.append(key)
+        elif value is not None and value is not False:
+            words.append(f'{key}="{escape(visible(str(value)))}"')
+    opened = f"<{' '.join(words)}>"
+    return Html(opened) if name in VOID else Html(f"{opened}{join(children)}</{name}>")
+
+
+def join(children: Any) -> Html:
+    """Children side by side, escaped where they are not markup.
+
+    Example:
+        >>> join(["<b>", Html("<br>"), None, 3])
+        '&lt;b&gt;<br>3'
+    """
+    if children is None:
+        return Html("")
+    if isinstance(children, Html):
+        return children
+    if isinstance(children, list | tuple):
+        return Html("".join(join(child) for child in children))
+    return Html(escape(visible(str(children))))
+
+
+def visible(text: str) -> str:
+    """Characters that would act on a page or a terminal shown as pictures of themselves; tab and newline stay.
+
+    Example:
+        >>> visible("a\\x1b[31mb\\n"), visible("\\u202eabc")
+        ('a␛[31mb\\n', '⟦U+202E⟧abc')
+    """
+    return "".join(_picture(c) for c in text) if any(not c.isprintable() for c in text) else text
+
+
+# Marks that turn the direction of the text around them.
+_DIRECTIONS = {0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+
+
+def _picture(char: str) -> str:
+    code = ord(char)
+    if code < 32 and char not in "\t\n":
+        return chr(0x2400 + code)
+    if code in _DIRECTIONS:
+        return f"⟦U+{code:04X}⟧"
+    # A lone half of a surrogate pair cannot be written as UTF-8.
+    return "\ufffd" if 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 else char
+
+
+def data(value: Any) -> Html:
+    """JSON for a script element that is data: nothing in it can end the element.
+
+    Example:
+        >>> data({"a": "</script>"})
+        '{"a":"\\\\u003c/script\\\\u003e"}'
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII: U+2028 is escaped too
+    return Html(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def table(head: list[Any], rows: list[list[Any]], **attributes: Any) -> Html:
+    """A table that scrolls sideways where it is too wide; on a phone one of class ``cards`` becomes a list."""
+    return el(
+        "div",
+        el(
+            "table",
+            el("thead", el("tr", [el("th", cell, scope="col") for cell in head])),
+            el("tbody", [el("tr", [_cell(*pair) for pair in zip(head, row, strict=True)]) for row in rows]),
+            **attributes,
+        ),
+        class_="scroll",
+        tabindex="0",
+    )
+
+
+def _cell(name: Any, value: Any) -> Html:
+    shown = number(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return el("td", shown, data_name=None if isinstance(name, Html) else name)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number as a person reads it.
+
+    Example:
+        >>> number(0.7934), number(-1234567), number(0.0000123), number(None)
+        ('0.793', '−1,234,567', '1.23e−05', '–')
+    """
+    return "–" if value is None else _digits(value, digits).replace("-", "−")
+
+
+def _digits(value: float, digits: int) -> str:
+    if value == int(value) and abs(value) < 1e12:
+        return f"{int(value):,}"
+    if 0.001 <= abs(value) < 1000:
+        return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.{digits}g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.{digits}g}"

@@ -1,0 +1,95 @@
+"use strict";
+// Draws the figures from the data beside them, in the colours of the theme; nothing here touches the network, except
+// that a live page asks the server it came from whether the run has gone on.
+(() => {
+  const hidden = new Set();
+  const config = {
+    responsive: true, displayModeBar: false, doubleClick: "reset",
+  };
+  const now = performance.now.bind(performance);
+
+  // "@ink" and its like become the theme's colours.
+  const paint = (value, style) => {
+    if (typeof value === "string" && value[0] === "@") return style.getPropertyValue("--" + value.slice(1)).trim();
+    if (Array.isArray(value)) return value.length && typeof value[0] === "number" ? value : value.map((v) => paint(v, style));
+    if (value && typeof value === "object")
+      return Object.fromEntries(Object.entries(value).map(([k, v]) => [k, paint(v, style)]));
+    return value;
+  };
+
+  const draw = (figure) => {
+    const plot = figure.querySelector(".plot");
+    const { data, layout } = paint(
+      JSON.parse(figure.querySelector("script").textContent), getComputedStyle(document.documentElement));
+    for (const trace of data) if (trace.meta && hidden.has(trace.meta.run)) trace.visible = false;
+    // A finger scrolls the page; a mouse drags a zoom.
+    if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
+    figure.dataset.drawn = "yes";
+    return Plotly.react(plot, data, layout, config);
+  };
+  const figures = () => [...document.querySelectorAll(".figure")];
+  const redraw = () => figures().filter((f) => f.dataset.drawn).forEach(draw);
+
+  // The first panel at once, the others one after another, so that the page answers meanwhile.
+  const drawAll = async () => {
+    for (const figure of figures()) {
+      if (figure.dataset.drawn) continue;
+      await draw(figure);
+      if (!figure.closest("#hold")) await new Promise((done) => setTimeout(done));
+      else document.body.dataset.first = Math.round(now());
+    }
+    document.body.dataset.ready = Math.round(now());
+  };
+
+  // Arrow keys read a figure point by point.
+  const places = new WeakMap();
+  document.addEventListener("keydown", (event) => {
+    const plot = event.target;
+    if (!plot.classList || !plot.classList.contains("plot") || !plot._fullLayout) return;
+    if (event.key === "Escape") return Plotly.Fx.unhover(plot);
+    const by = { ArrowRight: 1, ArrowLeft: -1, PageDown: 10, PageUp: -10 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    const traces = plot._fullData.filter((t) => t.visible === true && t.hoverinfo !== "skip" && t.x && t.x.length);
+    if (!traces.length) return;
+    const trace = traces.reduce((a, b) => (b.x.length > a.x.length ? b : a));
+    const place = Math.min(Math.max((places.get(plot) ?? -1) + by, 0), trace.x.length - 1);
+    places.set(plot, place);
+    if (plot._fullLayout.hovermode === "x unified" && trace.type === "scatter")
+      Plotly.Fx.hover(plot, { xval: trace.x[place] }, "xy");
+    else Plotly.Fx.hover(plot, [{ curveNumber: trace.index, pointNumber: place }], "xy");
+  });
+
+  document.addEventListener("change", (event) => {
+    if (!event.target.classList.contains("toggle")) return;
+    hidden[event.target.checked ? "delete" : "add"](event.target.value);
+    redraw();
+  });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+
+  // A live page takes over what changed, and keeps its place, its zoom and what is open.
+  const refresh = async () => {
+    try {
+      const { mark } = await (await fetch("/mark")).json();
+      if (mark === document.body.dataset.live) return;
+      const page = new DOMParser().parseFromString(await (await fetch("/")).text(), "text/html");
+      const names = (root) => [...root.querySelectorAll(".figure, [data-live-part]")].map((e) => e.id || e.dataset.livePart);
+      if (names(page).join() !== names(document).join()) return location.reload();
+      for (const part of document.querySelectorAll("[data-live-part]")) {
+        const open = [...part.querySelectorAll("details")].map((d) => d.open);
+        part.innerHTML = page.querySelector(`[data-live-part="${part.dataset.livePart}"]`).innerHTML;
+        part.querySelectorAll("details").forEach((d, i) => { if (i in open) d.open = open[i]; });
+      }
+      for (const figure of figures()) {
+        figure.querySelector("script").textContent = page.getElementById(figure.id).querySelector("script").textContent;
+        await draw(figure);
+      }
+      document.body.dataset.live = page.body.dataset.live;
+    } catch (error) {
+      console.info("the server of this page does not answer: " + error);
+    }
+  };
+  drawAll().then(() => {
+    if (document.body.dataset.live) setInterval(refresh, 2000);
+  });
+})();

@@ -1,0 +1,206 @@
+"""The report without a browser: what is read, what is computed, what stands on the page, what is refused."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import plotly.graph_objects as go
+import pytest
+from report.run_fixture import SCRIPT, make_run
+
+from isentropic import report
+from isentropic.cli import main
+from isentropic.record import Record
+from isentropic.report import about, answers, control, figures, why
+from isentropic.report.runs import read
+
+MAX_BYTES = 8_000_000
+EVERY = "hold phase knob passk distinct quadrants where predicted clip cov length samples precision config".split()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "one", steps=1000)
+
+
+def ids(page):
+    return re.findall(r'<section id="(\w+)" class="panel"', page)
+
+
+def test_every_panel_is_there_and_the_page_is_small(run, tmp_path):
+    began = time.process_time()
+    out = report.write([run], tmp_path / "deep" / "report.html")
+    assert time.process_time() - began < 5
+    page = out.read_text(encoding="utf-8")
+    assert ids(page) == EVERY
+    assert out.stat().st_size < MAX_BYTES
+    assert [path.name for path in out.parent.iterdir()] == ["report.html"]
+
+
+def test_nothing_a_run_wrote_is_markup(run):
+    page = report.render([run])
+    assert SCRIPT not in page
+    assert "&lt;script&gt;window.owned" in page
+    for data in re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL):
+        assert "<" not in data
+        json.loads(data)
+    for act in ("\x1b", "\u202e", "\ud800"):
+        assert act not in page.split("</main>")[0]
+
+
+def test_a_panel_without_data_is_absent(tmp_path):
+    bare = make_run(tmp_path / "bare", steps=40, full=False, hold=False)
+    assert ids(report.render([bare])) == ["hold", "phase", "clip", "cov", "length", "config"]
+    Record(tmp_path / "empty").start({}, {}, 0)
+    assert ids(report.render([tmp_path / "empty"])) == ["config"]
+
+
+def test_a_run_without_a_target_is_not_asked_whether_it_holds(tmp_path):
+    free = make_run(tmp_path / "free", steps=40, full=False, hold=False)
+    assert control.hold(read([free])).question == "Where do entropy and reward go?"
+
+
+def test_figures_are_what_plotly_takes(run, tmp_path):
+    other = make_run(tmp_path / "other", steps=60, recipe="grpo", hold=False, tasks=("expr", "sums"))
+    for runs in (read([run]), read([run, other])):
+        for panel in report.panels(runs):
+            for figure in panel.figures:
+                painted = json.loads(re.sub(r'"@\w+"', '"#123456"', json.dumps([figure.traces, figure.layout])))
+                go.Figure(data=painted[0], layout=painted[1])
+                assert any(trace.get("x") for trace in figure.traces)
+
+
+def test_seeds_of_a_recipe_share_a_colour_and_recipes_do_not(tmp_path):
+    for recipe in ("isentropic", "grpo"):
+        for seed in (0, 1):
+            make_run(tmp_path / f"{recipe}-{seed}", steps=30, seed=seed, recipe=recipe, full=False)
+    runs = read([tmp_path])
+    assert [run.label for run in runs] == ["grpo, seed 0", "grpo, seed 1", "isentropic, seed 0", "isentropic, seed 1"]
+    assert [(run.group, run.member) for run in runs] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    looks = {(run.group, run.colour, run.dash, run.symbol) for run in runs}
+    assert len(looks) == 2
+    assert all(len({look[i] for look in looks}) == 2 for i in (1, 2, 3))
+
+
+def test_a_run_is_shown_once_however_often_it_is_named(run):
+    assert len(read([run, run, run.parent])) == 1
+
+
+def test_a_switch_of_task_is_marked(tmp_path):
+    runs = read([make_run(tmp_path / "two", steps=100, tasks=("expr", "sums"))])
+    assert runs[0].switches() == [(51, "sums")]
+    marked = control.hold(runs).figures[0].layout
+    assert marked["shapes"][0]["x0"] == 50.5
+    assert marked["annotations"][0]["text"] == "switch to sums"
+    assert len(answers.sequence(runs).figures) == 2
+    assert answers.sequence(read([make_run(tmp_path / "one", steps=100)])) is None
+
+
+def test_calibration_of_a_prediction_that_is_half_of_what_happens(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    # H: 1, 0.8, 0.9, 0.5; step 4 has no successor, and step 2 is not explained.
+    known = [(1, 1.0, -0.1), (2, 0.8, None), (3, 0.9, -0.2), (4, 0.5, 0.3)]
+    record.append("metrics", *[{"step": s, "entropy/mean": h, "predict/change": p} for s, h, p in known])
+    (run,) = read([record.path])
+    assert why.pairs(run, "predict/change") == [(-0.1, pytest.approx(-0.2)), (-0.2, pytest.approx(-0.4))]
+    assert why.fit([(-0.1, -0.2), (-0.2, -0.4), (0.1, 0.2)]).slope == pytest.approx(2)
+    assert why.fit([(0.0, 1.0)] * 5) is None
+
+
+def test_predictions_add_up_over_the_steps_between_them(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    rows = [{"step": s, "entropy/mean": 1.0, "predict/change": -0.01 if s % 5 == 1 else None} for s in range(1, 17)]
+    record.append("metrics", *rows)
+    (run,) = read([record.path])
+    total = why.predicted([run]).figures[0].traces[1]
+    assert total["x"] == [1, 6, 11, 16]
+    assert total["y"] == pytest.approx([0, -0.05, -0.1, -0.15])
+
+
+def test_a_band_target_is_drawn_at_its_own_edges(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {"target": "band:50%:0.9"}, 0)
+    record.append("metrics", *[{"step": s, "entropy/mean": 1.2, "entropy/target": 0.75} for s in (1, 2, 3)])
+    low, high, level = control.hold(read([record.path])).figures[0].traces[:3]
+    assert (low["y"], high["y"], level["y"]) == ([0.6, 0.6], [0.9, 0.9], [0.75, 0.75, 0.75])
+
+
+def test_stages_and_intervals_of_evaluations(run):
+    (one,) = read([run])
+    assert [name for name, _ in answers.stages(answers.evaluations(one, "expr"))] == ["start", "middle", "end"]
+    row = answers.evaluations(one, "expr")[0]
+    low, high = answers.interval(row, 1)
+    assert low < row["pass@1"] < high
+    assert answers.interval({**row, "num_correct": None}, 1) is None
+    assert answers.interval({**row, "num_correct": [99] * 60}, 1) is None
+
+
+def test_key_numbers(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    rows = [{"step": s, "entropy/mean": 0.9 if s > 20 else 2.0, "entropy/target": 1.0} for s in range(1, 41)]
+    record.append("metrics", *rows)
+    (run,) = read([record.path])
+    assert about.error(run) == pytest.approx(0.1)
+    assert about.tail(run, "entropy/mean") == pytest.approx(0.9)
+    assert [key.name for key in about.keys([run])] == ["entropy at the end, nats", "RMS error after step 20"]
+
+
+def test_thinning_keeps_spikes():
+    y = [0.0] * 10_000
+    y[5003], y[7001] = 9.0, -9.0
+    x, thinned = figures.thin(range(10_000), y)
+    assert len(x) <= figures.MAX_POINTS
+    assert (max(thinned), min(thinned)) == (9, -9)
+    assert x == sorted(x)
+
+
+def test_values_that_are_no_numbers_are_left_out(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    lines = ['{"step": 1, "entropy/mean": NaN}', '{"step": 2, "entropy/mean": "x"}', '{"step": true}', '{"no": 1}']
+    lines += ['{"step": 3, "entropy/mean": 0.5, "predict/top_tokens": [1, ["a"]]}', "[3]", '{"step": 4, "entr']
+    (record.path / "metrics.jsonl").write_text("\n".join(lines))
+    (record.path / "audit.json").write_text("{")
+    (run,) = read([record.path])
+    assert run.column("entropy/mean") == ([3], [0.5])
+    assert "audit.json cannot be read" in report.render([record.path])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "RUN"),
+        (["nowhere"], "nowhere is not a run directory"),
+        (["{run}", "-o", "{dir}"], "is a directory; name a file in it"),
+        (["{run}", "-o", "/dev/null/x.html"], "cannot be written"),
+        (["{run}", "--ot", "x"], "--out"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, capsys, argv, says):
+    argv = [part.format(run=run, dir=tmp_path) for part in argv]
+    began = time.process_time()
+    with pytest.raises(SystemExit) as stop:
+        main(["report", *argv])
+    assert time.process_time() - began < 2
+    text = capsys.readouterr().err
+    assert (stop.value.code, len(text.splitlines())) == (2, 1)
+    assert says in text
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 99}'])
+def test_a_run_json_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json"):
+        read([tmp_path])
+
+
+def test_the_command_names_the_page_and_needs_no_torch(run):
+    code = "import sys\nfrom isentropic.cli import main\nmain(sys.argv[1:])\nsys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, "report", run], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, str(run / "report.html")), done.stderr
+    assert (run / "report.html").exists()
