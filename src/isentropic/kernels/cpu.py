@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .head import NEVER, Head, Rows
 
-ROWS, COLUMNS = 256, 2048  # a tile: 2 MB in fp32, two of which a core's cache holds beside the block of the weight
+# A tile: 2 MB in fp32, two of which a core's cache holds beside the block of the weight.
+ROWS, COLUMNS = 256, 2048
 OUTSIDE = -1e4  # exp is 0 there, and so is exp(x)·x
 
 
@@ -39,6 +40,11 @@ class Near(NamedTuple):
 def spans(total: int, size: int) -> Iterator[slice]:
     """Cut ``range(total)`` into slices of at most size."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def tile_rows(head: Head) -> int:
+    """Rows of a tile: more where the vocabulary has fewer columns than a tile."""
+    return ROWS * COLUMNS // min(COLUMNS, max(1, len(head.weight)))
 
 
 def coarsely(work: Callable[[slice], Any], total: int, unit: int) -> list[Any]:
@@ -101,9 +107,8 @@ class Tiles:
 
     def __init__(self, head: Head, num_rows: int) -> None:
         self.head = head
-        size = (min(ROWS, num_rows), min(COLUMNS, head.weight.shape[0]))
-        make = [torch.empty(size[0] * size[1], dtype=head.wide, device=head.weight.device) for _ in "xe"]
-        self.x, self.e = make
+        size = min(tile_rows(head), num_rows) * min(COLUMNS, len(head.weight))
+        self.x, self.e = (torch.empty(size, dtype=head.wide, device=head.weight.device) for _ in "xe")
 
     def blocks(self, columns: slice, half: bool = False) -> Iterator[Block]:
         """Blocks of the weight, in fp32 or as they are."""
@@ -185,7 +190,7 @@ def sweep(
         # The mean needs the weight in the wide dtype anyhow.
         half = near.half if mean is None else None
         for block in tiles.blocks(slice(0, size), half is not None):
-            for inner in spans(part.stop - part.start, ROWS):
+            for inner in spans(part.stop - part.start, tile_rows(head)):
                 here = slice(part.start + inner.start, part.start + inner.stop)
                 some, columns = rows.take(here), slice(block.start, block.start + len(block.weight))
                 x, e = tiles.logits(some, None if half is None else half[here], shift[here], block)
@@ -198,7 +203,7 @@ def sweep(
                     mean[here].addmm_(e if head.softcap is None else e * own_slope, block.weight)
                 _fold(x, e, sums[:, here])
 
-    coarsely(work, len(rows.ids), ROWS)
+    coarsely(work, len(rows.ids), tile_rows(head))
     return sums
 
 
@@ -207,7 +212,7 @@ def largest(head: Head, rows: Rows) -> Tensor:
     top = torch.full(rows.ids.shape, -torch.inf, dtype=head.wide, device=rows.ids.device)
     tiles, zero = Tiles(head, len(rows.ids)), torch.zeros_like(top)
     for block in tiles.blocks(slice(0, len(head.weight))):
-        for here in spans(len(rows.ids), ROWS):
+        for here in spans(len(rows.ids), tile_rows(head)):
             x, _ = tiles.logits(rows.take(here), None, zero[here], block)
             top[here] = torch.maximum(top[here], x.amax(-1))
     return top
@@ -268,7 +273,7 @@ def gradients(head: Head, rows: Rows, pull: Pull, want: tuple[bool, bool, bool])
             here = slice(block.start, block.start + len(block.weight))
             block_grad = torch.zeros_like(block.weight) if weight is not None else None
             column_sum = torch.zeros_like(block.weight[:, 0])
-            for part in spans(len(rows.ids), ROWS):
+            for part in spans(len(rows.ids), tile_rows(head)):
                 some = rows.take(part)
                 x, e = tiles.logits(some, None, pull.log_z[part], block)
                 grad = _row_gradient(head, some, pull.take(part), x, e, block)

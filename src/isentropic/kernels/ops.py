@@ -67,8 +67,8 @@ def prepare(
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     if arithmetic == "shifted" and (device != "cpu" or hidden.dtype != weight.dtype or hidden.dtype.itemsize != 2):
         warnings.warn(
-            f"arithmetic='shifted' has no effect on {hidden.dtype} hidden states and {weight.dtype} weights on {device}; "
-            "it is for half-precision inputs on a CPU: leave it out",
+            f"arithmetic='shifted' has no effect on {hidden.dtype} hidden states and a {weight.dtype} weight on "
+            f"{device}; it is for half-precision inputs on a CPU: leave it out",
             stacklevel=3,
         )
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
