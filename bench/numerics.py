@@ -1,0 +1,296 @@
+"""Does precision flip the direction of entropy? DAPO and ADAPO on the embedded task, log-probs in fp32 and in bf16.
+
+Three ways to score the same policy, old and current log-probs alike: all in fp32; with what the model returns rounded
+to bf16 (log-probs and entropies, as FSDP2's output_dtype does it, gradients included); and with hidden states, head
+and logits in bf16 before an fp32 log-softmax, as mixed precision does it. Weights and sampling stay fp32.
+
+Every cell is one run in a process of its own; a finished cell is never run again, a killed one starts afresh. Then the
+tables and the picture are made from the run directories: docs/results/numerics.md, .json and .svg.
+
+    python bench/numerics.py [--runs DIR] [--seeds 0 1 2 3 4] [--jobs 2] [--steps 800] [--report-only] [--out DIR]
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# As in bench/hold.py.
+SHARED = {"prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
+RECIPES = {"dapo": {"recipe": "dapo"}, "adapo": {"recipe": "adapo", "target": "80%"}}
+CASTS = {"fp32": None, "bf16 log-probs": "returned", "bf16 head": "head"}
+CELLS = [(recipe, cast) for recipe in RECIPES for cast in CASTS]
+PROBE = 10  # optimizer steps between two comparisons with fp32
+TAIL = 0.1
+
+
+def trainer_class(cast):
+    """IsentropicTrainer over a GRPOTrainer that scores with a cast, and that compares with fp32 now and then."""
+    import torch
+    from trl import GRPOTrainer
+
+    from isentropic.engines.trl import EntropyControlMixin
+
+    def to_bf16(module, args, output):
+        output.last_hidden_state = output.last_hidden_state.bfloat16()
+        return output
+
+    class Casting(GRPOTrainer):
+        def _get_per_token_logps_and_entropies(self, model, ids, attention, num, **kwargs):
+            native = super()._get_per_token_logps_and_entropies
+            if cast == "head":
+                hook = self.accelerator.unwrap_model(model).base_model.register_forward_hook(to_bf16)
+                try:
+                    out = native(model, ids, attention, num, **kwargs)
+                finally:
+                    hook.remove()
+            else:
+                out = native(model, ids, attention, num, **kwargs)
+            if cast == "returned":
+                out = tuple(x if x is None else x.bfloat16().float() for x in out)
+            if torch.is_grad_enabled() and self.state.global_step % PROBE == 0:
+                with torch.no_grad():
+                    exact = native(model, ids, attention, num, **kwargs)
+                self._compare(out, exact, attention[:, -num:].bool())
+            return out
+
+        def _compare(self, out, exact, at):
+            error = (out[0].detach() - exact[0])[at]
+            row = {"step": self.state.global_step + 1, "entropy/exact": exact[1][at].mean().item()}
+            row |= {"logp/error_mean": error.mean().item(), "logp/error_rms": error.square().mean().sqrt().item()}
+            self.record.append("numerics", {**row, "entropy/read": out[1].detach()[at].mean().item()})
+
+    class CastingTrainer(EntropyControlMixin, Casting):
+        _name = "isentropic"
+
+    return CastingTrainer
+
+
+def work(recipe, cast, seed, steps, out):
+    """One cell, in this process."""
+    from isentropic import training
+    from isentropic.config import load
+
+    training.IsentropicTrainer = trainer_class(CASTS[cast])
+    training.quiet()
+    settings = {**SHARED, **RECIPES[recipe], "steps": steps, "seed": seed, "save_every": 0, "out": str(out)}
+    # The cast is what is studied: there is nothing to warn of.
+    training.train(load(None, {**settings, "audit": "off"}))
+
+
+def where(home, recipe, cast, seed):
+    return home / f"{recipe}-{cast.replace(' ', '-')}-s{seed}"
+
+
+def run(recipe, cast, seed, options):
+    out = where(options.runs, recipe, cast, seed)
+    if (out / "summary.json").exists():
+        return
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.monotonic()
+    command = [sys.executable, __file__, "--work", recipe, cast, str(seed), "--steps", str(options.steps)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, "--runs", str(options.runs)], capture_output=True, text=True, check=False, env=environment
+    )
+    if done.returncode:
+        raise SystemExit(f"{recipe}, {cast}, seed {seed}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    print(f"{recipe}, {cast}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+
+
+def mean(rows, name):
+    values = [row[name] for row in rows if row.get(name) is not None]
+    return sum(values) / len(values) if values else None
+
+
+def figures(record):
+    """One run in numbers; entropy is that of the fp32 comparison, whatever the run itself read."""
+    summary = json.loads((record.path / "summary.json").read_text(encoding="utf-8"))
+    rows, probes = record.rows("metrics"), record.rows("numerics")
+    last = rows[-1]["step"]
+    tail = [row for row in probes if row["step"] > (1 - TAIL) * last] or probes[-1:]
+    start, end = probes[0]["entropy/exact"], mean(tail, "entropy/exact")
+    return {
+        "steps": last,
+        "H start": start,
+        "H end": end,
+        "change": end / start - 1,
+        "lowest H": min(row["entropy/exact"] for row in probes),
+        "highest H": max(row["entropy/exact"] for row in probes),
+        "reading off": mean([{"x": abs(row["entropy/read"] - row["entropy/exact"])} for row in probes], "x"),
+        "log-prob error": mean(probes, "logp/error_rms"),
+        "log-prob bias": mean(probes, "logp/error_mean"),
+        "ratio mean − 1": mean(rows, "ratio/mean") - 1,
+        "clipped high": mean(rows, "clip/high_frac"),
+        "clipped low": mean(rows, "clip/low_frac"),
+        "reward": summary["reward/end"],
+        "pass@1": summary.get("end", {}).get("pass@1"),
+        "distinct": summary.get("end", {}).get("distinct"),
+    }
+
+
+def collect(options):
+    from isentropic.record import Record
+
+    found = {}
+    for recipe, cast in CELLS:
+        for seed in options.seeds:
+            record = Record(where(options.runs, recipe, cast, seed))
+            if (record.path / "summary.json").exists():
+                found.setdefault(f"{recipe}, {cast}", {})[seed] = figures(record)
+    return found
+
+
+def show(values):
+    values = [v for v in values if v is not None]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.3g} ({min(values):.3g}..{max(values):.3g})"
+
+
+def table(found):
+    names = list(next(iter(next(iter(found.values())).values())))
+    rose = [f"{sum(f['change'] > 0 for f in by_seed.values())} of {len(by_seed)}" for by_seed in found.values()]
+    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    lines.append("| entropy rose in | " + " | ".join(rose) + " |")
+    for name in names:
+        values = " | ".join(show([f[name] for f in by_seed.values()]) for by_seed in found.values())
+        lines.append(f"| {name} | {values} |")
+    return "\n".join(lines)
+
+
+def differences(found):
+    """bf16 minus fp32 at the same seed: the mean, and its 95 % interval over seeds."""
+    from isentropic.evaluation import bootstrap_interval
+
+    lines = ["| | pairs | directions that differ | H end | reward | pass@1 |", "|---|---|---|---|---|---|"]
+    result = {}
+    for recipe, cast in CELLS:
+        exact, other = found.get(f"{recipe}, fp32", {}), found.get(f"{recipe}, {cast}", {})
+        seeds = sorted(set(exact) & set(other))
+        if cast == "fp32" or not seeds:
+            continue
+        flips = sum((exact[s]["change"] > 0) != (other[s]["change"] > 0) for s in seeds)
+        row = {"pairs": len(seeds), "flips": flips}
+        for name in ("H end", "reward", "pass@1"):
+            gaps = [other[s][name] - exact[s][name] for s in seeds if None not in (other[s][name], exact[s][name])]
+            row[name] = {"by_seed": gaps}
+            if gaps:
+                bounds = bootstrap_interval(gaps)
+                row[name] |= {"mean": statistics.mean(gaps), "interval": None if bounds is None else list(bounds)}
+        result[f"{recipe}, {cast}"] = row
+        cells = [interval(row[name]) for name in ("H end", "reward", "pass@1")]
+        lines.append(f"| {recipe}, {cast} − fp32 | {len(seeds)} | {flips} | " + " | ".join(cells) + " |")
+    return "\n".join(lines), result
+
+
+def interval(gap):
+    if "mean" not in gap:
+        return "-"
+    bounds = gap["interval"]
+    return f"{gap['mean']:+.3f}" + ("" if bounds is None else f" [{bounds[-2]:+.3f}, {bounds[-1]:+.3f}]")
+
+
+def report(options):
+    from isentropic.record import Record, write_json
+
+    found = collect(options)
+    if not found:
+        raise SystemExit(f"no finished run under {options.runs}; run without --report-only first")
+    recipe, cast = next((r, c) for r, c in CELLS if f"{r}, {c}" in found)
+    seed = next(iter(found[f"{recipe}, {cast}"]))
+    header = Record(where(options.runs, recipe, cast, seed)).header()
+    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread a run"
+    made = f"{date.today().isoformat()}; {machine}; {versions}; seeds {options.seeds}"
+    text, gaps = differences(found)
+    body = f"""# Does precision flip the direction of entropy?
+
+One command, `python bench/numerics.py`, makes this page, [the figures by seed](numerics.json) and
+[the picture](numerics.svg). {made}.
+
+The embedded task and model; batches of 32 prompts x 16 samples, four optimizer steps each; learning rate 5e-4 with
+linear decay. Three ways to score the same policy, old and current log-probs alike: in fp32; with returned log-probs
+and entropies rounded to bf16; with hidden states, head and logits in bf16. Weights and sampling are fp32 throughout.
+ADAPO is asked for 80 % of the initial entropy. Entropy is measured in fp32 on the tokens of every {PROBE}th step,
+whatever the run itself read; *end* is the last tenth of the steps, and log-prob errors are against fp32, in nats.
+
+## By cell: mean over seeds (lowest..highest)
+
+{table(found)}
+
+## The same seed in bf16 and in fp32: mean difference [95 % bootstrap interval over seeds]
+
+{text}
+
+![Entropy by step](numerics.svg)
+"""
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "numerics.md").write_text(body, encoding="utf-8")
+    shared = {**SHARED, "steps": header["config"]["steps"]}
+    write_json(options.out / "numerics.json", {"made": made, "shared": shared, "cells": found, "differences": gaps})
+    draw(options, found)
+    print(body)
+
+
+def draw(options, found):
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    from isentropic.record import Record
+
+    plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    figure, axes = plt.subplots(1, len(RECIPES), figsize=(9, 3.2), sharey=True)
+    colours = {"fp32": "#0072b2", "bf16 log-probs": "#d55e00", "bf16 head": "#009e73"}
+    for axis, recipe in zip(axes, RECIPES, strict=True):
+        for cast, colour in colours.items():
+            by_seed = found.get(f"{recipe}, {cast}", {})
+            for seed in by_seed:
+                rows = Record(where(options.runs, recipe, cast, seed)).rows("numerics")
+                label = {"label": cast} if seed == min(by_seed) else {}
+                first = {row["step"]: row["entropy/exact"] for row in rows}
+                axis.plot(list(first), list(first.values()), color=colour, lw=1, alpha=0.7, **label)
+        axis.set(title=recipe, xlabel="optimizer steps", ylim=(0, None))
+    axes[0].set_ylabel("nats per token, in fp32")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(options.out / "numerics.svg", metadata={"Date": None})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "numerics")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--work", nargs=3, metavar=("RECIPE", "CAST", "SEED"), help="run this one cell here")
+    options = parser.parse_args()
+    if options.work:
+        recipe, cast, seed = options.work
+        work(recipe, cast, int(seed), options.steps, where(options.runs, recipe, cast, seed))
+        return
+    if not options.report_only:
+        from isentropic.models import resolve_model
+
+        resolve_model("tiny")
+        cells = [(recipe, cast, seed) for seed in options.seeds for recipe, cast in CELLS]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            list(pool.map(lambda cell: run(*cell, options), cells))
+    report(options)
+
+
+if __name__ == "__main__":
+    main()
