@@ -9,6 +9,7 @@ docs/results/transformer.{md,json}.
 """
 
 import argparse
+import json
 import os
 import platform
 import time
@@ -23,7 +24,6 @@ import torch
 from isentropic import __version__, recipes
 from isentropic.dynamics import change_of, effective_weights, natural_change, predicted_change
 from isentropic.entropy import logits_stats, token_entropy
-from isentropic.record import write_json
 from isentropic.types import TokenBatch
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -208,6 +208,13 @@ def lines_of(result, optimizer):
     return lines
 
 
+def shortened(x):
+    """Numbers to four digits."""
+    if isinstance(x, dict):
+        return {key: shortened(value) for key, value in x.items()}
+    return [shortened(value) for value in x] if isinstance(x, list) else float(f"{x:.4g}")
+
+
 def report(found, seeds, num_batches, seconds):
     result = analyse(found)
     lines = ["# Does the prediction hold where parameters are shared?", "", PREAMBLE, ""]
@@ -223,7 +230,8 @@ def report(found, seeds, num_batches, seconds):
     lines.append(f"{made}.")
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "transformer.md").write_text("\n".join(lines) + "\n")
-    write_json(RESULTS / "transformer.json", {"made": made, "fits": result, "rows": found})
+    facts = {"made": made, "fits": shortened(result), "rows": shortened(found)}
+    (RESULTS / "transformer.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n")
     print("\n".join(lines))
 
 
