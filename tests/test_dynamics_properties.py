@@ -9,8 +9,7 @@ from isentropic.dynamics import entropy_bounds, natural_change, predicted_change
 from isentropic.entropy import logits_stats, token_entropy
 from isentropic.types import TokenBatch
 
-settings.register_profile("seeded", derandomize=True, deadline=None, max_examples=150)
-settings.load_profile("seeded")
+SEEDED = settings(derandomize=True, deadline=None, max_examples=150)
 
 VALUES = st.floats(-6, 6, allow_nan=False, width=32)
 ROWS = st.integers(2, 9).flatmap(lambda v: st.lists(VALUES, min_size=v, max_size=v))
@@ -35,6 +34,7 @@ def mean(stats, change):
     return float((stats.logp.exp() * change).sum())
 
 
+@SEEDED
 @given(ROWS, st.floats(1e-3, 10))
 def test_a_constant_beta_never_lowers_entropy(row, beta):
     stats = every_token(row)
@@ -47,6 +47,7 @@ def test_a_constant_beta_never_lowers_entropy(row, beta):
     assert mean(stats, natural_change(weight, stats.logp, stats.entropy)) >= 0
 
 
+@SEEDED
 @given(ROWS, st.data())
 def test_repo_r_where_the_size_of_the_advantage_varies(row, data):
     stats = every_token(row)
@@ -79,6 +80,7 @@ def test_repo_r_may_lower_entropy_where_the_size_varies():
     assert 0 < (change < 0).double().mean() < 0.04
 
 
+@SEEDED
 @given(ROWS, st.data(), st.floats(0.0, 0.9), st.floats(0.0, 2.0))
 def test_theorem_2(row, data, clip_low, clip_high):
     old = double(row).softmax(-1)
@@ -96,6 +98,7 @@ def test_theorem_2(row, data, clip_low, clip_high):
 BATCHES = st.tuples(st.integers(1, 5), st.integers(1, 6), st.integers(0, 2**31), st.floats(0.05, 0.5))
 
 
+@SEEDED
 @given(BATCHES)
 def test_dapo_with_equal_bounds_is_grpo(shape):
     b, t, seed, clip = shape
@@ -114,6 +117,7 @@ def test_dapo_with_equal_bounds_is_grpo(shape):
     assert torch.equal(recipes.advantages(grpo, rewards), recipes.advantages(dapo, rewards))
 
 
+@SEEDED
 @given(ROWS, st.floats(1e-3, 5), st.booleans())
 def test_quadrants(row, size, up):
     stats = every_token(row)
@@ -134,6 +138,7 @@ def test_quadrants(row, size, up):
     assert torch.equal(change.sign()[rare], sign[rare])
 
 
+@SEEDED
 @given(ROWS, st.floats(0.01, 1))
 def test_an_entropy_bonus_never_lowers_entropy(row, coef):
     stats = every_token(row)
