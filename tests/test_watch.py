@@ -215,6 +215,13 @@ def test_a_taken_port_is_named(tmp_path):
         watch.Server(run, server.server_address[1])
 
 
+def test_without_rich_the_remedy_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["watch", str(make_run(tmp_path / "run", steps=2, full=False))])
+    assert (stop.value.code, "pip install 'isentropic[cli]'" in capsys.readouterr().err) == (2, True)
+
+
 def test_importing_it_needs_no_torch():
     code = "import sys, isentropic.watch; sys.exit('torch' in sys.modules or 'rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -74,7 +74,26 @@ def test_the_theme_changes_while_the_page_is_open(page):
     page.emulate_media(color_scheme="light")
 
 
+def test_everything_is_reached_by_the_keyboard(page):
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the panels"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    reached = set()
+    for _ in range(150):
+        page.keyboard.press("Tab")
+        reached.add(page.evaluate("document.activeElement.closest('section')?.id"))
+    assert {section.get_attribute("id") for section in page.query_selector_all(".panel")} <= reached
+    page.focus(".toggle")
+    shown = "document.querySelector('#cov-0 .plot')._fullData.map(trace => trace.visible)"
+    page.keyboard.press("Space")
+    assert page.evaluate(shown) == [False, False, True, True]
+    page.keyboard.press("Space")
+    assert page.evaluate(shown) == [True] * 4
+
+
 def test_hover_by_mouse_and_by_keyboard(page):
+    page.evaluate("scrollTo(0, 0)")
     box = page.query_selector("#hold-0 .plot").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#hold-0 .hoverlayer text")
@@ -88,24 +107,6 @@ def test_hover_by_mouse_and_by_keyboard(page):
     assert "reward" in page.text_content("#phase-0 .hoverlayer")
     page.keyboard.press("Escape")
     page.wait_for_selector("#phase-0 .hoverlayer text", state="detached")
-
-
-def test_everything_is_reached_by_the_keyboard(page):
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.textContent") == "Skip to the panels"
-    page.keyboard.press("Enter")
-    assert page.evaluate("document.activeElement.id") == "main"
-    reached = set()
-    for _ in range(150):
-        page.keyboard.press("Tab")
-        reached.add(page.evaluate("document.activeElement.closest('section')?.id"))
-    assert {section.get_attribute("id") for section in page.query_selector_all(".panel")} <= reached
-    page.focus(".toggle")
-    page.keyboard.press("Space")
-    assert (
-        page.evaluate("document.querySelector('#cov-0 .plot')._fullData.map(t => t.visible)")
-        == [False] * 2 + [True] * 2
-    )
 
 
 def test_what_a_model_wrote_stays_text(page):

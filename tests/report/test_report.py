@@ -13,7 +13,7 @@ from report.run_fixture import SCRIPT, make_run
 from isentropic import report
 from isentropic.cli import main
 from isentropic.record import Record
-from isentropic.report import about, answers, control, figures, why
+from isentropic.report import about, answers, control, figures, page, why
 from isentropic.report.runs import read
 
 MAX_BYTES = 8_000_000
@@ -33,21 +33,21 @@ def test_every_panel_is_there_and_the_page_is_small(run, tmp_path):
     began = time.process_time()
     out = report.write([run], tmp_path / "deep" / "report.html")
     assert time.process_time() - began < 5
-    page = out.read_text(encoding="utf-8")
-    assert ids(page) == EVERY
+    text = out.read_text(encoding="utf-8")
+    assert ids(text) == EVERY
     assert out.stat().st_size < MAX_BYTES
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
 
 
 def test_nothing_a_run_wrote_is_markup(run):
-    page = report.render([run])
-    assert SCRIPT not in page
-    assert "&lt;script&gt;window.owned" in page
-    for data in re.findall(r'<script type="application/json">(.*?)</script>', page, re.DOTALL):
+    text = report.render([run])
+    assert SCRIPT not in text
+    assert "&lt;script&gt;window.owned" in text
+    for data in re.findall(r'<script type="application/json">(.*?)</script>', text, re.DOTALL):
         assert "<" not in data
         json.loads(data)
     for act in ("\x1b", "\u202e", "\ud800"):
-        assert act not in page.split("</main>")[0]
+        assert act not in text.split("</main>")[0]
 
 
 def test_a_panel_without_data_is_absent(tmp_path):
@@ -113,12 +113,15 @@ def test_calibration_of_a_prediction_that_is_half_of_what_happens(tmp_path):
 def test_predictions_add_up_over_the_steps_between_them(tmp_path):
     record = Record(tmp_path / "run")
     record.start({}, {}, 0)
-    rows = [{"step": s, "entropy/mean": 1.0, "predict/change": -0.01 if s % 5 == 1 else None} for s in range(1, 17)]
-    record.append("metrics", *rows)
+    # Entropy falls by 0.02 a step, twice what is predicted.
+    rows = [{"step": s, "entropy/mean": 1 - 0.02 * s, "predict/change": -0.01} for s in range(1, 17)]
+    record.append("metrics", *[row | ({} if row["step"] % 5 == 1 else {"predict/change": None}) for row in rows])
     (run,) = read([record.path])
-    total = why.predicted([run]).figures[0].traces[1]
+    panel = why.predicted([run])
+    total = panel.figures[0].traces[1]
     assert total["x"] == [1, 6, 11, 16]
-    assert total["y"] == pytest.approx([0, -0.05, -0.1, -0.15])
+    assert total["y"] == pytest.approx([0, -0.1, -0.2, -0.3])
+    assert re.search(r">2(\.000)? ± ", panel.body)
 
 
 def test_a_band_target_is_drawn_at_its_own_edges(tmp_path):
@@ -147,7 +150,7 @@ def test_key_numbers(tmp_path):
     (run,) = read([record.path])
     assert about.error(run) == pytest.approx(0.1)
     assert about.tail(run, "entropy/mean") == pytest.approx(0.9)
-    assert [key.name for key in about.keys([run])] == ["entropy at the end, nats", "RMS error after step 20"]
+    assert [key.name for key in about.keys([run])] == ["entropy, nats a token", "RMS error to target"]
 
 
 def test_thinning_keeps_spikes():
@@ -197,6 +200,15 @@ def test_a_run_json_that_cannot_be_read(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):
         read([tmp_path])
+
+
+def test_without_plotly_the_remedy_is_named(run, monkeypatch, capsys):
+    page.plotly_js.cache_clear()
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(run)])
+    page.plotly_js.cache_clear()
+    assert (stop.value.code, "pip install 'isentropic[report]'" in capsys.readouterr().err) == (2, True)
 
 
 def test_the_command_names_the_page_and_needs_no_torch(run):

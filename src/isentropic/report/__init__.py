@@ -11,7 +11,7 @@ from pathlib import Path
 
 from . import about, answers, control, why
 from .figures import Panel
-from .page import page
+from .page import document
 from .runs import Run, read
 
 # The order on the page: what everyone asks first.
@@ -51,7 +51,7 @@ def render(paths: Iterable[str | Path], live: str | None = None) -> str:
         ImportError: plotly is missing.
     """
     runs = read(paths)
-    return page(runs, about.key_numbers(runs), panels(runs), live)
+    return document(runs, about.key_numbers(runs), panels(runs), live)
 
 
 def write(paths: Iterable[str | Path], out: str | Path) -> Path:

@@ -70,8 +70,8 @@ def keys(runs: Sequence[Run]) -> list[Key]:
     tops = [ks_of(row)[-1] for run in runs for row in run.evaluations if ks_of(row)]
     most = max(tops, default=1)
     wanted = [
-        Key("entropy at the end, nats", lambda r: tail(r, "entropy/mean"), _entropy_against),
-        Key(f"RMS error after step {SETTLED}", error, lambda _: "to the target", "{:.1%}"),
+        Key("entropy, nats a token", lambda r: tail(r, "entropy/mean"), _entropy_against),
+        Key("RMS error to target", error, lambda _: f"after step {SETTLED}", "{:.1%}"),
         Key("reward", lambda r: tail(r, "reward/mean"), lambda r: _from(r, first(r, "reward/mean"))),
         Key("pass@1, held-out", lambda r: _evaluated(r, "pass@1", -1), lambda r: _from(r, _evaluated(r, "pass@1", 0))),
         Key(
@@ -143,7 +143,7 @@ def precision(runs: Sequence[Run]) -> Panel | None:
         ("numerics/logp_rms", "RMS difference of log π from that of an fp32 head, nats"),
         ("numerics/entropy_bias", "Mean difference of entropy from that of an fp32 head, nats"),
     )
-    audited = [el("h3", run.label) + _audit(run.audit) for run in runs if run.audit is not None]
+    audited = [el("h3", run.label) * (len(runs) > 1) + _audit(run.audit) for run in runs if run.audit is not None]
     if not figures and not audited:
         return None
     note = "What the audit of dtypes, casts and sampling found, worst first, and what to do about it."

@@ -115,7 +115,7 @@ def phase(runs: Sequence[Run]) -> Panel | None:
         dots = {"color": steps, "coloraxis": "coloraxis", "size": sizes, "symbol": run.symbol, "line": {"width": 0}}
         hover = "step %{marker.color}<br>entropy %{x:.3f}<br>reward %{y:.3f}"
         traces.append(path | {"mode": "lines+markers", "x": rounded(path["x"]), "marker": dots, "hovertemplate": hover})
-        traces[-1]["line"] = {"color": run.colour, "width": 1, "dash": run.dash}
+        traces[-1]["line"] = {"color": "@muted" if len(runs) == 1 else run.colour, "width": 1, "dash": run.dash}
         if run.member == 0 and run.group < len(_ARROWS):
             text = run.label if len(runs) > 1 else f"step {steps[-1]}"
             ax, ay = _ARROWS[run.group]
@@ -153,7 +153,7 @@ def knob(runs: Sequence[Run]) -> Panel | None:
         mine = [run for run in runs if str(run.header["recipe"].get("knob") or "knob") == name]
         traces = [trace for run in mine for trace in _knob(run, len(runs))]
         if traces:
-            figures.append(Figure(f"Knob: {name}", traces, step_layout(mine)))
+            figures.append(Figure(f"Knob: {name}", traces, step_layout(mine), len(names) == 1))
     figures += collect(
         runs,
         ("predict/knob", "What it adds to entropy, predicted, nats a token a step"),

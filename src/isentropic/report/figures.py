@@ -162,7 +162,13 @@ def layout(**more: Any) -> dict[str, Any]:
         >>> layout(yaxis={"range": [0, 1]})["yaxis"]["range"]
         [0, 1]
     """
-    quiet = {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@muted", "automargin": True}
+    quiet = {
+        "gridcolor": "@grid",
+        "zerolinecolor": "@grid",
+        "linecolor": "@muted",
+        "automargin": True,
+        "exponentformat": "power",
+    }
     base: dict[str, Any] = {
         "margin": {"l": 44, "r": 10, "t": 8, "b": 36},
         "paper_bgcolor": "rgba(0,0,0,0)",

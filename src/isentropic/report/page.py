@@ -35,8 +35,8 @@ def _own(name: str) -> str:
     return (files("isentropic.report") / name).read_text(encoding="utf-8")
 
 
-def page(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str | None) -> str:
-    """The document.
+def document(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str | None) -> str:
+    """The page as text.
 
     Args:
         runs: what it shows.
@@ -149,7 +149,10 @@ def _progress(run: Run) -> str:
 
 
 def _section(panel: Panel) -> Html:
-    figures = [_figure(panel, i, figure) for i, figure in enumerate(panel.figures)]
+    narrow = [i for i, figure in enumerate(panel.figures) if not figure.wide]
+    # The last of an odd number has the row to itself.
+    wide = {*range(len(panel.figures))} - {*narrow} | ({narrow[-1]} if len(narrow) % 2 else set())
+    figures = [_figure(f"{panel.id}-{i}", figure, i in wide) for i, figure in enumerate(panel.figures)]
     return el(
         "section",
         el("h2", el("a", panel.question, href=f"#{panel.id}")),
@@ -163,9 +166,7 @@ def _section(panel: Panel) -> Html:
     )
 
 
-def _figure(panel: Panel, index: int, figure: Figure) -> Html:
-    name = f"{panel.id}-{index}"
-    alone = len(panel.figures) == 1
+def _figure(name: str, figure: Figure, wide: bool) -> Html:
     return el(
         "figure",
         el("figcaption", figure.caption, id=f"{name}-caption"),
@@ -179,7 +180,7 @@ def _figure(panel: Panel, index: int, figure: Figure) -> Html:
         ),
         el("script", data({"data": figure.traces, "layout": figure.layout}), type="application/json"),
         id=name,
-        class_="figure wide" if figure.wide or alone else "figure",
+        class_="figure wide" if wide else "figure",
     )
 
 

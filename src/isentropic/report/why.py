@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .figures import Figure, Panel, Trace, collect, layout, line, plain, rounded, smooth, step_layout
-from .html import Html, el, table
+from .html import Html, el, number, table
 from .runs import Run, is_number
 
 FORMS = {
     "predict/change": "exact form",
     "predict/change_simple": "without moments",
-    "predict/change_natural": "natural gradient",
+    "predict/change_natural": "of a natural-gradient step",
 }
 # Name, meaning, colour and hatch; the first four and the bonus sum to the predicted change.
 QUADRANTS = {
@@ -34,6 +34,7 @@ CLIPS = {
 }
 EIGHTHS = {f"predict/position_{i}": f"{i}/8" for i in range(1, 9)}
 _BINS = 25
+_WINDOW = 10  # steps
 _TOP = 12
 
 
@@ -74,73 +75,89 @@ def fit(found: Sequence[tuple[float, float]]) -> Fit | None:
     return Fit(slope, error, round(correlation, 12), len(found))
 
 
+def windows(found: Sequence[tuple[float, float]], size: int = _WINDOW) -> list[tuple[float, float]]:
+    """Means of neighbouring pairs: the noise of single readings nearly cancels between one step and the next.
+
+    Example:
+        >>> windows([(1.0, 3.0), (3.0, 5.0), (9.0, 9.0)], size=2)
+        [(2.0, 4.0)]
+    """
+    starts = range(0, len(found) - size + 1, size)
+    return [(_mean_of(found[i : i + size], 0), _mean_of(found[i : i + size], 1)) for i in starts]
+
+
+def _mean_of(found: Sequence[tuple[float, float]], place: int) -> float:
+    return sum(pair[place] for pair in found) / len(found)
+
+
 def predicted(runs: Sequence[Run]) -> Panel | None:
     """Predicted against measured change of entropy: summed over the run, and step by step."""
-    mine = [run for run in runs if len(pairs(run, "predict/change")) >= 3]
+    fits = [(run, fit(pairs(run, "predict/change"))) for run in runs]
+    mine = [(run, found) for run, found in fits if found is not None]
     if not mine:
         return None
-    sums = [trace for run in mine for trace in _sums(run)]
-    rows = []
-    for run in mine:
-        for name, form in FORMS.items() if len(mine) == 1 else [("predict/change", "exact form")]:
-            found = fit(pairs(run, name))
-            if found is not None:
-                slope = f"{found.slope:.2f} ± {found.error:.2f}"
-                rows.append([run.label, form, slope, f"{found.correlation:.2f}", found.pairs])
+    sums = [trace for run, found in mine for trace in _sums(run, found.slope)]
+    shown = [run for run, _ in mine]
     note = (
-        "Change since the start: as measured (solid, smoothed) and as the predictions add up (dotted), each standing "
-        "for the steps until the next. Single steps: averaged over neighbours in size, since one reading is noisy; on "
-        "the dashed line prediction and measurement agree. Slope: of measured on predicted over single steps, through "
-        "the origin, with its standard error; 1 is calibrated."
+        "Predictions are first order in the logits, at the learning rate; how much farther the optimizer moves the "
+        "logits is the calibration slope: of measured on predicted changes of single steps, through the origin, with "
+        "its standard error. Change since the start: measured (solid, smoothed), and predictions added up and scaled "
+        "by the slope (dotted), each standing for the steps until the next. Single steps: averaged over neighbours in "
+        "size, since one reading is noisy; the line has the slope."
     )
-    head = ["run", "prediction", "calibration slope", "correlation", "steps"]
     figures = [
-        Figure("Change of entropy since the start, nats a token", sums, step_layout(mine)),
+        Figure("Change of entropy since the start, nats a token", sums, step_layout(shown)),
         _scatter(mine),
     ]
-    return Panel("predicted", "Was the change of entropy foreseen?", note, figures, table(head, rows))
+    return Panel("predicted", "Was the change of entropy foreseen?", note, figures, _calibration(shown))
 
 
-def _sums(run: Run) -> list[Trace]:
+def _calibration(runs: Sequence[Run]) -> Html:
+    """Slope and correlations: of every form for one run, of the main one for several."""
+    rows = []
+    for run in runs:
+        for name, form in FORMS.items() if len(runs) == 1 else [("predict/change", FORMS["predict/change"])]:
+            found, smoothed = fit(pairs(run, name)), fit(windows(pairs(run, name)))
+            if found is not None:
+                slope = f"{number(found.slope)} ± {number(found.error)}"
+                over = f"{smoothed.correlation:.2f}" if smoothed else "–"
+                rows.append([run.label, form, slope, f"{found.correlation:.2f}", over, found.pairs])
+    head = ["run", "prediction", "calibration slope", "correlation", f"over windows of {_WINDOW}", "steps"]
+    return table(head, rows, class_="cards")
+
+
+def _sums(run: Run, slope: float) -> list[Trace]:
     x, entropy = run.column("entropy/mean")
     level = smooth(entropy)
     steps, change = run.column("predict/change")
-    begin = level[x.index(steps[0])] - entropy[0] if steps[0] in x else 0.0
-    total = [begin]
+    total = [level[x.index(steps[0])] - entropy[0] if steps[0] in x else 0.0]
     for i, value in enumerate(change[:-1]):
-        total.append(total[-1] + value * (steps[i + 1] - steps[i]))
+        total.append(total[-1] + slope * value * (steps[i + 1] - steps[i]))
+    measured, added = (plain(f"{run.label}, {word}") for word in ("measured", "predicted × slope"))
     return [
-        line(run, x, [v - entropy[0] for v in level], line={"dash": "solid"})
-        | {"name": plain(f"{run.label}, measured")},
-        line(run, steps, total, line={"dash": "dot"}) | {"name": plain(f"{run.label}, predicted")},
+        line(run, x, [v - entropy[0] for v in level], line={"dash": "solid"}) | {"name": measured},
+        line(run, steps, total, line={"dash": "dot"}) | {"name": added},
     ]
 
 
-def _scatter(runs: Sequence[Run]) -> Figure:
+def _scatter(fits: Sequence[tuple[Run, Fit]]) -> Figure:
     traces: list[Trace] = []
-    low = high = 0.0
-    for run in runs:
-        found = sorted(pairs(run, "predict/change"))
-        size = max(1, math.ceil(len(found) / _BINS))
-        bins = [found[i : i + size] for i in range(0, len(found), size)]
-        x, y = ([sum(p[i] for p in b) / len(b) for b in bins] for i in (0, 1))
-        error = [_error_of_mean([p[1] for p in b]) for b in bins]
-        low, high = min(low, *x), max(high, *x)
+    for run, found in fits:
+        known = sorted(pairs(run, "predict/change"))
+        size = max(1, math.ceil(len(known) / _BINS))
+        bins = [known[i : i + size] for i in range(0, len(known), size)]
+        x, y = ([_mean_of(b, place) for b in bins] for place in (0, 1))
+        error = [_error_of_mean([pair[1] for pair in b]) for b in bins]
         bars = {"type": "data", "array": rounded(error), "thickness": 1, "width": 0, "color": run.colour}
         dots = {"symbol": run.symbol, "size": 7, "color": run.colour}
         traces.append(line(run, rounded(x), y) | {"mode": "markers", "marker": dots, "error_y": bars})
         traces[-1]["hovertemplate"] = "predicted %{x:.2e}<br>measured %{y:.2e}"
-    diagonal = {"type": "scatter", "mode": "lines", "x": [low, high], "y": [low, high], "hoverinfo": "skip"}
-    traces.insert(0, diagonal | {"line": {"color": "@muted", "dash": "dash", "width": 1.5}})
-    for run in runs:
-        found = fit(pairs(run, "predict/change"))
-        if found is not None:
-            ends = [low, high]
-            style = {"width": 1.5, "dash": "solid"}
-            traces.append(line(run, ends, [found.slope * x for x in ends], line=style, hoverinfo="skip", opacity=0.6))
+        style = {"width": 1.5, "dash": "solid"}
+        ends = rounded([x[0], x[-1]])
+        traces.append(line(run, ends, [found.slope * v for v in ends], line=style, hoverinfo="skip", opacity=0.6))
     look = layout(
-        xaxis={"title": {"text": "predicted change"}, "exponentformat": "power", "nticks": 6},
-        yaxis={"title": {"text": "measured change"}, "exponentformat": "power"},
+        xaxis={"title": {"text": "predicted change"}, "nticks": 6},
+        yaxis={"title": {"text": "measured change"}},
     )
     return Figure("Changes of single steps, nats a token", traces, look)
 
@@ -173,7 +190,7 @@ def _over_time(run: Run) -> Figure:
     traces: list[Trace] = []
     for name, (meaning, colour, hatch) in QUADRANTS.items():
         y = [_mean(row.get(name) for row in group) for group in groups]
-        if any(value is not None for value in y):
+        if any(y):
             traces.append(_bar(meaning, colour, hatch) | {"x": rounded(x), "y": rounded([v or 0.0 for v in y])})
     change = [_mean(row.get("predict/change") for row in group) for group in groups]
     if any(value is not None for value in change):
@@ -185,7 +202,7 @@ def _over_time(run: Run) -> Figure:
             "y": rounded([v or 0.0 for v in change]),
         }
         traces.append(total | {"line": {"color": "@ink", "width": 2}})
-    look = step_layout([run], barmode="relative", bargap=0.1, showlegend=True, yaxis={"exponentformat": "power"})
+    look = step_layout([run], barmode="relative", bargap=0.1, showlegend=True)
     return Figure("Predicted change a step, nats a token", traces, look, True)
 
 
@@ -193,11 +210,11 @@ def _in_sum(runs: Sequence[Run]) -> Figure:
     traces: list[Trace] = []
     for name, (meaning, colour, hatch) in QUADRANTS.items():
         sums = [_mean(run.column(name)[1]) for run in runs]
-        if any(value is not None for value in sums):
+        if any(sums):
             bar = {"orientation": "h", "y": [plain(r.label) for r in runs], "x": rounded([v or 0.0 for v in sums])}
             traces.append(_bar(meaning, colour, hatch) | bar)
     look = layout(barmode="relative", showlegend=True, yaxis={"autorange": "reversed"}, hovermode="y unified")
-    look["xaxis"] = {**look["xaxis"], "exponentformat": "power", "nticks": 6}
+    look["xaxis"] = {**look["xaxis"], "nticks": 6}
     return Figure("Mean predicted change a step, nats a token", traces, look, True)
 
 
@@ -223,7 +240,10 @@ def _top_tokens(runs: Sequence[Run]) -> Html:
                     sums[str(entry[0])][1] += entry[2]
         top = sorted(sums.items(), key=lambda item: -abs(item[1][0]))[:_TOP]
         if top:
-            rows = [[el("code", repr(token)), f"{change:+.2e}", int(count)] for token, (change, count) in top]
+            rows = [
+                [el("code", repr(token)), f"{change:+.2e}".replace("-", "−"), int(count)]
+                for token, (change, count) in top
+            ]
             shown = table(["token", "predicted change in sum", "times"], rows)
             tables.append(el("details", el("summary", f"Single tokens that moved it most: {run.label}"), shown))
     return Html("".join(tables))
@@ -259,7 +279,7 @@ def _by_class(runs: Sequence[Run], names: Mapping[str, str], caption: str, acros
     look = layout(barmode="group", hovermode="y unified" if across else "x unified")
     # A name such as 1/8 would be read as a date.
     look[names_at] = {**look[names_at], "type": "category", "autorange": "reversed" if across else True}
-    look[values_at] = {**look[values_at], "exponentformat": "power", "nticks": 6}
+    look[values_at] = {**look[values_at], "nticks": 6}
     return Figure(caption, traces, look)
 
 
@@ -275,7 +295,7 @@ def clip(runs: Sequence[Run]) -> Panel | None:
     )
     moved = _by_class(runs, CLIPS, "Predicted change of entropy by clip state, nats a token a step", across=True)
     if moved is not None:
-        figures.append(moved._replace(wide=len(figures) % 2 == 0))
+        figures.append(moved)
     if not figures:
         return None
     note = (
