@@ -154,7 +154,7 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
             f"leave_one_out needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'none'"
         )
     rewards = _at_least_fp32(rewards)
-    num = (~rewards.isnan()).sum(dim=1, keepdim=True)
+    num = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)
     return _finish((rewards - _mean(rewards)) * (num / (num - 1).clamp(min=1)), rewards)
 
 
