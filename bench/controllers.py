@@ -34,6 +34,7 @@ PLANTS = {
     "β on DAPO, target annealed": ({"recipe": "dapo", "knob": "beta", "target": "anneal:100%:60%:300"}, 4.0),
     "entropy bonus on GRPO": ({"recipe": "grpo", "knob": "entropy_coef", "target": "75%"}, 4.0),
 }
+STEPS = 400  # half of the default run, learning rate decayed over them
 LAB_STEPS = 500
 SETTLED, BAND, WINDOW = 20, 0.05, 20
 
@@ -101,10 +102,10 @@ def run(controller, seed, home):
     if (out / "summary.json").exists():
         return
     shutil.rmtree(out, ignore_errors=True)
-    flags = ["--recipe", "isentropic", "--controller", controller, "--seed", str(seed), "--save-every", "0"]
+    flags = ["--recipe", "isentropic", "--controller", controller, "--seed", str(seed), "--steps", str(STEPS)]
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "isentropic.cli", "train", *flags, "--out", str(out)],
+        [sys.executable, "-m", "isentropic.cli", "train", *flags, "--save-every", "0", "--out", str(out)],
         capture_output=True,
         text=True,
         check=False,
@@ -134,7 +135,7 @@ def collect(home, seeds):
             row["trace"] = [round(float(x), 4) for x in np.convolve(entropy, np.ones(WINDOW) / WINDOW, "valid")[::8]]
             row["target"] = target[-1]
             found.setdefault(controller, []).append(row)
-    save("embedded", {"the embedded task, default run": found})
+    save("embedded", {f"the embedded task, {STEPS} steps": found})
 
 
 def save(part, found):
