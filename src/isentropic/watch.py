@@ -242,7 +242,7 @@ def _progress(now: Snapshot, width: int) -> Any:
 
     done = now.rows[-1]["step"] if now.rows else 0
     left = time_left(now.rows, now.steps)
-    line = Text(f"step {done}/{now.steps or '?'}  ", style="bold")
+    line = Text().append(f"step {done}/{now.steps or '?'}  ", style="bold")
     filled = round(min(done / now.steps, 1.0) * 24) if now.steps else 0
     line.append("━" * filled, style="green").append("┈" * (24 - filled), style="dim")
     if not now.ended and left is not None:
@@ -274,7 +274,7 @@ def _entropy(now: Snapshot, width: int) -> list[Any]:
     drawn = canvas(values, goals, width - 10, _ROWS)
     edges = {0: f"{drawn.high:8.3f} ", _ROWS - 1: f"{drawn.low:8.3f} "}
     for i, row in enumerate(drawn.grid):
-        line = Text(edges.get(i, " " * 9), style="dim")
+        line = Text().append(edges.get(i, " " * 9), style="dim")
         for cell in row:
             line.append(cell, style=styles.get(cell, ""))
         lines.append(line)
@@ -287,8 +287,8 @@ def _warnings(now: Snapshot) -> list[Any]:
     lines = []
     for finding in now.findings[:4]:
         severity = str(finding.get("severity", "note"))
-        line = Text(f"{severity}: ", style=_STYLES.get(severity, "yellow"))
-        line.append(visible(" ".join(str(finding.get(key) or "") for key in ("what", "where"))), style="default")
+        line = Text().append(f"{severity}: ", style=_STYLES.get(severity, "yellow"))
+        line.append(visible(" ".join(str(finding.get(key) or "") for key in ("what", "where"))))
         remedy = finding.get("remedy")
         if remedy:
             line.append(visible(f"; {remedy}"), style="dim")
@@ -305,7 +305,7 @@ def _texts(now: Snapshot) -> list[Any]:
     for row in now.samples:
         reward = row.get("reward")
         head = f"step {row.get('step')}  reward {reward:.3g}  " if is_number(reward) else f"step {row.get('step')}  "
-        line = Text(head, style="dim")
+        line = Text().append(head, style="dim")
         line.append(_one_line(row.get("prompt"))[-100:], style="bold")
         tokens, surprisal = row.get("tokens"), row.get("surprisal")
         if isinstance(tokens, list) and isinstance(surprisal, list) and len(tokens) == len(surprisal):

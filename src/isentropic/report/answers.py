@@ -180,7 +180,7 @@ def samples(runs: Sequence[Run]) -> Panel | None:
         return None
     steps = [el("span", f"{nats:g}", class_="token", style=_shade(nats)) for nats in (0, 1, 2, 3, _SURPRISED)]
     legend = el("p", "surprisal, nats: ", steps, " and more", class_="scale")
-    note = "Completions as they were sampled. The darker a token, the less the policy expected it."
+    note = "Completions as they were sampled. The stronger the shade of a token, the less the policy expected it."
     return Panel("samples", "What does the model write?", note, [], Html(legend + "".join(shown)))
 
 

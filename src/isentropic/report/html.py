@@ -124,6 +124,6 @@ def number(value: float | None, digits: int = 3) -> str:
 def _digits(value: float, digits: int) -> str:
     if value == int(value) and abs(value) < 1e12:
         return f"{int(value):,}"
-    if 0.001 <= abs(value) < 1000:
-        return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.{digits}g}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e7 else f"{value:.{digits}g}"
+    if 100 <= abs(value) < 1e7:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}f}" if 0.1 <= abs(value) < 100 else f"{value:.{digits}g}"

@@ -279,7 +279,7 @@ def _by_class(runs: Sequence[Run], names: Mapping[str, str], caption: str, acros
     look = layout(barmode="group", hovermode="y unified" if across else "x unified")
     # A name such as 1/8 would be read as a date.
     look[names_at] = {**look[names_at], "type": "category", "autorange": "reversed" if across else True}
-    look[values_at] = {**look[values_at], "nticks": 6}
+    look[values_at] = {**look[values_at], "nticks": 4 if across else 6}
     return Figure(caption, traces, look)
 
 
