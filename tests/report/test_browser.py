@@ -52,6 +52,7 @@ def test_every_panel_has_marks_without_an_error_or_a_request(browser, one, two, 
     page = view.open(url)
     assert view.complaints == []
     assert view.requests == [url]
+    assert page.query_selector(".sketch") is None
     figures = page.query_selector_all(".figure")
     assert len(figures) > 20
     for figure in figures:

@@ -35,6 +35,9 @@ def test_every_panel_is_there_and_the_page_is_small(run, tmp_path):
     assert time.process_time() - began < 5
     text = out.read_text(encoding="utf-8")
     assert ids(text) == EVERY
+    assert (
+        text.count("<polyline") == 5
+    )  # the first panel as SVG: target, entropy and reward, the latter two smoothed too
     assert out.stat().st_size < MAX_BYTES
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
 

@@ -24,6 +24,7 @@
     for (const trace of data) if (trace.meta && hidden.has(trace.meta.run)) trace.visible = false;
     // A finger scrolls the page; a mouse drags a zoom.
     if (matchMedia("(pointer: coarse)").matches) layout.dragmode = false;
+    plot.querySelector(".sketch")?.remove();
     figure.dataset.drawn = "yes";
     return Plotly.react(plot, data, layout, config);
   };

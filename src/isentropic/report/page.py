@@ -13,6 +13,7 @@ from .about import swatch
 from .figures import Figure, Panel
 from .html import Html, data, el, number, table
 from .runs import Run, is_number
+from .sketch import sketch
 
 PLOTLY_PATH = "/plotly.js"
 
@@ -152,7 +153,9 @@ def _section(panel: Panel) -> Html:
     narrow = [i for i, figure in enumerate(panel.figures) if not figure.wide]
     # The last of an odd number has the row to itself.
     wide = {*range(len(panel.figures))} - {*narrow} | ({narrow[-1]} if len(narrow) % 2 else set())
-    figures = [_figure(f"{panel.id}-{i}", figure, i in wide) for i, figure in enumerate(panel.figures)]
+    figures = [
+        _figure(f"{panel.id}-{i}", figure, i in wide, panel.id == "hold") for i, figure in enumerate(panel.figures)
+    ]
     return el(
         "section",
         el("h2", el("a", panel.question, href=f"#{panel.id}")),
@@ -166,12 +169,13 @@ def _section(panel: Panel) -> Html:
     )
 
 
-def _figure(name: str, figure: Figure, wide: bool) -> Html:
+def _figure(name: str, figure: Figure, wide: bool, at_once: bool) -> Html:
     return el(
         "figure",
         el("figcaption", figure.caption, id=f"{name}-caption"),
         el(
             "div",
+            sketch(figure) if at_once else None,
             class_="plot",
             tabindex="0",
             role="group",
