@@ -12,8 +12,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "isentropic"
 
 # A room imports only the rooms above it.
-ORDER = """types reduce advantages shaping objectives kernels entropy dynamics controllers targets thermostat
-    recipes precision evaluation record explain lab compare engines tasks models report watch config training cli""".split()
+ORDER = """types reduce advantages shaping objectives kernels entropy dynamics controllers targets thermostat recipes
+    precision evaluation record explain lab compare engines tasks models report watch config training cli""".split()
 CORE = set(ORDER[: ORDER.index("evaluation") + 1])
 SEPARATE = {"engines", "tasks", "report"}
 TORCHLESS = set("__init__ controllers targets thermostat recipes record explain tasks models config cli".split())

@@ -53,8 +53,11 @@ class RunConfig:
     lora_rank: int = _setting(0, "rank of a LoRA adapter; 0 trains all weights", low=0)
     save_every: int = _setting(200, "optimizer steps between checkpoints; 0 keeps only the last", low=0)
     keep: int = _setting(2, "checkpoints kept", low=1)
+    head: str = _setting(
+        "auto", "who scores tokens: the fused head where it is faster, or TRL's", choices=("auto", "trl")
+    )
     explain_every: int | None = _setting(
-        None, "steps between two whose entropy change is explained; 0 never [1 or 10, by the size of the head]", low=0
+        None, "steps between two whose entropy change is explained; 0 never [1, or 10 with TRL's head]", low=0
     )
     eval_k: int = _setting(16, "samples a held-out prompt in the evaluations at start and end; 0 skips them", low=0)
     audit: str = _setting("on", "check precision and sampling as the run starts, and warn", choices=("on", "off"))

@@ -161,6 +161,7 @@ def _trainer(
             **config.recipe_options,
         },
         explain_every=config.explain_every,
+        head=config.head,
         max_steps=config.steps,
         seed=config.seed,
         use_cpu=use_cpu,

@@ -40,7 +40,7 @@ def test_every_loss_type_that_trl_has_is_covered():
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_monitoring_leaves_training_bit_identical(tmp_path, loss_type):
     plain = train(GRPOTrainer, GRPOConfig, tmp_path / "a", loss_type=loss_type)
-    watched = trained(tmp_path / "b", loss_type=loss_type, controller="none")
+    watched = trained(tmp_path / "b", loss_type=loss_type, controller="none", head="trl")
     assert same(weights(plain), weights(watched))
     assert len(watched.record.rows("metrics")) == 8
 

@@ -16,7 +16,8 @@ from isentropic.entropy import logits_stats
 
 
 def run(out, steps=4, **settings):
-    return train(IsentropicTrainer, IsentropicConfig, out, steps, **{"recipe": "dapo", "explain_every": 1, **settings})
+    settings = {"recipe": "dapo", "explain_every": 1, "head": "trl", **settings}
+    return train(IsentropicTrainer, IsentropicConfig, out, steps, **settings)
 
 
 def rows_of(trainer):
@@ -46,7 +47,8 @@ def test_every_split_sums_to_the_predicted_change(tmp_path, recipe):
         assert all(row["predict/bonus"] > 0 for row in rows)
 
 
-def test_the_change_is_that_of_the_full_logits(tmp_path):
+@pytest.mark.parametrize("head", ["trl", "auto"])
+def test_the_change_is_that_of_the_full_logits(tmp_path, head):
     seen = []
 
     class Spy(IsentropicTrainer):
@@ -60,7 +62,8 @@ def test_the_change_is_that_of_the_full_logits(tmp_path):
             seen.append((logits, {k: v.clone() for k, v in inputs.items() if isinstance(v, torch.Tensor)}))
             return super()._compute_loss(model, inputs)
 
-    settings = {"recipe": "dapo", "explain_every": 1, "temperature": 0.7, "gradient_accumulation_steps": 2}
+    settings = {"recipe": "dapo", "explain_every": 1, "head": head, "temperature": 0.7}
+    settings["gradient_accumulation_steps"] = 2
     trainer = train(Spy, IsentropicConfig, tmp_path, 2, **settings)
     row, total = rows_of(trainer)[1], 0.0
     for logits, inputs in seen[2:4]:  # the second step, of two micro-batches: its ratios have moved
@@ -159,6 +162,18 @@ def test_rounded_log_probs_show_in_the_numerics(tmp_path, monkeypatch):
     assert max(abs(row["predict/numerics"] / row["predict/absolute"]) for row in coarse) > 1e-5
 
 
+def test_the_fused_head_brings_the_moments_and_is_compared_now_and_then(tmp_path):
+    native = rows_of(run(tmp_path / "native", 11, recipe="loop", knob="zeta", target="2.5"))
+    fused = rows_of(
+        run(tmp_path / "fused", 11, recipe="loop", knob="zeta", target="2.5", head="auto", explain_every=None)
+    )
+    assert all(row["predict/moments"] == 1 for row in fused)
+    assert [row["step"] for row in fused if "numerics/logp_rms" in row] == [1, 11]
+    assert fused[0]["numerics/logp_rms"] < 1e-5
+    for name in ("predict/change", "predict/absolute", "predict/likely_up", "predict/gain", "entropy/mean"):
+        assert fused[0][name] == pytest.approx(native[0][name], rel=1e-3), name
+
+
 def test_rows_name_the_tokens_and_count_what_leaves_the_clip(tmp_path):
     rows = rows_of(run(tmp_path, 8, learning_rate=1e-2))
     tops = rows[-1]["predict/top_tokens"]
@@ -180,8 +195,10 @@ def test_the_interval_follows_the_head(tmp_path):
     assert [row["step"] for row in rows if "predict/change" in row] == [1, 4]
 
 
-def test_predictive_control_runs_and_resumes_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("head", ["trl", "auto"])
+def test_predictive_control_runs_and_resumes_bit_for_bit(tmp_path, head):
     settings = {
+        "head": head,
         "recipe": "loop",
         "knob": "zeta",
         "controller": "predictive",
@@ -203,6 +220,7 @@ def test_predictive_control_runs_and_resumes_bit_for_bit(tmp_path):
     ("settings", "says"),
     [
         ({"explain_every": -1}, "explain_every must be >= 0 optimizer steps, got -1"),
+        ({"head": "liger"}, "head must be auto or trl, got 'liger'"),
         (
             {"explain_every": 0, "recipe": "loop", "knob": "zeta", "controller": "predictive"},
             "predictive needs explained steps",

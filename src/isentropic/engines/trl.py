@@ -14,7 +14,6 @@ import json
 import logging
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,6 +28,7 @@ from ..record import CHECKPOINT_FILE, Record, write_json
 from ..thermostat import to_json
 from ..types import EntropyReading, TokenBatch, TokenFacts
 from .trl_explain import Explainer, check_explain
+from .trl_head import install
 from .trl_samples import Samples
 from .trl_sampling import local_advantages, resample
 from .trl_settings import adopt, boundary, clip_settings, resolve_recipe, round_save_steps, updates_per_batch
@@ -80,7 +80,9 @@ class EntropyControlConfig:
         recipe_options: any other field of :class:`isentropic.Recipe`, as a dict or a JSON string.
         samples_logged: completions written to samples.jsonl for each generated batch.
         explain_every: optimizer steps between two whose predicted entropy change is computed and attributed; 0 never.
-            None is every step where the head is a small share of the model, else every tenth.
+            None is every step where the moments of the rows cost little, else every tenth.
+        head: ``auto`` scores tokens by the fused head of ``isentropic.kernels`` where that is faster and its kind is
+            known; ``trl`` by TRL's own, whose training is reproduced bit for bit.
     """
 
     recipe: str | None = field(default=None, metadata={"help": "Named algorithm; see `isentropic recipes`."})
@@ -90,10 +92,11 @@ class EntropyControlConfig:
     recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
     samples_logged: int = field(default=2, metadata={"help": "Completions kept for each generated batch."})
     explain_every: int | None = field(default=None, metadata={"help": "Steps between explained ones; 0 is never."})
+    head: str = field(default="auto", metadata={"help": "auto: the fused head where it is faster; trl: TRL's own."})
 
     def __post_init__(self) -> None:
         self.entropy_recipe, owned = resolve_recipe(self)
-        check_explain(self.entropy_recipe, self.explain_every)
+        check_explain(self.entropy_recipe, self.explain_every, self.head)
         adopt(self, owned)
         super().__post_init__()  # type: ignore[misc]
         check(self.entropy_recipe, updates_per_batch(self))
@@ -137,7 +140,8 @@ class EntropyControlMixin(_Trainer):
         self.record = Record(self.args.output_dir)
         self._boundary = boundary(self.args)
         self.samples = Samples(getattr(self.args, "samples_logged", 0))
-        self.explainer = Explainer(self, getattr(self.args, "explain_every", None))
+        fused = getattr(self.args, "head", "trl") == "auto" and install(self)
+        self.explainer = Explainer(self, getattr(self.args, "explain_every", None), fused)
         self._live: dict[str, Any] | None = None
         self._terms: tuple[torch.Tensor, torch.Tensor] | None = None
         self._seen: tuple[tuple[torch.Tensor, torch.Tensor], TokenBatch, torch.Tensor] | None = None
@@ -210,7 +214,7 @@ class EntropyControlMixin(_Trainer):
             return out
         if self._live is None or self._terms is not None:
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        with self.explainer.watching(args[0]) if self.explainer.due() else nullcontext():
+        with self.explainer.watching(args[0]):
             out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._observe(self._live, out[0], out[1])
         return out

@@ -1,8 +1,9 @@
 """What the TRL engine adds to a row of metrics.jsonl about why entropy moves: weights read off the native loss.
 
 On a step that is explained, one autograd call on the elementwise graph between TRL's loss and its log-probabilities
-gives every token's weight. The moments of its row come from a second product of the last hidden state with the head, in
-fp32 and without a gradient.
+gives every token's weight. The moments of its row come with the fused head, or else from a second product of the last
+hidden state with the head, in fp32 and without a gradient; beside the fused head that second product is made now and
+then, to say how far its log-probabilities are from those.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..dynamics import attribute, change_of, clip_gain, effective_weights, entropy_pull, token_totals
-from ..entropy import logits_stats
+from ..kernels import token_stats
 from ..recipes import Recipe, knob_range, shape, with_knob
 from ..types import TokenBatch, TokenFacts, TokenStats
+from .trl_head import last_stats
 from .trl_settings import clip_settings
 
 if TYPE_CHECKING:
@@ -26,7 +28,6 @@ logger = logging.getLogger("isentropic")
 TOP_TOKENS = 8
 CHEAP_HEAD = 0.05  # a head with at most this share of the parameters is read at every step
 EVERY = 10
-_ROWS = 2**22  # logits of one chunk of the second product
 
 
 def head_of(model: Any) -> tuple[Any, Any] | None:
@@ -39,60 +40,51 @@ def head_of(model: Any) -> tuple[Any, Any] | None:
     return (backbone, head) if known and isinstance(backbone, torch.nn.Module) and backbone is not base else None
 
 
-def interval(model: Any, wanted: int | None) -> int:
-    """Optimizer steps between two explained ones: as asked, or 1 where the head is small beside the model, else 10."""
-    if wanted is not None:
-        return wanted
+def interval(model: Any, wanted: int | None, fused: bool = False) -> int:
+    """Optimizer steps between two explained ones: as asked; else 1 where moments cost little, and 10 where they do not.
+
+    They cost little with the fused head, and where the head is small beside the model.
+    """
+    if wanted is not None or fused:
+        return 1 if wanted is None else wanted
     found = head_of(model)
     if found is None:
         return EVERY
     return 1 if found[1].weight.numel() <= CHEAP_HEAD * sum(p.numel() for p in model.parameters()) else EVERY
 
 
-def check_explain(recipe: Recipe, every: int | None) -> None:
-    """Refuse an interval that cannot be, or that leaves a controller without what it needs.
+def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
+    """Refuse an interval or a head that cannot be, or that leaves a controller without what it needs.
 
     Raises:
         ValueError: what was got, and what is allowed.
     """
     if every is not None and every < 0:
         raise ValueError(f"explain_every must be >= 0 optimizer steps, got {every}; 0 explains none, 1 every one")
+    if head not in ("auto", "trl"):
+        raise ValueError(f"head must be auto or trl, got {head!r}; auto takes the fused head where it is faster")
     if every == 0 and recipe.controller.split(":")[0] == "predictive":
         raise ValueError("controller predictive needs explained steps, got explain_every=0; leave it out, or choose pi")
 
 
-def _logit_scale(config: Any) -> float | None:
-    """What the model multiplies its logits by, or None where it does something to them that is not known here."""
+def _plain_logits(config: Any) -> bool:
+    """Whether the model leaves its logits unscaled."""
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    if any(getattr(config, name, None) is not None for name in names):
-        return None
-    return 1.0
+    return all(getattr(config, name, None) is None for name in names)
 
 
-@torch.no_grad()
-def head_stats(
-    hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, softcap: float | None
-) -> torch.Tensor:
-    """The statistics of ``[n]`` tokens from ``[n d]`` hidden states, in fp32, a chunk of rows at a time."""
-    weight, bias = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (head.weight, head.bias))
-    wide = weight.float()
-    parts = []
-    with torch.autocast(hidden.device.type, enabled=False):
-        for rows, chosen in zip(*(x.split(max(1, _ROWS // len(wide))) for x in (hidden, ids)), strict=True):
-            logits = rows.float() @ wide.T
-            logits = logits if bias is None else logits + bias.float()
-            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
-            stats = logits_stats(logits, chosen, temperature, chunk=len(logits) or 1)
-            parts.append(torch.stack([x for x in stats if x is not None]))
-    return torch.cat(parts, dim=1) if parts else hidden.new_zeros(5, 0, dtype=torch.float32)
+def _whole(x: torch.Tensor) -> torch.Tensor:
+    """A parameter that FSDP2 has sharded, gathered."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyrefly: ignore
 
 
 class Explainer:
     """Explains the steps of one trainer; sums of a window stay on the device until the step ends."""
 
-    def __init__(self, trainer: Any, every: int | None):
+    def __init__(self, trainer: Any, every: int | None, fused: bool = False):
         self.trainer = trainer
-        self.every = interval(trainer.model, every)
+        self.fused = fused
+        self.every = interval(trainer.model, every, fused)
         self.names: list[str] = []
         self.sums: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
@@ -103,9 +95,16 @@ class Explainer:
         """Whether the optimizer step under way is explained."""
         return self.every > 0 and self.trainer.state.global_step % self.every == 0
 
+    def _compares(self) -> bool:
+        """Whether the step under way is scored a second time, by a plain product in fp32."""
+        return not self.fused or self.trainer.state.global_step % EVERY == 0
+
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Keep the last hidden state of the forward pass inside, where the head is known."""
+        """Keep the last hidden state of the forward pass inside, where it is wanted and the head is known."""
+        if not (self.due() and self._compares()):
+            yield
+            return
         found = head_of(self.trainer.accelerator.unwrap_model(model))
         if found is None:
             self._warn("this model's head is not known: the predicted change is read without the moments of the rows")
@@ -126,21 +125,26 @@ class Explainer:
             logger.warning(message)
         self._warned = True
 
-    def _moments(self, inputs: dict[str, Any], inside: torch.Tensor, logp: torch.Tensor) -> TokenStats | None:
-        """The rows' own statistics in fp32, ``[b t]``, or None where they cannot be had."""
+    def _second(self, inputs: dict[str, Any], inside: torch.Tensor) -> TokenStats | None:
+        """The rows' statistics by a plain product in fp32, ``[b t]``, or None where there is no hidden state."""
         hidden, self._hidden = self._hidden, None
-        trainer, length = self.trainer, logp.shape[1]
+        trainer, ids = self.trainer, inputs["completion_ids"]
         found = head_of(trainer.accelerator.unwrap_model(trainer.model))
         config = trainer.model.config.get_text_config()
-        if hidden is None or found is None or hidden.shape[0] != logp.shape[0] or _logit_scale(config) is None:
+        if hidden is None or found is None or hidden.shape[0] != len(ids) or not _plain_logits(config):
             self._warn("no hidden state to read moments from: the predicted change is read without them")
             return None
-        picked = hidden[:, -length - 1 : -1][inside]
-        softcap = getattr(config, "final_logit_softcapping", None)
-        flat = head_stats(picked, found[1], inputs["completion_ids"][inside], trainer.temperature, softcap)
-        table = flat.new_zeros(5, *logp.shape)
-        table[:, inside] = flat
-        return TokenStats(*table)
+        head = found[1]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return token_stats(
+                hidden[:, -ids.shape[1] - 1 : -1].float(),
+                _whole(head.weight).detach().float(),
+                ids,
+                float(trainer.temperature),
+                mask=inside,
+                bias=None if head.bias is None else _whole(head.bias).detach().float(),
+                softcap=getattr(config, "final_logit_softcapping", None),
+            )
 
     def add(
         self,
@@ -154,23 +158,25 @@ class Explainer:
         """Add one micro-batch; ``inputs`` holds the advantages that the loss was computed from."""
         logp, entropy = head
         inside = batch.mask.bool()
-        stats = self._moments(inputs, inside, logp)
+        second = self._second(inputs, inside) if self._compares() else None
         read = TokenStats(logp.detach().float(), entropy.detach().float())
-        rows = read if stats is None else stats
+        rows = self._from_head(logp.shape[1]) or second or read
         weights = effective_weights(loss, logp, entropy, differentiable=True)
         adv = inputs["advantages"].detach()
         adv = (adv if adv.dim() == 2 else adv.unsqueeze(1)).expand_as(logp)
         sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts).items()}
         predicted = torch.where(inside, change_of(weights, rows), 0.0)
         gain = self._gain(predicted.sum(), weights, rows, adv, facts, inputs, batch, entropy, bonus)
-        error = torch.where(inside, read.logp - rows.logp, 0.0)
+        exact = second or read
+        error = torch.where(inside, read.logp - exact.logp, 0.0)
         slope = None if batch.logp_old is None else _slope(predicted.sum(), logp)
         sums |= {
             "predict/gain": gain,
             "predict/numerics": error.new_zeros(()) if slope is None else (slope * error).sum(),
             "numerics/squared": error.square().sum(),
-            "numerics/entropy": torch.where(inside, read.entropy - rows.entropy, 0.0).sum(),
-            "numerics/tokens": inside.sum() * (stats is not None),
+            "numerics/entropy": torch.where(inside, read.entropy - exact.entropy, 0.0).sum(),
+            "numerics/tokens": inside.sum() * (second is not None),
+            "numerics/moments": inside.sum() * (rows.sum_p2 is not None),
         }
         self.names = list(sums)
         vector = torch.stack([value.detach().double() for value in sums.values()])
@@ -178,6 +184,11 @@ class Explainer:
         size = int(self.trainer.model.config.get_text_config().vocab_size)
         totals = token_totals(predicted.detach(), inputs["completion_ids"], batch.mask, size)
         self.tokens = totals if self.tokens is None else self.tokens + totals
+
+    def _from_head(self, length: int) -> TokenStats | None:
+        """What the fused head read of the completions on its way."""
+        stats = last_stats(self.trainer) if self.fused else None
+        return None if stats is None else TokenStats(*(x[:, -length:] for x in stats if x is not None))
 
     def _gain(
         self,
@@ -234,7 +245,7 @@ class Explainer:
             row["numerics/entropy_bias"] = sums["numerics/entropy"] / read
         else:
             row["predict/numerics"] = None
-        row["predict/moments"] = int(read > 0)
+        row["predict/moments"] = int(sums["numerics/moments"] > 0)
         row["predict/knob"] = self._knob_part(row)
         row["predict/top_tokens"] = self._top(rate / ranks)
         self.sums = self.tokens = None
