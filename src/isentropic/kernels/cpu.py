@@ -94,6 +94,16 @@ def sampled_raw(head: Head, rows: Rows) -> Near:
     return Near(raw, raw.to(dtype) if half else None)
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype products of x are done in: fp32, or float64; half-precision products on a CPU are slow or inexact."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``."""
+    total.addmm_(a, b)
+
+
 class Block(NamedTuple):
     """A block of the head in the dtype of the GEMM, and where it begins."""
 

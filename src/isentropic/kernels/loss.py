@@ -94,7 +94,7 @@ def _multiply_out(
     head: Head, rows: Rows, reading: Reading, pull: Pull, e: Tensor, grads: tuple[Tensor, Tensor | None]
 ) -> Tensor:
     """Add the gradients of weight and bias to their accumulators, and return that of hidden [n d], all wide."""
-    weight, bias = grads
+    (weight, bias), on = grads, backend(head.weight)
     some = pulled(pull)
     if some is not None:
         rows, pull = rows.take(some), pull.take(some)
@@ -102,27 +102,29 @@ def _multiply_out(
     plain = pull.g_entropy is None and head.softcap is None
     factor = -head.scale * rows.inv_t / reading.total.to(head.wide)
     factor = factor * pull.g if plain else factor
-    scaled = rows.hidden.to(head.wide) * factor[:, None]
+    dtype = on.product_dtype(e)
+    scaled = (rows.hidden.to(head.wide) * factor[:, None]).to(dtype)
 
     def work(columns: slice) -> Tensor:
-        out = torch.zeros_like(scaled)
-        for part in cpu.spans(columns.stop - columns.start, cpu.COLUMNS):
+        out = torch.zeros_like(scaled, dtype=head.wide)
+        for part in cpu.spans(columns.stop - columns.start, on.COLUMNS):
             here = slice(columns.start + part.start, columns.start + part.stop)
-            block = cpu.Block(here.start, head.weight[here].to(head.wide), None)
-            grad = (e[:, here] if some is None else e[some, here]).to(head.wide)
+            block = cpu.Block(here.start, head.weight[here].to(dtype), None)
+            grad = e[:, here] if some is None else e[some, here]
+            grad = grad.to(dtype if plain else head.wide)
             if plain:
                 own = cpu.own_columns(rows, block)
-                grad[own] = -reading.others.to(head.wide)[own[0]]
+                grad[own] = -reading.others.to(grad.dtype)[own[0]]
             else:
-                _unnormalised(head, rows, reading, pull, grad, block)
-            out.addmm_(grad, block.weight)
-            weight[here].addmm_(grad.t(), scaled)
+                grad = _unnormalised(head, rows, reading, pull, grad, block).to(dtype)
+            on.accumulate(out, grad, block.weight)
+            on.accumulate(weight[here], grad.t(), scaled)
             if bias is not None:
-                bias[here].addmv_(grad.t(), factor)
+                bias[here].addmv_(grad.t().to(head.wide), factor)
         return out
 
     with unmixed(head.weight):
-        parts = cpu.coarsely(work, len(head.weight), cpu.COLUMNS)
+        parts = cpu.coarsely(work, len(head.weight), on.COLUMNS)
     hidden = sum(parts[1:], parts[0]).mul_(factor[:, None])
     if some is None:
         return hidden
