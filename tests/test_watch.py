@@ -147,6 +147,14 @@ def test_ctrl_c_leaves_the_terminal_as_it_was(tmp_path):
     assert screen.end() == 0
 
 
+def test_a_closed_terminal_ends_it(tmp_path):
+    screen = Terminal(str(make_run(tmp_path / "run", steps=30)))
+    screen.until("finished")
+    os.close(screen.inner)
+    os.close(screen.outer)
+    screen.process.wait(timeout=20)
+
+
 def get(url, **headers):
     with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
         return answer.read().decode()

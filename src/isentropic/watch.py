@@ -340,12 +340,18 @@ def _keys() -> Iterator[bool]:
 
 
 def _quits(seconds: float, listening: bool) -> bool:
-    """Wait; True as soon as q is pressed."""
+    """Wait; True as soon as q is pressed, or where the terminal is gone."""
     if not listening:
         time.sleep(seconds)
         return False
     ready, _, _ = select.select([sys.stdin], [], [], seconds)
-    return bool(ready) and b"q" in os.read(sys.stdin.fileno(), 64).lower()
+    if not ready:
+        return False
+    try:
+        typed = os.read(sys.stdin.fileno(), 64)
+    except OSError:  # the terminal was closed
+        return True
+    return not typed or b"q" in typed.lower()
 
 
 def watch(run: str | Path, once: bool = False) -> None:
