@@ -25,16 +25,16 @@ RESULTS = ROOT / "docs" / "results"
 SHARED = {"steps": 800, "prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
 CELLS = {
     "grpo": {"recipe": "grpo"},
-    "isentropic": {"recipe": "isentropic"},
+    "isentropic": {"recipe": "isentropic", "controller": "pi"},
     "loop": {"recipe": "loop"},
     "dapo": {"recipe": "dapo"},
     # Strictly on-policy: one step a batch, and a batch of the size the others step on. Steps and samples are the same.
     "rloo": {"recipe": "rloo", "prompts": 8, "updates": 1},
     "adapo": {"recipe": "adapo", "target": "80%"},
     "repo-r": {"recipe": "repo-r-loop", "target": "80%"},
-    "isentropic at 100%": {"recipe": "isentropic", "target": "initial"},
-    "isentropic at 80%": {"recipe": "isentropic", "target": "80%"},
-    "isentropic at 60%": {"recipe": "isentropic", "target": "60%"},
+    "isentropic at 100%": {"recipe": "isentropic", "controller": "pi", "target": "initial"},
+    "isentropic at 80%": {"recipe": "isentropic", "controller": "pi", "target": "80%"},
+    "isentropic at 60%": {"recipe": "isentropic", "controller": "pi", "target": "60%"},
     # How the learning rate was chosen, and whether ADAPO gets a hold where ratios move more.
     "grpo lr 3e-4": {"recipe": "grpo", "learning_rate": 3e-4},
     "grpo lr 8e-4": {"recipe": "grpo", "learning_rate": 8e-4},

@@ -83,7 +83,7 @@ def test_any_knob_any_controller_any_target_composes(recipe, knob, controller, t
     control = build_thermostat(made)
     state = control.init()
     for mean in (1.0, 0.5, 0.4, 2.0, 3.0):
-        state = control.update(state, EntropyReading(mean * 8, 8.0))
+        state = control.update(state, EntropyReading(mean * 8, 8.0, predicted=-1e-3, gain=5e-3, steps=1))
         _, tokens = batch()
         total, _ = loss(made, tokens, state.value)
         assert torch.isfinite(total.mean())

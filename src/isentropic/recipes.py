@@ -179,11 +179,11 @@ def _on(base: str, suffix: str, source: str, **changes: Any) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "isentropic": _on(
         "loop",
-        "centred REPO-R, A − ζ|A|·L, ζ by PI on every optimizer step",
+        "centred REPO-R, A − ζ|A|·L, ζ by prediction on every optimizer step",
         f"ours; REPO-R is of {_REPO}",
         shaping="repo_r",
         knob="zeta",
-        controller="pi",
+        controller="predictive",
         target="75%",
         every=1,
     ),
