@@ -17,10 +17,12 @@ _ROOMS = {
     "reduce": ("SumCount",),
     "kernels": ("fused_logp", "fused_policy_loss", "token_stats"),
     "entropy": ("logits_stats", "sampled_entropy", "token_entropy"),
+    "dynamics": ("attribute", "effective_weights", "natural_change", "predicted_change"),
     "controllers": ("Range",),
     "targets": ("parse_target",),
     "thermostat": ("Thermostat", "thermostat"),
     "recipes": ("RECIPES", "Recipe", "build_thermostat", "compose"),
+    "precision": ("AuditBatch", "Finding", "audit"),
     "evaluation": ("pass_at_k",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
