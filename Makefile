@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test lint types clean
+.PHONY: help env train test lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -25,6 +25,9 @@ lint: $(STAMP) ## ruff: rules and format
 types: $(STAMP) ## pyrefly
 	$(BIN)/pyrefly check
 
+docs: $(STAMP) ## build the documentation into build/docs; a warning or a broken link fails it
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+
 clean: ## remove .venv, builds and caches
 	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
@@ -34,5 +37,5 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "isentropic needs Python >= 3.11, got '$$($(PYTHON) -V 2>&1)'; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo 'building .venv from constraints.txt: a minute or two'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,cli,report,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,cli,report,docs,dev]'
 	@touch $@

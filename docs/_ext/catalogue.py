@@ -1,0 +1,127 @@
+"""``{catalogue} WHAT``: the recipes, knobs, shapings, controllers, targets and settings as tables, from the code."""
+
+from dataclasses import fields
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+from isentropic.config import RunConfig
+from isentropic.controllers import CONTROLLERS
+from isentropic.recipes import KNOBS, OBJECTIVES, RECIPES, SHAPINGS, Recipe, compose, knob_range
+from isentropic.targets import TARGETS
+
+
+def _table(heads, rows):
+    """A Markdown table; a bar inside a cell is escaped."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    lines = [heads, ["---"] * len(heads), *cells]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _numbers(recipe):
+    """The numbers of a recipe that are in force."""
+    found = []
+    if OBJECTIVES[recipe.objective]:
+        low = "" if recipe.objective == "cispo" else f"{recipe.clip_low:g}, "
+        found.append(f"clip {low}{recipe.clip_high:g}" + (", reciprocal" if recipe.bounds == "reciprocal" else ""))
+    if recipe.entropy_coef:
+        found.append(f"entropy_coef {recipe.entropy_coef:g}")
+    return "; ".join(found) or "–"
+
+
+def _control(recipe):
+    if recipe.knob is None:
+        return "–"
+    when = "a generated batch" if recipe.every is None else f"every {recipe.every}"
+    return f"`{recipe.knob}` by `{recipe.controller}`, target `{recipe.target}`, {when}"
+
+
+def recipes():
+    """Formula and source of each recipe."""
+    return _table(["recipe", "formula", "source"], [[f"`{n}`", r.formula, r.source] for n, r in RECIPES.items()])
+
+
+def parts():
+    """What each recipe is made of."""
+    rows = [
+        [
+            f"`{name}`",
+            f"`{r.baseline}`",
+            f"`{r.shaping}`",
+            f"`{r.objective}`" + (", on-policy" if r.on_policy else ""),
+            f"`{r.reduction}`",
+            _numbers(r),
+            _control(r),
+        ]
+        for name, r in RECIPES.items()
+    ]
+    return _table(["recipe", "baseline", "shaping", "objective", "reduction", "numbers", "control"], rows)
+
+
+def knobs():
+    """The range of each knob on the recipe it suits, and where it is from."""
+    rows = []
+    for name, knob in KNOBS.items():
+        span = knob_range(compose("dapo", knob=name))
+        way = "raises" if span.sign > 0 else "lowers"
+        shaping = f"shaping `{knob.shaping}`" if knob.shaping else "a clip" if knob.needs_clip else "nothing"
+        rows.append([f"`{name}`", f"{span.start:g} in [{span.low:g}, {span.high:g}]", way, shaping, knob.source])
+    return _table(["knob", "start and range on `dapo`", "a larger value", "needs", "source"], rows)
+
+
+def shapings():
+    return _table(["shaping", "advantage"], [[f"`{n}`", f"`{f}`"] for n, f in SHAPINGS.items()])
+
+
+def controllers():
+    """The first line of each docstring, and the options with their defaults."""
+    from inspect import signature
+
+    rows = []
+    for name, make in CONTROLLERS.items():
+        options = list(signature(make).parameters.values())[1:]
+        shown = ", ".join(f"`{o.name}={'' if o.default is None else o.default}`" for o in options)
+        first = (make.__doc__ or "").splitlines()[0].replace("``", "`")
+        rows.append([f"`{name}`", first, shown or "–"])
+    return _table(["controller", "what it does", "options"], rows)
+
+
+def targets():
+    return _table(["target", "meaning"], [[f"`{form}`", meaning] for form, meaning in TARGETS.items()])
+
+
+def settings():
+    """Every setting of `isentropic train`."""
+    rows = []
+    for setting in fields(RunConfig):
+        default = "–" if setting.default is None or not isinstance(setting.default, str | int | float) else ""
+        shown = default or f"`{setting.default}`"
+        rows.append([f"`{setting.name}`", setting.metadata["help"].replace("%%", "%"), shown])
+    return _table(["key", "meaning", "default"], rows)
+
+
+def recipe_fields():
+    """Every field of a recipe, with its default."""
+    rows = [[f"`{f.name}`", f"`{f.default}`"] for f in fields(Recipe) if f.name not in ("formula", "source")]
+    return _table(["field", "default"], rows)
+
+
+TABLES = {
+    made.__name__: made for made in (recipes, parts, knobs, shapings, controllers, targets, settings, recipe_fields)
+}
+
+
+class Catalogue(SphinxDirective):
+    """One of ``TABLES``, in the place of the directive."""
+
+    required_arguments = 1
+
+    def run(self):
+        box = nodes.container(classes=["catalogue"])
+        box += self.parse_text_to_nodes(TABLES[self.arguments[0]]())
+        return [box]
+
+
+def setup(app):
+    app.add_directive("catalogue", Catalogue)
+    return {"version": "1", "parallel_read_safe": True}
