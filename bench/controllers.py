@@ -32,7 +32,10 @@ PLANTS = {
     "ζ on LOOP": ({"recipe": "loop", "knob": "zeta", "target": "75%"}, 4.0),
     "ζ on LOOP, steps four times as large": ({"recipe": "loop", "knob": "zeta", "target": "75%"}, 16.0),
     "β on DAPO, target annealed": ({"recipe": "dapo", "knob": "beta", "target": "anneal:100%:60%:300"}, 4.0),
-    "entropy bonus on GRPO": ({"recipe": "grpo", "knob": "entropy_coef", "target": "75%"}, 4.0),
+    "entropy bonus on GRPO, c up to 1": (
+        {"recipe": "grpo", "knob": "entropy_coef", "knob_high": 1.0, "target": "75%"},
+        4.0,
+    ),
 }
 STEPS = 400  # half of the default run, learning rate decayed over them
 LAB_STEPS = 500
@@ -78,9 +81,8 @@ def lab(seeds):
                 run = simulate(recipe, LAB_STEPS, seed, lr=rate)
                 row = figures(run.entropy, run.target, run.knob, span.low, span.high)
                 # In the lab the policy's own entropy is known: the error without the noise of readings.
-                row["true rms after 100"] = figures(run.entropy, run.target, run.knob, span.low, span.high)[
-                    "rms after 100"
-                ]
+                exact = figures(run.exact, run.target, run.knob, span.low, span.high)
+                row["true rms after 100"] = exact["rms after 100"]
                 rows.append(row | {"reward": float(run.reward[-100:].mean())})
             found.setdefault(plant, {})[controller] = rows
             print(f"{plant}, {controller}: {time.monotonic() - began:.0f} s", flush=True)
