@@ -1,0 +1,152 @@
+"""What share of a training step goes into explaining it? On the embedded task and at SmolLM2's size, one thread.
+
+The real trainer trains; the calls that explaining adds (weights of the loss, moments, attribution, gain, writing them
+out) are timed inside it, step by step, with the fused head, which brings the moments, and with TRL's, where a second
+product does. At SmolLM2's size the model is random, in bf16: 30 layers, width 576, vocabulary 49,152.
+
+    python bench/explain.py [--size embedded smollm2]
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+SIZES = {
+    "embedded": {"batch": 128, "tokens": None, "warm": 4, "steps": 40},
+    "smollm2": {"batch": 8, "tokens": 64, "warm": 1, "steps": 12},
+}
+
+
+def model_of(size):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from isentropic.models import resolve_model
+
+    path = resolve_model("tiny")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    if size == "embedded":
+        return AutoModelForCausalLM.from_pretrained(path), tokenizer
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).bfloat16(), tokenizer
+
+
+def shares(size, head, steps):
+    """CPU seconds of each step, and of what explaining it took."""
+    from datasets import Dataset
+    from transformers import PrinterCallback
+
+    from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+    from isentropic.engines.trl_explain import Explainer
+    from isentropic.tasks import load_task
+
+    spent, rows = [0.0], []
+
+    def timed(call):
+        def run(*args, **kwargs):
+            began = time.process_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                spent[0] += time.process_time() - began
+
+        return run
+
+    class Timed(IsentropicTrainer):
+        def training_step(self, *args, **kwargs):
+            began, spent[0] = time.process_time(), 0.0
+            out = super().training_step(*args, **kwargs)
+            rows.append((time.process_time() - began, spent[0]))
+            return out
+
+    setting, task = SIZES[size], load_task("expr")
+    model, tokenizer = model_of(size)
+    native = {name: getattr(Explainer, name) for name in ("add", "close")}
+    for name, call in native.items():
+        setattr(Explainer, name, timed(call))
+    with tempfile.TemporaryDirectory() as out:
+        args = IsentropicConfig(
+            output_dir=out,
+            recipe="isentropic",
+            controller="predictive",
+            target="initial",
+            head=head,
+            explain_every=1,
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+            learning_rate=1e-9,
+            max_steps=steps,
+            per_device_train_batch_size=setting["batch"],
+            steps_per_generation=4,
+            num_generations=8,
+            max_completion_length=setting["tokens"] or task.max_completion_length,
+            logging_steps=1,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+            seed=0,
+        )
+        data = Dataset.from_list(task.train(0))
+        trainer = Timed(model, task.reward, args=args, train_dataset=data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    for name, call in native.items():
+        setattr(Explainer, name, call)
+    return rows
+
+
+def summary(rows, warm):
+    """Generation happens in one step of four: shares are of whole generated batches."""
+    batches = [rows[i : i + 4] for i in range(warm, len(rows) - 3, 4)]
+    step = [sum(r[0] for r in batch) / 4 for batch in batches]
+    part = [sum(r[1] for r in batch) / sum(r[0] for r in batch) for batch in batches]
+    return statistics.median(step), statistics.median(part), min(part), max(part)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", nargs="+", choices=list(SIZES), default=list(SIZES))
+    options = parser.parse_args()
+    import torch
+    import trl
+
+    from isentropic.training import quiet
+
+    quiet()
+    torch.set_num_threads(1)
+    lines = ["| size | head | CPU seconds a step | share of explaining it | lowest..highest |", "|---|---|---|---|---|"]
+    for size in options.size:
+        for head in ("auto", "trl"):
+            step, part, low, high = summary(shares(size, head, SIZES[size]["steps"]), SIZES[size]["warm"] * 4)
+            name = {"auto": "fused", "trl": "TRL's"}[head]
+            lines.append(f"| {size} | {name} | {step:.3f} | {part:.2%} | {low:.2%}..{high:.2%} |")
+            print(lines[-1], flush=True)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
+    made = f"{date.today().isoformat()}; {machine}; torch {torch.__version__}"
+    text = "\n".join([*lines, "", f"{made}, trl {trl.__version__}; seed 0; medians over generated batches of 4 steps."])
+    (RESULTS / "explain-table.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
