@@ -92,7 +92,8 @@ def write(source):
         pages[f"{room}.rst"] = f"{title}\n{'=' * len(title)}\n\n{body}"
     table = "\n".join(f"   {room}" for room in rooms)
     pages["index.rst"] = (
-        "API\n===\n\nOne page for each room, in the order in which data flows; a room imports only what stands above it."
+        "API\n===\n\nOne page for each room, in the order in which data flows; "
+        "a room imports only what stands above it."
         "\nShapes are in the axes of :doc:`types`. What the top level exports: "
         + ", ".join(f"``{name}``" for name in isentropic.__all__)
         + f".\n\n.. toctree::\n   :maxdepth: 1\n\n{table}\n"
