@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -94,6 +95,11 @@ def test_once_prints_and_ends(tmp_path):
     assert "\x1b" not in done.stdout
 
 
+def heed_ctrl_c():
+    """A shell starts what runs in its background with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`isentropic watch` in a pseudo-terminal."""
 
@@ -103,7 +109,8 @@ class Terminal:
         self.before = termios.tcgetattr(inner)
         self.inner, self.text = inner, ""
         environment = {**os.environ, "TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen([*COMMAND, *argv], stdin=inner, stdout=inner, stderr=inner, env=environment)
+        pipes = {"stdin": inner, "stdout": inner, "stderr": inner}
+        self.process = subprocess.Popen([*COMMAND, *argv], **pipes, env=environment, preexec_fn=heed_ctrl_c)
 
     def until(self, part, seconds=30):
         end = time.monotonic() + seconds
@@ -186,7 +193,8 @@ def test_serve_answers_on_the_loopback_address_alone(tmp_path):
 
 def test_serve_by_command_ends_by_ctrl_c(tmp_path):
     run = make_run(tmp_path / "run", steps=30)
-    process = subprocess.Popen([*COMMAND, run, "--serve"], stdout=subprocess.PIPE, text=True)
+    command = [*COMMAND, run, "--serve"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heed_ctrl_c)
     assert process.stdout.readline().startswith("http://127.0.0.1:")
     process.send_signal(2)
     assert process.wait(10) == 0
