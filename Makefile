@@ -26,7 +26,7 @@ types: $(STAMP) ## pyrefly
 	$(BIN)/pyrefly check
 
 docs: $(STAMP) ## build the documentation into build/docs; a warning or a broken link fails it
-	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees docs build/docs
 
 clean: ## remove .venv, builds and caches
 	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis

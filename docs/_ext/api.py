@@ -59,7 +59,7 @@ def _functions(module):
 
 def _section(module, alone):
     name = f"isentropic.{module}"
-    options = ["   :members:", "   :show-inheritance:"]
+    options = ["   :members:"]
     if hasattr(import_module(name), "__all__"):
         options.append("   :imported-members:")
     head = "" if alone else f"{name}\n{'-' * len(name)}\n\n"

@@ -1,4 +1,4 @@
-"""Small repairs while Markdown is read: a table that a bench wrote by itself has no title, and gets one here."""
+"""Small repairs as pages and docstrings are read: a title where a bench wrote a table alone, and plain typography."""
 
 import re
 
@@ -14,13 +14,31 @@ def _plain(app, what, name, obj, options, lines):
     for i, line in enumerate(lines):
         if line.lstrip().startswith((">>>", "...")):
             continue
-        line = re.sub(r"(?<![`:\\])`([^`<>]+)`(?![`_])", r"``\1``", line)
-        parts = re.split(r"(``.*?``)", line)
-        bare = [p if p.startswith("``") else re.sub(r"(?<!\\)\||(?<![\\*])\*\*(?=\w)", r"\\\g<0>", p) for p in parts]
-        lines[i] = "".join(bare)
+        parts = re.split(r"(``.*?``|:[\w:]+:`[^`]*`)", line)
+        lines[i] = "".join(p if p.endswith("`") else _bare(p) for p in parts)
+
+
+def _bare(text):
+    """Text outside code: single backticks become double, bars and double stars are escaped."""
+    pieces = re.split(r"(`[^`]+`)", text)
+    return "".join(
+        f"`{p}`" if p.startswith("`") else re.sub(r"(?<!\\)\||(?<![\\*])\*\*(?=\w)", r"\\\g<0>", p) for p in pieces
+    )
+
+
+def _fields(app, what, name, obj, options, lines):
+    """Attributes are listed as parameters are: one entry may name several."""
+    lines[:] = ["Fields:" if line.strip() == "Attributes:" else line for line in lines]
+
+
+def _skip(app, what, name, obj, skip, options):
+    """The fields of a NamedTuple stand in its docstring; Python's own text for them says nothing."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
 
 
 def setup(app):
+    app.connect("autodoc-process-docstring", _fields, priority=100)
+    app.connect("autodoc-skip-member", _skip)
     app.connect("source-read", _title)
-    app.connect("autodoc-process-docstring", _plain)
+    app.connect("autodoc-process-docstring", _plain, priority=200)
     return {"version": "1", "parallel_read_safe": True}
