@@ -37,6 +37,9 @@ BAD_FLAGS = {
     "learning rate": (["--learning-rate", "0"], ["must be > 0"]),
     "shaping": (["--shaping", "repo_x"], ["repo_x", "repo_r"]),
     "every": (["--every", "0"], ["at least 1"]),
+    "nothing explained": (["--explain-every", "0"], ["got 0", "predictive needs explained steps", "choose pi"]),
+    "head": (["--head", "liger"], ["liger", "auto, trl"]),
+    "audit": (["--audit", "maybe"], ["maybe", "on, off"]),
     "no such file": (["missing.toml"], ["missing.toml: no such file"]),
     "resume nothing": (["--resume", "--out", "nowhere"], ["nowhere is not a run directory"]),
 }

@@ -267,7 +267,6 @@ def model_names(home, line):
 NAMES = {
     "trl": trl_names,
     "tracker": lambda home, line: trl_names(home, line, report_to=None),
-    "header": lambda home, line: {},
     "audit": lambda home, line: {},
     "resume": lambda home, line: {},
     "audit-trainer": trainer_names,

@@ -87,6 +87,20 @@ def test_calibration_finds_slope_and_drift_through_noise():
     assert calibrate([{"step": 1, "entropy/mean": 1.0}] * 200) is None
 
 
+def test_rounding_that_is_compared_now_and_then_stands_for_all_steps(run):
+    rows = [{**row(t, 1.0, **PARTS), "predict/numerics": 1e-6 if t % 10 == 1 else None} for t in range(1, 41)]
+    run.append("metrics", *rows)
+    assert explain(run)["predicted"]["numerics"] == pytest.approx(40e-6)
+
+
+def test_a_refused_reading_explains_nothing(run):
+    run.append("metrics", *({**row(t, 1.0, **PARTS), "entropy/refused": max(0, t - 8)} for t in range(1, 17)))
+    found = explain(run)
+    assert found["explained"] == 8
+    run.append("metrics", *({**row(t, 0.0, **PARTS), "entropy/refused": t} for t in range(17, 30)))
+    assert "None of these steps was explained" in verdict(explain(run, "17:29"))
+
+
 def test_precision_is_blamed_where_it_moves_entropy(run):
     run.append("metrics", *({**row(t, 1.0, **PARTS), "numerics/logp_rms": 0.02} for t in range(1, 9)))
     assert "run `isentropic audit`" in verdict(explain(run))

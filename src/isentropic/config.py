@@ -166,6 +166,10 @@ def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig
             f"{where}updates: got {config.updates}, which does not divide the {batch} completions of a generated batch "
             f"(prompts {config.prompts} x generations {config.generations}); choose a divisor"
         )
+    if config.explain_every == 0 and recipe.controller.startswith("predictive"):
+        raise ConfigError(
+            f"{where}explain_every: got 0, and controller predictive needs explained steps; leave it out, or choose pi"
+        )
     _check_names(config, where)
     return config
 

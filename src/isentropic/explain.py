@@ -142,7 +142,8 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         raise ValueError(f"{record.path} has no steps in metrics.jsonl yet; wait for the first, or name another run")
     low, high = parse_steps(steps, rows[-1]["step"])
     inside = [row for row in rows if low <= row["step"] <= high]
-    found = [row for row in inside if row.get("predict/change") is not None]
+    # What a refused reading was read from predicts nothing either.
+    found = [row for row in inside if row.get("predict/change") is not None and not row.get("entropy/refused")]
     spans = _spans(found, high)
     names = sorted({name for row in found for name, value in row.items() if _summed(name, value)})
     # A field may be null in some rows: what is not known adds nothing.
@@ -152,6 +153,10 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         )
         for name in names
     }
+    # Rounding is compared in some of the explained steps only: its mean stands for the others.
+    rounding = _mean(found, "predict/numerics")
+    if rounding is not None:
+        predicted["numerics"] = rounding * sum(spans)
     return {
         "run": str(record.path),
         "steps": [low, high],
@@ -220,7 +225,7 @@ def _blocks(inside: list[dict[str, Any]], spans: dict[int, int]) -> list[dict[st
         entry: dict[str, Any] = {"first": part[0]["step"], "last": part[-1]["step"]}
         entry["entropy"] = _mean(part, "entropy/mean")
         entry["knob"] = _mean(part, "knob/value")
-        known = [row for row in part if row.get("predict/change") is not None]
+        known = [row for row in part if row["step"] in spans]
         for name in ("change", *QUADRANTS, "knob"):
             values = [row[f"predict/{name}"] for row in known if row.get(f"predict/{name}") is not None]
             weights = [spans[row["step"]] for row in known if row.get(f"predict/{name}") is not None]

@@ -12,6 +12,7 @@ from trl_case import BASE, make, parts, same, share_of_digits, train, weights
 from isentropic.engines import trl as engine
 from isentropic.engines.trl import EntropyControlMixin, EntropyReadingError, IsentropicConfig, IsentropicTrainer
 from isentropic.engines.trl_settings import boundary, settings
+from isentropic.explain import explain, render
 from isentropic.recipes import RECIPES, loss
 from isentropic.types import TokenBatch
 
@@ -55,6 +56,21 @@ def test_the_mixin_monitors_a_trainer_with_a_plain_config(tmp_path):
     native = [row["entropy"] for row in own.state.log_history if "entropy" in row]
     ours = [row["entropy/mean"] for row in own.record.rows("metrics")]
     assert ours == pytest.approx(native, abs=1e-6)
+
+
+def test_a_trainer_writes_the_header_that_its_readers_need(tmp_path):
+    trainer = trained(tmp_path, 4, recipe="loop", knob="zeta", target="1.0", hub_token="secret")
+    header = trainer.record.header()
+    assert header["recipe"]["knob"] == "zeta"
+    assert header["seed"] == trainer.args.seed
+    known = {"steps": 4, "recipe": "loop", "learning_rate": 1e-3, "max_completion_length": 8}
+    assert known.items() <= header["config"].items()
+    assert "secret" not in (tmp_path / "run.json").read_text()
+    assert "adam_epsilon" not in header["config"]  # as TRL has it
+    assert "fell by" in (text := render(explain(trainer.record))) or "rose by" in text
+    before = (tmp_path / "run.json").read_text()
+    trained(tmp_path, 4, recipe="loop")
+    assert (tmp_path / "run.json").read_text() == before
 
 
 def _buffered(trainer):

@@ -31,7 +31,15 @@ from .trl_explain import Explainer, check_explain
 from .trl_head import install
 from .trl_samples import Samples
 from .trl_sampling import local_advantages, resample
-from .trl_settings import adopt, boundary, clip_settings, resolve_recipe, round_save_steps, updates_per_batch
+from .trl_settings import (
+    adopt,
+    boundary,
+    clip_settings,
+    resolve_recipe,
+    round_save_steps,
+    updates_per_batch,
+    write_header,
+)
 from .trl_signals import stop_signals
 
 SUPPORTED = (1, 16)
@@ -471,6 +479,7 @@ class EntropyControlMixin(_Trainer):
         """
         Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
         self._began, self._failure, self._stop_requested = time.monotonic(), None, False
+        write_header(self)
         with stop_signals(self):
             result = super().train(*args, **kwargs)
         self._flush()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 from ..recipes import Recipe, compose
@@ -139,3 +139,22 @@ def round_save_steps(args: Any) -> None:
             period,
         )
         args.save_steps = rounded
+
+
+def write_header(trainer: Any) -> None:
+    """Write run.json where `isentropic train` has not: what the config changes, and the recipe."""
+    record, args = trainer.record, trainer.args
+    if not trainer.accelerator.is_main_process or (record.path / "run.json").exists():
+        return
+    private = ("output_dir", "run_name", "logging_dir", "seed")
+    default = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
+    }
+    changed = {
+        name: getattr(args, name)
+        for name, value in default.items()
+        if name not in private and "token" not in name and getattr(args, name) != value
+    }
+    steps = args.max_steps if args.max_steps > 0 else None
+    known = {"steps": steps, "recipe": getattr(args, "recipe", None) or args.loss_type, "out": args.output_dir}
+    record.start({**changed, **known}, asdict(trainer.recipe), args.seed)
