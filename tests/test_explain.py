@@ -98,7 +98,7 @@ def test_a_refused_reading_explains_nothing(run):
     found = explain(run)
     assert found["explained"] == 8
     run.append("metrics", *({**row(t, 0.0, **PARTS), "entropy/refused": t} for t in range(17, 30)))
-    assert "None of these steps was explained" in verdict(explain(run, "17:29"))
+    assert "13 readings were refused, and explain nothing; run `isentropic audit`" in verdict(explain(run, "17:29"))
 
 
 def test_precision_is_blamed_where_it_moves_entropy(run):

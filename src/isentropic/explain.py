@@ -161,6 +161,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         "run": str(record.path),
         "steps": [low, high],
         "explained": len(found),
+        "refused": sum(bool(row.get("entropy/refused")) for row in inside),
         "entropy": _entropy(rows, low, high),
         "predicted": predicted,
         "calibration": (c := calibrate(rows)) and c._asdict(),
@@ -277,6 +278,8 @@ def verdict(found: dict[str, Any]) -> str:
     text = (
         f"Entropy {moved} by {abs(entropy['change']):.3f} nats, from {entropy['first']:.3f} to {entropy['last']:.3f}."
     )
+    if not found["explained"] and found["refused"]:
+        return f"{text} {found['refused']} readings were refused, and explain nothing; run `isentropic audit`."
     if not found["explained"]:
         return f"{text} None of these steps was explained; train with --explain-every 1 to see why."
     total = predicted.get("absolute") or 1.0
