@@ -169,7 +169,7 @@ def test_the_fused_head_brings_the_moments_and_is_compared_now_and_then(tmp_path
     )
     assert all(row["predict/moments"] == 1 for row in fused)
     assert [row["step"] for row in fused if "numerics/logp_rms" in row] == [1, 11]
-    assert fused[0]["numerics/logp_rms"] < 1e-5
+    assert 0 < fused[0]["numerics/logp_rms"] < 1e-5  # two ways to one number: close, and not the same to the bit
     for name in ("predict/change", "predict/absolute", "predict/likely_up", "predict/gain", "entropy/mean"):
         assert fused[0][name] == pytest.approx(native[0][name], rel=1e-3), name
 

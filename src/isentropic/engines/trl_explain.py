@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..dynamics import attribute, change_of, clip_gain, effective_weights, entropy_pull, token_totals
-from ..kernels import token_stats
+from ..entropy import logits_stats
 from ..recipes import Recipe, knob_range, shape, with_knob
 from ..types import TokenBatch, TokenFacts, TokenStats
 from .trl_head import last_stats
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("isentropic")
 TOP_TOKENS = 8
+_CHUNK = 2**22  # logits held at once by the second product
 CHEAP_HEAD = 0.05  # a head with at most this share of the parameters is read at every step
 EVERY = 10
 
@@ -76,6 +77,26 @@ def _plain_logits(config: Any) -> bool:
 def _whole(x: torch.Tensor) -> torch.Tensor:
     """A parameter that FSDP2 has sharded, gathered."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyrefly: ignore
+
+
+@torch.no_grad()
+def _plain_stats(
+    hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, softcap: float | None
+) -> torch.Tensor:
+    """``[5 n]`` statistics from ``[n d]`` hidden states by plain fp32 logits, a chunk of rows at a time.
+
+    Not by the fused head: what is compared with it must not be it.
+    """
+    weight = _whole(head.weight).float()
+    bias = None if head.bias is None else _whole(head.bias).float()
+    parts = [hidden.new_zeros(5, 0, dtype=torch.float32)]
+    with torch.autocast(hidden.device.type, enabled=False):
+        for rows, chosen in zip(*(x.split(max(1, _CHUNK // len(weight))) for x in (hidden, ids)), strict=True):
+            logits = rows.float() @ weight.T if bias is None else torch.addmm(bias, rows.float(), weight.T)
+            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+            stats = logits_stats(logits, chosen, temperature, chunk=max(1, len(logits)))
+            parts.append(torch.stack([x for x in stats if x is not None]))
+    return torch.cat(parts, dim=1)
 
 
 class Explainer:
@@ -134,17 +155,12 @@ class Explainer:
         if hidden is None or found is None or hidden.shape[0] != len(ids) or not _plain_logits(config):
             self._warn("no hidden state to read moments from: the predicted change is read without them")
             return None
-        head = found[1]
-        with torch.autocast(hidden.device.type, enabled=False):
-            return token_stats(
-                hidden[:, -ids.shape[1] - 1 : -1].float(),
-                _whole(head.weight).detach().float(),
-                ids,
-                float(trainer.temperature),
-                mask=inside,
-                bias=None if head.bias is None else _whole(head.bias).detach().float(),
-                softcap=getattr(config, "final_logit_softcapping", None),
-            )
+        softcap = getattr(config, "final_logit_softcapping", None)
+        picked = hidden[:, -ids.shape[1] - 1 : -1][inside]
+        flat = _plain_stats(picked, found[1], ids[inside], float(trainer.temperature), softcap)
+        table = flat.new_zeros(5, *ids.shape)
+        table[:, inside] = flat
+        return TokenStats(*table)
 
     def add(
         self,
