@@ -1,9 +1,10 @@
 """What a controlled step costs beside TRL's own: CPU time, interleaved, medians.
 
-Processes run the real trainers: GRPOTrainer, and IsentropicTrainer without and with a knob under control, the run
-directory written and samples kept. "trl again" is a second GRPOTrainer: what two equal processes differ by. They take
-turns, one generated batch (4 optimizer steps) at a time, so that a machine whose speed drifts drifts for all. The
-learning rate is so small that all sample answers of one length.
+Processes run the real trainers: GRPOTrainer, and IsentropicTrainer that only monitors on TRL's head, that scores by the
+fused head, and that explains every step and turns a knob by prediction; the run directory is written and samples are
+kept. "trl again" is a second GRPOTrainer: what two equal processes differ by. They take turns, one generated batch
+(4 optimizer steps) at a time, so that a machine whose speed drifts drifts for all. The learning rate is so small that
+all sample answers of one length.
 
     python bench/overhead.py [--batches 150] [--batch 256]
 """
@@ -20,6 +21,7 @@ import time
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 STEPS_A_BATCH = 4
 WARM_UP = 5
+CONTROL = {"knob": "zeta", "controller": "predictive", "target": "initial"}
 
 
 def child(kind, options, pipe):
@@ -53,8 +55,9 @@ def child(kind, options, pipe):
     trainer, config, more = {
         "trl": (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "epsilon_high": 0.28}),
         "trl again": (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "epsilon_high": 0.28}),
-        "controlled": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "knob": "zeta", "target": "initial"}),
-        "monitored": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo"}),
+        "monitored": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "head": "trl", "explain_every": 0}),
+        "fused head": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "explain_every": 0}),
+        "controlled": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", **CONTROL}),
     }[kind]
     path, task = resolve_model("tiny"), load_task("expr")
     with tempfile.TemporaryDirectory() as out:
@@ -95,7 +98,7 @@ def main():
     parser.add_argument("--batch", type=int, default=256, help="completions a generated batch")
     options = parser.parse_args()
     context, pipes, workers = mp.get_context("spawn"), {}, []
-    for kind in ("trl", "trl again", "monitored", "controlled"):
+    for kind in ("trl", "trl again", "monitored", "fused head", "controlled"):
         pipes[kind], theirs = context.Pipe()
         workers.append(context.Process(target=child, args=(kind, options, theirs), daemon=True))
         workers[-1].start()
