@@ -15,7 +15,9 @@ import torch
 pytest.importorskip("trl")
 from trl_case import make, same, save_model, weights
 
+from isentropic.dynamics import predicted_change
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+from isentropic.entropy import logits_stats
 from isentropic.record import Record
 from isentropic.thermostat import to_json
 
@@ -186,3 +188,10 @@ def test_two_processes_read_what_one_reads_on_the_joined_batch(two_ranks, tmp_pa
     assert len(set(mask.sum(1).tolist())) > 1
     assert row["entropy/tokens"] == mask.sum().item()
     assert row["entropy/mean"] == pytest.approx(((entropy * mask).sum() / mask.sum()).item(), abs=1e-6)
+    # What is predicted adds up too: the first step is on-policy and unshaped, so w = A / (tokens of one step).
+    with torch.no_grad():
+        logits = trainer.model(input_ids=ids, attention_mask=attention).logits[:, -mask.shape[1] - 1 : -1]
+    stats = logits_stats(logits.double(), joined("completion_ids", False))
+    weight = torch.cat([b["advantages"] for b in micro])[:, None] * mask / (micro[0]["num_items_in_batch"] / 2)
+    change = predicted_change(weight, stats.logp, stats.entropy, stats.sum_p2, stats.sum_p2_logp).sum()
+    assert row["predict/change"] == pytest.approx(change.item() * row["learning_rate"], rel=1e-4)

@@ -113,6 +113,7 @@ def _rank(out):
         steps=8,
         recipe="loop",
         knob="zeta",
+        controller="predictive",
         target="1.0",
         recipe_options={"every": 1},
         per_device_train_batch_size=4,
