@@ -183,8 +183,10 @@ class _FusedLoss(torch.autograd.Function):
             return (None,) * 6
         if grads is None:
             raise RuntimeError("a fused loss goes backward once: its gradients are used up; compute the loss again")
-        ctx.grads = None
-        made = [None if x is None else x.mul_(g).to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
+        ctx.grads, made = None, []
+        for dtype in ctx.dtypes:  # each wide one goes before the next is converted
+            x = grads.pop(0)
+            made.append(None if x is None else x.mul_(g).to(dtype))
         return *made, None, None, None
 
 
