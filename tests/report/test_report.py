@@ -8,15 +8,16 @@ import time
 
 import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 from report.run_fixture import SCRIPT, make_run
 
 from isentropic import report
 from isentropic.cli import main
 from isentropic.record import Record
-from isentropic.report import about, answers, control, figures, page, why
+from isentropic.report import about, answers, bundle, control, figures, page, why
 from isentropic.report.runs import read
 
-MAX_BYTES = 8_000_000
+MAX_BYTES = 2_500_000
 EVERY = "hold phase knob passk distinct quadrants where predicted clip cov length samples precision config".split()
 
 
@@ -203,6 +204,21 @@ def test_a_run_json_that_cannot_be_read(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(ValueError, match=r"run\.json"):
         read([tmp_path])
+
+
+def test_plotly_is_cut_to_what_is_drawn_where_its_version_was_tested():
+    whole = get_plotlyjs()
+    assert any(f"plotly.js {version}\n" in whole[:100] for version in bundle.TESTED), "see report/bundle.py"
+    text = bundle.cut(whole)
+    assert len(text) < 1_300_000
+    assert 'moduleType:"trace",name:"bar"' in text
+    assert "createREGL" in whole
+    assert "createREGL" not in text
+    # Licences stay.
+    assert text[: text.index("*/")] == whole[: whole.index("*/")]
+    assert whole[whole.rindex("})();\n/*!") : whole.rindex("}));")] in text
+    other = whole.replace(bundle.TESTED[0], "v99.0.0", 1)
+    assert bundle.cut(other) is other
 
 
 def test_without_plotly_the_remedy_is_named(run, monkeypatch, capsys):

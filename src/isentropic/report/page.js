@@ -31,16 +31,31 @@
   const figures = () => [...document.querySelectorAll(".figure")];
   const redraw = () => figures().filter((f) => f.dataset.drawn).forEach(draw);
 
-  // The first panel at once, the others one after another, so that the page answers meanwhile.
+  // What a person sees at once; what comes near, is focused or printed when that happens; the rest while the page idles.
+  const need = (figure) => figure.dataset.drawn || draw(figure);
+  const near = new IntersectionObserver((seen) => {
+    for (const { target, isIntersecting } of seen) {
+      if (!isIntersecting) continue;
+      near.unobserve(target);
+      need(target);
+    }
+  }, { rootMargin: "50% 0%" });
+  const later = window.requestIdleCallback ?? setTimeout;
   const drawAll = async () => {
+    for (const figure of figures()) if (figure.getBoundingClientRect().top < 2 * innerHeight) await need(figure);
+    document.body.dataset.first = Math.round(now());
+    figures().forEach((figure) => near.observe(figure));
     for (const figure of figures()) {
-      if (figure.dataset.drawn) continue;
-      await draw(figure);
-      if (!figure.closest("#hold")) await new Promise((done) => setTimeout(done));
-      else document.body.dataset.first = Math.round(now());
+      await new Promise((done) => later(done));
+      await need(figure);
     }
     document.body.dataset.ready = Math.round(now());
   };
+  addEventListener("beforeprint", () => figures().forEach(need));
+  document.addEventListener("focusin", ({ target }) => {
+    const figure = target.closest(".figure");
+    if (figure) need(figure);
+  });
 
   // Arrow keys read a figure point by point.
   const places = new WeakMap();

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from .about import swatch
+from .bundle import cut
 from .figures import Figure, Panel
 from .html import Html, data, el, number, table
 from .runs import Run, is_number
@@ -20,7 +21,7 @@ PLOTLY_PATH = "/plotly.js"
 
 @cache
 def plotly_js() -> str:
-    """Plotly's own script, whole.
+    """Plotly's own script, cut to the figures of the page.
 
     Raises:
         ImportError: plotly is missing.
@@ -29,7 +30,7 @@ def plotly_js() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise ImportError("the report needs plotly, which is not installed; pip install 'isentropic[report]'") from None
-    return get_plotlyjs()
+    return cut(get_plotlyjs())
 
 
 def _own(name: str) -> str:
