@@ -158,7 +158,7 @@ def test_every_controller_moves_the_right_way_and_stays_inside(name, sign):
     low = run(controller, *[BELOW] * 200, sign=sign)
     high = run(controller, *[ABOVE] * 200, sign=sign)
     assert all(knob.low <= value <= knob.high or value == 0.1 for value in low + high)
-    if name != "fixed":
+    if name not in ("fixed", "schedule"):  # these two go by no reading
         assert (low[-1] - high[-1]) * sign > 0
         assert {low[-1], high[-1]} == {0.1, 0.9}
 

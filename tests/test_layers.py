@@ -12,12 +12,12 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "isentropic"
 
 # A room imports only the rooms above it.
-ORDER = """types reduce advantages shaping objectives kernels entropy dynamics controllers targets thermostat recipes
-    precision evaluation record explain lab compare engines tasks models report watch config training cli""".split()
+ORDER = """types reduce advantages selection penalties shaping bounds objectives kernels entropy dynamics controllers
+    targets thermostat parts terms catalogue recipes precision evaluation record explain lab engines tasks models report watch config compare grid sequence training cli""".split()
 CORE = set(ORDER[: ORDER.index("evaluation") + 1])
 SEPARATE = {"engines", "tasks", "report"}
-TORCHLESS = set("__init__ controllers targets thermostat recipes record explain tasks models config cli".split())
-ONLY_IN = {"argparse": {"config", "cli"}, "tomllib": {"config", "cli", "compare"}}
+TORCHLESS = set("__init__ controllers targets thermostat parts catalogue recipes record explain tasks models config compare grid cli".split())
+ONLY_IN = {"argparse": {"config", "cli"}, "tomllib": {"config", "cli", "grid"}}
 EXTRAS = {"verl", "ray", "triton", "reasoning_gym", "math_verify", "textworld"}
 MAX_BYTES, MAX_LINES = 25_000, 60  # both exclusive
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.shaping import SHAPINGS, repo, repo_d, repo_r
+from isentropic.shaping import SHAPINGS, one_sided, repo, repo_d, repo_r, sign_weight, surprisal_boost
 
 LOGP = torch.tensor([[-0.5, -3.0], [-0.5, -3.0]])
 ENTROPY = torch.tensor([[1.0, 1.0], [1.0, 1.0]])  # L = 0.5, −2
@@ -215,6 +215,6 @@ def test_nothing_waits_for_the_device():
 
 
 def test_the_table_starts_every_signature_alike():
-    assert {"repo": repo, "repo_r": repo_r, "repo_d": repo_d} == SHAPINGS
+    assert SHAPINGS == {f.__name__: f for f in (repo, repo_r, repo_d, sign_weight, one_sided, surprisal_boost)}
     for function in SHAPINGS.values():
         assert list(inspect.signature(function).parameters)[:2] == ["adv", "logp"]

@@ -10,6 +10,7 @@ published detail is unknown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from difflib import get_close_matches
 from inspect import signature
@@ -24,6 +25,8 @@ class Range(NamedTuple):
         low, high: bounds; ``low < 0`` marks a knob that may change sign.
         least: smallest magnitude a multiplying controller may reach (multiplication cannot leave 0).
         sign: +1 if raising the value raises entropy, −1 if it lowers it.
+        rest: value at which the knob does nothing; ``None`` is 0, or the bound nearest to it, for a knob that raises
+            entropy, and the upper bound for one that lowers it.
     """
 
     start: float
@@ -31,6 +34,7 @@ class Range(NamedTuple):
     high: float
     least: float = 1e-4
     sign: int = 1
+    rest: float | None = None
 
     def check(self) -> Range:
         """Return self, or raise ``ValueError`` naming the bound that is wrong."""
@@ -43,6 +47,17 @@ class Range(NamedTuple):
         if self.sign not in (1, -1):
             raise ValueError(f"knob sign must be 1 or -1, got {self.sign}")
         return self
+
+    def neutral(self) -> float:
+        """The allowed value that does least to entropy.
+
+        Example:
+            >>> Range(0.28, 0.07, 1.12).neutral(), Range(1.1, 1.0, 1.5, rest=1.0).neutral()
+            (0.07, 1.0)
+        """
+        if self.rest is not None:
+            return self.clip(self.rest)
+        return self.clip(0.0) if self.sign > 0 else self.high
 
     def clip(self, value: float) -> float:
         """The nearest allowed value."""
@@ -214,9 +229,10 @@ class GatedState(NamedTuple):
 def gated_step(knob: Range, step: float | None = None) -> Controller:
     """A sign step whose knob is in force only while entropy is below its target.
 
-    Above it the knob is off: at 0, or at the bound that raises entropy least.
+    Above it the knob is off, at its neutral value: a coefficient at 0, a weight at 1.
 
-    Reference: Skywork-OR1's adaptive entropy bonus (arXiv:2505.22312): ``c += δ`` below the target, ``c −= δ`` above.
+    Reference: Skywork-OR1's adaptive entropy bonus (arXiv:2505.22312): ``c += δ`` below the target, ``c −= δ`` above;
+    and the gate of STARE (arXiv:2606.19236), ``W += α·sign(H* − H)``.
 
     Example:
         >>> c = gated_step(Range(0.001, 0.0, 0.005), step=0.001)
@@ -224,13 +240,92 @@ def gated_step(knob: Range, step: float | None = None) -> Controller:
         (GatedState(value=0.002, coefficient=0.002), GatedState(value=0.0, coefficient=0.0))
     """
     inner = sign_step(knob, step)
-    rest = knob.clip(0.0) if knob.sign > 0 else knob.high
+    rest = knob.neutral()
 
     def update(state: GatedState, entropy: float, target: float) -> GatedState:
         coefficient = inner.update(ValueState(state.coefficient), entropy, target).value
         return GatedState(coefficient if entropy < target else rest, coefficient)
 
     return Controller(lambda: GatedState(rest, knob.start), update)
+
+
+def switch(knob: Range, width: float = 0.05) -> Controller:
+    """All the way to one bound where entropy is too low, to the other where it is too high, at rest in between.
+
+    ``knob = high, low or neutral`` as ``(H* − H)/H*`` is above ``width``, below ``−width`` or inside (for a knob that
+    raises entropy)
+
+    Reference: Entrocraft's choice of rollouts (arXiv:2604.26326); its band is unknown (?), 5 % is [ours].
+
+    Raises:
+        ValueError: ``width`` negative.
+
+    Example:
+        >>> c = switch(Range(0.0, -1.0, 1.0), width=0.1)
+        >>> [c.update(c.init(), h, 1.0).value for h in (0.8, 1.05, 1.2)]
+        [1.0, 0.0, -1.0]
+    """
+    knob.check()
+    if not width >= 0:
+        raise ValueError(f"width must be >= 0, got {width}; 0.05 is a band of 5 % to either side of the target")
+
+    def update(state: ValueState, entropy: float, target: float) -> ValueState:
+        error = relative_error(entropy, target)
+        if abs(error) <= width:
+            return ValueState(knob.neutral())
+        return ValueState(knob.high if error * knob.sign > 0 else knob.low)
+
+    return Controller(lambda: ValueState(knob.start), update)
+
+
+SHAPES: dict[str, Callable[[float], float]] = {
+    "up_down": lambda x: 1 - abs(2 * x - 1),
+    "down_up_down": lambda x: -math.sin(3 * math.pi * x),
+    "oscillate": lambda x: (1 - x) * math.sin(6 * math.pi * x),
+}
+
+
+class ScheduleState(NamedTuple):
+    """State of a schedule: the knob, and how many updates it has seen."""
+
+    value: float
+    updates: int = 0
+
+
+def schedule(knob: Range, shape: str = "up_down", steps: float = 800) -> Controller:
+    """Turn the knob by a clock and not by what is read, over ``steps`` updates, and leave it at its start afterwards.
+
+    ``knob = start + s·(high − start)`` for s > 0, ``start + s·(start − low)`` for s < 0, s in [−1, 1] at the share x of
+    the steps; towards more entropy is up. ``up_down``: ``1 − |2x − 1|``; ``down_up_down``: ``−sin 3πx``; ``oscillate``,
+    which decays: ``(1 − x)·sin 6πx``. A target is heard and changes nothing.
+
+    Reference: the schedules of dynamic clip thresholds (arXiv:2602.09782) by name; their numbers are unknown (?), and
+    the curves are [ours].
+
+    Raises:
+        ValueError: an unknown shape; fewer steps than 1.
+
+    Example:
+        >>> c = schedule(Range(0.3, 0.1, 0.5), "up_down", steps=4)
+        >>> state, seen = c.init(), []
+        >>> for _ in range(5):
+        ...     state = c.update(state, 1.0, 1.0); seen.append(round(state.value, 3))
+        >>> seen
+        [0.4, 0.5, 0.4, 0.3, 0.3]
+    """
+    knob.check()
+    if shape not in SHAPES:
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}{_meant(shape, SHAPES)}")
+    if not steps >= 1:
+        raise ValueError(f"steps must be >= 1, got {steps}; count the updates of the controller")
+
+    def update(state: ScheduleState, entropy: float, target: float) -> ScheduleState:
+        updates = state.updates + 1
+        height = SHAPES[shape](updates / steps) * knob.sign if updates < steps else 0.0
+        reach = knob.high - knob.start if height > 0 else knob.start - knob.low
+        return ScheduleState(knob.clip(knob.start + height * reach), updates)
+
+    return Controller(lambda: ScheduleState(knob.start), update)
 
 
 def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05) -> Controller:
@@ -414,6 +509,8 @@ CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "multiplicative": multiplicative,
     "sign_step": sign_step,
     "gated_step": gated_step,
+    "switch": switch,
+    "schedule": schedule,
     "pi": pi,
     "predictive": predictive,
 }
@@ -423,7 +520,7 @@ def parse_controller(text: str, knob: Range) -> Controller:
     """A controller from its text form: a name, and options after colons, as in ``pi:gain=0.5:integral_gain=0.02``.
 
     Raises:
-        ValueError: an unknown name or option, or a value that is not a number.
+        ValueError: an unknown name or option, or a value that is not a number where one is wanted.
 
     Example:
         >>> c = parse_controller("sign_step:step=0.1", Range(0.0, -1.0, 1.0))
@@ -433,12 +530,16 @@ def parse_controller(text: str, knob: Range) -> Controller:
     name, *pairs = text.strip().split(":")
     if name not in CONTROLLERS:
         raise ValueError(f"controller must be one of {', '.join(CONTROLLERS)}; got {name!r}{_meant(name, CONTROLLERS)}")
-    allowed = list(signature(CONTROLLERS[name]).parameters)[1:]
-    options: dict[str, float] = {}
+    takes = signature(CONTROLLERS[name]).parameters
+    allowed = list(takes)[1:]
+    options: dict[str, Any] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key not in allowed:
             raise ValueError(f"controller {name} takes {', '.join(allowed) or 'no options'}; got {key!r}")
+        if isinstance(takes[key].default, str):
+            options[key] = value
+            continue
         try:
             options[key] = float(value)
         except ValueError:

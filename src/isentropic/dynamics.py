@@ -208,6 +208,30 @@ def change_of(weights: Weights, stats: TokenStats) -> Float[Tensor, "b t"]:
     return -weights.logp * _pull(stats) + weights.entropy * entropy_pull(stats)
 
 
+def rows_change(weights: Float[Tensor, "b t v"], logp_rows: Float[Tensor, "b t v"]) -> Float[Tensor, "b t"]:
+    """Predict the entropy change of each row from the weights of all its tokens: what acts through whole rows.
+
+    ``ΔH = −Σ_b w_b·{π(b) L(b) − Σ π² L}``, the exact form of :func:`predicted_change` summed over the row
+
+    Args:
+        weights: [b t v] ``w_b = −∂loss/∂log π(b)``.
+        logp_rows: [b t v] log-probabilities, nats.
+
+    Returns:
+        [b t] nats per unit step size.
+
+    [derived]
+
+    >>> rows = torch.tensor([[[0.75, 0.25]]]).log()
+    >>> rows_change(torch.tensor([[[1.0, 0.0]]]), rows)  # as predicted_change has it
+    tensor([[-0.1030]])
+    """
+    prob = logp_rows.exp()
+    entropy = -(prob * logp_rows).sum(-1, keepdim=True)
+    slope = prob * (logp_rows + entropy)
+    return -(weights * slope).sum(-1) + weights.sum(-1) * (prob * slope).sum(-1)
+
+
 def _clean(stats: TokenStats, inside: Bool[Tensor, "b t"]) -> TokenStats:
     """Zeros outside the mask, where anything may stand."""
     kept: dict[str, Any] = {
@@ -223,13 +247,14 @@ def attribute(
     adv: Float[Tensor, "b t"],
     mask: Shaped[Tensor, "b t"],
     facts: TokenFacts | None = None,
+    through_rows: Float[Tensor, "b t"] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Split the predicted change of a step by what made it; every split sums to ``change``.
 
     - by quadrant, of the sign of the weight (up, down) and the surprisal below or above H (likely, rare), and ``bonus``
-      for what acts through H itself. ``likely_up`` lowers entropy and ``rare_up`` raises it, ``likely_down`` and
-      ``rare_down`` are reversed: for certain under a natural-gradient step, on most tokens in the exact form, where
-      ``likely`` decides only if ``π(a) L(a) > Σ π² L``.
+      for what acts through H itself or whole rows. ``likely_up`` lowers entropy and ``rare_up`` raises it,
+      ``likely_down`` and ``rare_down`` are reversed: for certain under a natural-gradient step, on most tokens in the
+      exact form, where ``likely`` decides only if ``π(a) L(a) > Σ π² L``.
     - by clip: ``unclipped``, ``clipped_low``, ``clipped_high``. A clip that removes the gradient leaves 0 there;
       ``removed_low`` and ``removed_high`` estimate what these tokens would have added with the unclipped weight
       ``c·r·A``, c being the mean of |w| / |r·A| over the unclipped tokens of the sequence, or else of the batch [ours].
@@ -245,6 +270,7 @@ def attribute(
         adv: [b t] advantages that the loss was computed from.
         mask: [b t] non-zero where the token counts.
         facts: of the objective; without them nothing counts as clipped.
+        through_rows: [b t] what :func:`rows_change` predicts of a term that acts through whole rows.
 
     Returns:
         0-d sums, nats per token and unit step size, to be added over micro-batches and ranks.
@@ -259,14 +285,16 @@ def attribute(
     w, u = (torch.where(inside, x.detach(), torch.zeros_like(x)) for x in weights)
     clean = _clean(stats, inside)
     by_weight, bonus = -w * _pull(clean), u * entropy_pull(clean)
+    more = torch.zeros_like(w) if through_rows is None else torch.where(inside, through_rows.detach(), 0.0)
+    bonus = bonus + more
     change = by_weight + bonus
     likely, up = clean.logp + clean.entropy > 0, w > 0
     simple = predicted_change(w, clean.logp, clean.entropy, entropy_weight=u)
     natural = natural_change(w, clean.logp, clean.entropy, entropy_weight=u)
     table = {
         "change": change,
-        "change_simple": simple,
-        "change_natural": natural,
+        "change_simple": simple + more,
+        "change_natural": natural + more,
         "absolute": by_weight.abs() + bonus.abs(),
         "likely_up": by_weight * (likely & up),
         "rare_up": by_weight * (~likely & up),

@@ -5,15 +5,19 @@ into a number. Here ``r = exp(logp − logp_old)`` and A is the advantage, which
 ``logp_old``. Without ``logp_old`` the batch is exactly on-policy: r is 1, and its gradient is that of ``logp``.
 
 Outside the mask the loss is 0, the ratio 1 and nothing is clipped, whatever the batch holds there.
+
+Where a loss has bounds, ``bounds`` names the rule of :mod:`isentropic.bounds` that makes them of the two widths, and
+``constants`` are that rule's.
 """
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .bounds import RatioFacts, bounds_of
 from .types import TokenBatch, TokenFacts
 
-Bound = float | int | Float[Tensor, "b t"]
+Bound = float | int | Float[Tensor, ""] | Float[Tensor, "b t"]
 
 
 def _prepare(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "b t"]]:
@@ -29,24 +33,26 @@ def _prepare(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "b
 def _facts(ratio: Tensor, adv: Tensor, lower: Bound | None, upper: Bound | None) -> TokenFacts:
     """Mark the tokens whose ratio lies past the bound that their advantage pushes towards."""
     nowhere = torch.zeros_like(ratio, dtype=torch.bool)
-    return TokenFacts(
-        ratio=ratio.detach(),
-        clipped_low=nowhere if lower is None else (ratio < lower) & (adv < 0),
-        clipped_high=nowhere if upper is None else (ratio > upper) & (adv > 0),
+    low = nowhere if lower is None else ratio < lower
+    high = nowhere if upper is None else ratio > upper
+    return TokenFacts(ratio.detach(), low & (adv < 0), high & (adv > 0), low | high)
+
+
+def _bounds(
+    clip_low: Bound,
+    clip_high: Bound,
+    rule: str,
+    ratio: Tensor,
+    parts: tuple[Tensor, Tensor, Tensor, Tensor],
+    constants: dict[str, float],
+) -> tuple[Bound, Bound]:
+    """Turn clip widths into the lowest and highest ratio; ``parts`` are those of :func:`_prepare`."""
+    logp, _, adv, mask = parts
+    now = ratio.detach().expand(mask.shape)
+    prob_old = torch.where(mask, logp.detach().exp() / now, torch.zeros_like(now))
+    return bounds_of(
+        rule, clip_low, clip_high, RatioFacts(now, prob_old, adv.expand(mask.shape), mask), mask, **constants
     )
-
-
-def _bounds(clip_low: Bound, clip_high: Bound, bounds: str, mask: Bool[Tensor, "b t"]) -> tuple[Bound, Bound]:
-    """Turn clip widths into the lowest and highest ratio."""
-    for name, width in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if not isinstance(width, Tensor) and not width >= 0:
-            raise ValueError(f"{name} must be >= 0, got {width}; it is a width, the bound is on the other side of 1")
-    low, high = (torch.where(mask, w, 0.0) if isinstance(w, Tensor) else w for w in (clip_low, clip_high))
-    if bounds == "additive":
-        return 1 - low, 1 + high
-    if bounds == "reciprocal":
-        return 1 / (1 + low), 1 + high
-    raise ValueError(f"bounds must be 'additive' or 'reciprocal', got {bounds!r}; choose one")
 
 
 def _surrogate(ratio: Tensor, adv: Tensor, lower: Bound, upper: Bound) -> Tensor:
@@ -95,12 +101,12 @@ def importance(batch: TokenBatch) -> tuple[Float[Tensor, "b t"], TokenFacts]:
 
 
 def clipped(
-    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: str = "additive"
+    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: str = "additive", **constants: float
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Clip the ratio of each token between two independent bounds.
 
     ``loss = −min(r·A, clip(r, lower, upper)·A)`` with ``[1 − clip_low, 1 + clip_high]`` (additive) or
-    ``[1/(1 + clip_low), 1 + clip_high]`` (reciprocal)
+    ``[1/(1 + clip_low), 1 + clip_high]`` (reciprocal), or by another rule of :mod:`isentropic.bounds`
 
     A token loses its gradient where A > 0 and r > upper, or A < 0 and r < lower. Equal widths give PPO and GRPO,
     a wider upper one DAPO. Widths may differ from token to token.
@@ -109,7 +115,8 @@ def clipped(
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t].
         clip_high: width above 1, a number or [b t].
-        bounds: ``additive`` or ``reciprocal``.
+        bounds: name of a rule.
+        **constants: of that rule.
 
     Returns:
         The loss [b t] and its facts.
@@ -127,9 +134,9 @@ def clipped(
     >>> facts.clipped_low, facts.clipped_high
     (tensor([[False,  True]]), tensor([[ True, False]]))
     """
-    _, log_ratio, adv, mask = _prepare(batch)
-    lower, upper = _bounds(clip_low, clip_high, bounds, mask)
+    _, log_ratio, adv, _ = parts = _prepare(batch)
     ratio = log_ratio.exp()
+    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, parts, constants)
     return _surrogate(ratio, adv, lower, upper), _facts(ratio, adv, lower, upper)
 
 
@@ -167,12 +174,12 @@ def sequence_clipped(
     """
     if gradient not in ("sequence", "token"):
         raise ValueError(f"gradient must be 'sequence' or 'token', got {gradient!r}; choose one")
-    logp, log_ratio, adv, mask = _prepare(batch)
-    lower, upper = _bounds(clip_low, clip_high, bounds, mask)
+    logp, log_ratio, adv, mask = parts = _prepare(batch)
     log_mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     if gradient == "token":
         log_mean = log_mean.detach() + (logp - logp.detach())
     ratio = torch.where(mask, log_mean, torch.zeros_like(log_mean)).exp()
+    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, parts, {})
     return _surrogate(ratio, adv, lower, upper), _facts(ratio, adv, lower, upper)
 
 
@@ -182,6 +189,7 @@ def cispo(
     clip_high: Bound | None = None,
     bounds: str = "additive",
     ceiling: float | int | None = None,
+    **constants: float,
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Bound the weight of a token instead of removing its gradient.
 
@@ -194,8 +202,9 @@ def cispo(
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t]; ``None`` leaves small weights as they are.
         clip_high: width above 1, a number or [b t].
-        bounds: ``additive`` or ``reciprocal``.
+        bounds: name of a rule.
         ceiling: the highest weight, > 0, in place of clip_high.
+        **constants: of that rule.
 
     Returns:
         The loss [b t] and its facts. Nothing loses its gradient here: ``clipped_high`` marks A > 0 with r above the
@@ -217,12 +226,93 @@ def cispo(
         raise ValueError(f"cispo needs either clip_high or ceiling, got {got}; ceiling=5.0 is clip_high=4.0")
     if ceiling is not None and not ceiling > 0:
         raise ValueError(f"ceiling must be > 0, got {ceiling}; it is the highest weight, not a width")
-    logp, log_ratio, adv, mask = _prepare(batch)
+    logp, log_ratio, adv, _ = parts = _prepare(batch)
     ratio = log_ratio.exp()
-    lower, upper = _bounds(0.0 if clip_low is None else clip_low, 0.0 if clip_high is None else clip_high, bounds, mask)
+    low, high = (0.0 if x is None else x for x in (clip_low, clip_high))
+    lower, upper = _bounds(low, high, bounds, ratio, parts, constants)
     lower, upper = (None if clip_low is None else lower), (upper if ceiling is None else ceiling)
     weight = (ratio if lower is None else ratio.clamp(min=lower)).clamp(max=upper).detach()
     return -weight * adv * logp, _facts(ratio, adv, lower, upper)
+
+
+def gradient_preserving(
+    batch: TokenBatch,
+    clip_low: Bound,
+    clip_high: Bound,
+    bounds: str = "additive",
+    *,
+    grad_low: float = 0.5,
+    grad_high: float = 1.0,
+    **constants: float,
+) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Keep a bounded gradient where a clip would remove it.
+
+    ``loss = −r·A`` inside the clip; ``−grad_low·lower/sg(r)·r·A`` for A < 0 and r < lower;
+    ``−grad_high·upper/sg(r)·r·A`` for A > 0 and r > upper
+
+    What a clipped token keeps is the weight ``grad·bound·A`` in place of ``r·A``, whatever its ratio. With both
+    gradients at 0 the weights are those of ``clipped``.
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+        clip_low, clip_high, bounds: as in ``clipped``.
+        grad_low: β₁, how much of the gradient stays below the lower bound.
+        grad_high: β₂, above the upper one.
+        **constants: of the rule that ``bounds`` names.
+
+    Returns:
+        The loss [b t] and its facts; clipped tokens are those with a bounded gradient.
+
+    Raises:
+        ValueError: a width that is a negative number; unknown bounds.
+
+    CE-GPPO (arXiv:2509.20712): β₁ 0.5 to 0.75, β₂ 1.
+
+    >>> logp = torch.tensor([[0.5, 0.25]]).log().requires_grad_()
+    >>> batch = TokenBatch(logp, torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
+    >>> loss, _ = gradient_preserving(batch, clip_low=0.2, clip_high=0.28)  # ratios 2 and ½: −1.28, ½·0.8
+    >>> loss.detach(), -torch.autograd.grad(loss.sum(), logp)[0]
+    (tensor([[-1.2800,  0.4000]]), tensor([[ 1.2800, -0.4000]]))
+    """
+    _, log_ratio, adv, _ = parts = _prepare(batch)
+    ratio = log_ratio.exp()
+    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, parts, constants)
+    facts = _facts(ratio, adv, lower, upper)
+    # r/sg(r) has the value 1 and the gradient of log r.
+    unit = (log_ratio - log_ratio.detach()).exp()
+    kept = torch.where(
+        facts.clipped_low, grad_low * lower * unit, torch.where(facts.clipped_high, grad_high * upper * unit, ratio)
+    )
+    return -kept * adv, facts
+
+
+def sapo(
+    batch: TokenBatch, *, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Let the weight of a token fade as its ratio leaves 1, instead of cutting it off.
+
+    ``loss = −(4/τ)·σ(τ(r − 1))·A`` with τ by the sign of A
+
+    The weight is ``4σ(1 − σ)·r·A``: that of ``−r·A`` at r = 1, and vanishing on both sides of it.
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+        tau_positive, tau_negative: τ for A > 0 and for A <= 0; larger fades faster.
+
+    Returns:
+        The loss [b t] and its facts; nothing is ever clipped.
+
+    SAPO (arXiv:2511.20347).
+
+    >>> logp = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
+    >>> batch = TokenBatch(logp, torch.tensor([[0.5, 0.25]]).log(), torch.tensor([1.0]), torch.ones(1, 2))
+    >>> -torch.autograd.grad(sapo(batch)[0].sum(), logp)[0]  # r = 1, 2: 1 and 4·σ(1)(1−σ(1))·2
+    tensor([[1.0000, 1.5729]])
+    """
+    _, log_ratio, adv, _ = _prepare(batch)
+    ratio = log_ratio.exp()
+    tau = torch.where(adv > 0, tau_positive, tau_negative)
+    return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv, _facts(ratio, adv, None, None)
 
 
 OBJECTIVES = {
@@ -231,4 +321,6 @@ OBJECTIVES = {
     "clipped": clipped,
     "sequence_clipped": sequence_clipped,
     "cispo": cispo,
+    "gradient_preserving": gradient_preserving,
+    "sapo": sapo,
 }

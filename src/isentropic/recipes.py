@@ -1,18 +1,35 @@
 """Named algorithms as compositions: baseline × selection × shaping × objective × penalty × reduction, and one knob.
 
-A recipe is data. ``RECIPES`` is the whole catalogue; ``compose`` changes any part by name and refuses what cannot work;
-``advantages``, ``loss`` and ``build_thermostat`` run it in a hand-written loop, and an engine reads the same fields.
-Importing this room needs no torch.
+A recipe is data (:mod:`isentropic.parts`), and ``RECIPES`` is the whole catalogue (:mod:`isentropic.catalogue`);
+``compose`` changes any part by name and refuses what cannot work; ``advantages``, ``loss`` and ``build_thermostat`` run
+it in a hand-written loop, and an engine reads the same fields. Importing this room needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .catalogue import RECIPES
 from .controllers import Range, parse_controller
+from .parts import (
+    BASELINES,
+    BOUNDS,
+    BY_TOKEN,
+    CONSTANTS,
+    NEEDS_RATIO,
+    OBJECTIVES,
+    PENALTIES,
+    REDUCTIONS,
+    SELECTIONS,
+    SHAPINGS,
+    SIGNATURES,
+    Recipe,
+    check_part,
+    choose,
+    load,
+)
 from .targets import parse_target
 from .thermostat import Thermostat, thermostat
 
@@ -22,73 +39,46 @@ if TYPE_CHECKING:
     from .reduce import SumCount
     from .types import TokenBatch, TokenFacts
 
-# Which objectives a clip bound acts on. Bounds live on the importance ratio, so a loss without one has no clip.
-OBJECTIVES = {"reinforce": False, "importance": False, "clipped": True, "sequence_clipped": True, "cispo": True}
-SHAPINGS = {
-    "none": "A",
-    "repo": "A − β·L",
-    "repo_r": "A − ζ|A|·L, clamped to the sign of A",
-    "repo_r_raw": "A − ζ|A|·log π, clamped to the sign of A",
-    "repo_r_positive": "A − ζ·max(A,0)·log π",
-    "repo_d": "A + ζ·mean(ΔĤ)·L",
-    "repo_d_token": "A + ζ·ΔĤ·L, ΔĤ by token",
-}
-BASELINES = {"none", "mean", "mean_std", "leave_one_out", "quantile"}
-REDUCTIONS = {"token", "sequence", "constant"}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One algorithm.
-
-    Attributes:
-        formula, source: for people; ``source`` says what is the paper's and what is ours.
-        baseline: how rewards become advantages.
-        quantile: K of the quantile baseline.
-        dynamic_sampling: sample again for prompts whose answers all got one reward (DAPO).
-        overlong_buffer: tokens before the length limit over which a reward penalty grows to −1 (DAPO); 0 is off.
-        shaping: how the advantage changes by token.
-        objective, bounds: surrogate, and whether its clip is [1−low, 1+high] or [1/(1+low), 1+high].
-        reduction: what a sum over tokens is divided by.
-        on_policy: exactly one optimizer step per generated batch.
-        clip_low, clip_high, beta, zeta, entropy_coef: numbers, each of which may be the knob.
-        knob, knob_low, knob_high, knob_start: which of them is under control, and its range (None: the knob's own).
-        controller, target, every: text forms; ``every`` is in optimizer steps, None is a generation batch.
-        initial_readings: how many readings measure the initial entropy.
-    """
-
-    formula: str
-    source: str
-    baseline: str = "mean_std"
-    quantile: float = 0.4
-    dynamic_sampling: bool = False
-    overlong_buffer: int = 0
-    shaping: str = "none"
-    objective: str = "clipped"
-    bounds: str = "additive"
-    reduction: str = "token"
-    on_policy: bool = False
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    beta: float = 0.0
-    zeta: float = 0.0
-    entropy_coef: float = 0.0
-    knob: str | None = None
-    knob_low: float | None = None
-    knob_high: float | None = None
-    knob_start: float | None = None
-    controller: str = "fixed"
-    target: str = "initial"
-    every: int | None = None
-    initial_readings: int = 1
+__all__ = [
+    "BASELINES",
+    "BOUNDS",
+    "CONSTANTS",
+    "KNOBS",
+    "OBJECTIVES",
+    "PENALTIES",
+    "RECIPES",
+    "REDUCTIONS",
+    "SELECTIONS",
+    "SHAPINGS",
+    "Knob",
+    "Recipe",
+    "advantages",
+    "build_thermostat",
+    "check",
+    "compose",
+    "knob_range",
+    "load_recipe",
+    "loss",
+    "per_token",
+    "select",
+    "shape",
+    "with_knob",
+]
 
 
 class Knob(NamedTuple):
-    """One number that a controller may turn."""
+    """One number that a controller may turn.
+
+    Attributes:
+        range: its range on a recipe.
+        shapings: those that read it, the one that it brings first; none where it acts elsewhere.
+        needs: ``clip`` or ``penalty``, where it acts through one.
+        source: where it is from.
+    """
 
     range: Callable[[Recipe], Range]
-    shaping: str | None
-    needs_clip: bool
+    shapings: tuple[str, ...]
+    needs: str | None
     source: str
 
 
@@ -104,138 +94,101 @@ def _scaled(name: str, sign: int) -> Callable[[Recipe], Range]:
 
 
 def _zeta_range(recipe: Recipe) -> Range:
-    if recipe.shaping.startswith("repo_d"):
+    if recipe.shaping in ("repo_d", "repo_d_token"):
         return Range(recipe.zeta or 1.0, 0.0, 64.0, 0.01)
     if recipe.shaping == "repo_r":
         return Range(recipe.zeta, -1.0, 1.0, 1e-3)
     return Range(recipe.zeta or 1e-3, -0.05, 0.05, 1e-4)
 
 
+def _coefficient(recipe: Recipe) -> Range:
+    return Range(recipe.penalty_coef, 0.0, 4 * recipe.penalty_coef or 1.0)
+
+
 KNOBS: dict[str, Knob] = {
-    "clip_high": Knob(_scaled("clip_high", 1), None, True, "ADAPO arXiv:2603.11682 [paper: direction; range ours]"),
+    "clip_high": Knob(_scaled("clip_high", 1), (), "clip", "ADAPO arXiv:2603.11682 [paper: direction; range ours]"),
     "clip_low": Knob(
-        _scaled("clip_low", -1), None, True, "arXiv:2509.26114: a tighter low clip raises entropy [range ours]"
+        _scaled("clip_low", -1), (), "clip", "arXiv:2509.26114: a tighter low clip raises entropy [range ours]"
     ),
-    "beta": Knob(lambda r: Range(r.beta, -1.0, 1.0, 1e-3), "repo", False, "A − βL of arXiv:2603.11682 [range ours]"),
-    "zeta": Knob(_zeta_range, "repo_r", False, "REPO, arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]"),
+    "beta": Knob(lambda r: Range(r.beta, -1.0, 1.0, 1e-3), ("repo",), None, "A − βL of arXiv:2603.11682 [range ours]"),
+    "zeta": Knob(
+        _zeta_range,
+        ("repo_r", "repo_r_raw", "repo_r_positive", "repo_d", "repo_d_token"),
+        None,
+        "REPO, arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]",
+    ),
+    "alpha": Knob(
+        lambda r: Range(r.alpha, -1.0, 1.0, 1e-3, -1, rest=0.0),
+        ("sign_weight",),
+        None,
+        "weights 1±α by the sign of A, EntroPIC arXiv:2511.15248 [range ours]",
+    ),
+    "reject": Knob(
+        lambda r: Range(r.reject, -1.0, 1.0, 1e-3, rest=0.0),
+        ("one_sided",),
+        None,
+        "1 drops A>0, −1 drops A<0, Entrocraft arXiv:2604.26326 [between: ours]",
+    ),
+    "boost": Knob(
+        lambda r: Range(r.boost, 1.0, 1.5, 1.0, rest=1.0),
+        ("surprisal_boost",),
+        None,
+        "weight of rare rewarded tokens, STARE arXiv:2606.19236",
+    ),
     "entropy_coef": Knob(
         lambda r: Range(r.entropy_coef, 0.0, 0.1, 1e-4),
+        (),
         None,
-        False,
         "loss − c·H, under the recipe's reduction [range ours]",
     ),
-}
-
-_REPO = "arXiv:2603.11682"
-_BASES: dict[str, Recipe] = {
-    "reinforce": Recipe(
-        "−R·log π", "Williams 1992", baseline="none", objective="reinforce", on_policy=True, reduction="constant"
-    ),
-    "rloo": Recipe(
-        "−(R − mean of the others)·log π, strictly on-policy",
-        "arXiv:2402.14740",
-        baseline="leave_one_out",
-        objective="reinforce",
-        on_policy=True,
-        reduction="constant",
-    ),
-    "grpo": Recipe(
-        "−min(rA, clip(r)A), A = (R−mean)/std, mean over sequences", "arXiv:2402.03300", reduction="sequence"
-    ),
-    "dr-grpo": Recipe(
-        "GRPO without the std and without the length mean", "arXiv:2503.20783", baseline="mean", reduction="constant"
-    ),
-    "loop": Recipe(
-        "−min(rA, clip(r)A), leave-one-out A, r in [1/(1+ε), 1+ε], ε=0.1",
-        "arXiv:2502.01600; ε and the token mean are [ours]",
-        baseline="leave_one_out",
-        bounds="reciprocal",
-        clip_low=0.1,
-        clip_high=0.1,
-    ),
-    "dapo": Recipe("GRPO with ε_high=0.28 > ε_low=0.2 and a token mean", "arXiv:2503.14476", clip_high=0.28),
-    "gspo": Recipe(
-        "clip of the sequence ratio exp(mean log r)",
-        "arXiv:2507.18071",
-        objective="sequence_clipped",
-        reduction="sequence",
-        clip_low=3e-4,
-        clip_high=4e-4,
-    ),
-    "cispo": Recipe(
-        "−sg(min(r, 1+ε_high))·A·log π, ε_high=4",
-        "arXiv:2506.13585; the ceiling of 5 is TRL's advice, the paper's is unknown",
-        objective="cispo",
-        clip_high=4.0,
+    "penalty_coef": Knob(
+        _coefficient,
+        (),
+        "penalty",
+        "coefficient of the recipe's penalty, up to four times where it puts it [range ours]",
     ),
 }
 
 
-def _on(base: str, suffix: str, source: str, **changes: Any) -> Recipe:
-    recipe = _BASES[base]
-    return replace(recipe, formula=f"{base} with {suffix}", source=f"{source}; {recipe.source}", **changes)
+def load_recipe(text: str) -> Recipe:
+    """A recipe by its name, or one of your own at ``file.py:NAME`` or ``package.module:NAME``.
 
+    Raises:
+        ValueError: an unknown name; nothing, or no recipe, at that place; a composition that cannot work.
 
-RECIPES: dict[str, Recipe] = {
-    "isentropic": _on(
-        "loop",
-        "centred REPO-R, A − ζ|A|·L, ζ by prediction on every optimizer step",
-        f"ours; REPO-R is of {_REPO}",
-        shaping="repo_r",
-        knob="zeta",
-        controller="predictive",
-        target="75%",
-        every=1,
-    ),
-    **_BASES,
-    "entropy-bonus": _on("grpo", "loss − c·mean H, c fixed", "common practice", entropy_coef=0.003),
-    "entropy-bonus-adaptive": _on(
-        "grpo",
-        "loss − c·mean H while H<H*; c ± δ by the sign of H*−H",
-        "Skywork-OR1 arXiv:2505.22312 (their H* is 0.2 nats)",
-        knob="entropy_coef",
-        knob_start=0.0,
-        knob_high=0.005,
-        controller="gated_step:step=1e-4",
-        every=1,
-    ),
-    "adapo": _on(
-        "dapo",
-        "ε_high raised below the target, lowered above",
-        f"{_REPO} [paper: direction; step and bounds ours]",
-        knob="clip_high",
-        controller="multiplicative:rate=0.05",
-    ),
-    **{
-        f"repo-r-{base}": _on(
-            base,
-            "REPO-R: A − ζ|A|·log π",
-            f"{_REPO} [paper]",
-            shaping="repo_r_raw",
-            knob="zeta",
-            controller="double_halve",
+    Example:
+        >>> load_recipe("dapo").clip_high
+        0.28
+    """
+    if ":" not in text:
+        choose("recipe", text, RECIPES)
+        return RECIPES[text]
+    found = load(text, "recipe")
+    if not isinstance(found, Recipe):
+        raise ValueError(
+            f"recipe {text!r} must be a Recipe, got {type(found).__name__}; "
+            'assign one, for example compose("loop", shaping=my_function)'
         )
-        for base in ("rloo", "loop", "grpo", "dapo", "gspo")
-    },
-    **{
-        f"repo-d-{base}": _on(
-            base,
-            "REPO-D: A + ζ·mean(ΔĤ)·L",
-            f"{_REPO} [a reconstruction, ours]",
-            shaping="repo_d",
-            knob="zeta",
-            controller="multiplicative:rate=0.1",
-        )
-        for base in ("rloo", "loop", "grpo", "dapo", "gspo")
-    },
-}
+    return check(found)
 
 
-def _choose(what: str, got: str, allowed: Any) -> None:
-    if got not in allowed:
-        close = get_close_matches(str(got), list(allowed), n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{what} must be one of {', '.join(sorted(allowed))}; got {got!r}{meant}")
+def _checked_change(key: str, value: Any, kind: str, recipe: Recipe) -> Any:
+    """A change of one field as the field holds it, refused where it is of another type."""
+    if key == "constants":
+        numbers = isinstance(value, dict) and all(type(x) in (int, float) for x in value.values())
+        if not numbers:
+            raise ValueError(f"constants must be a table of numbers, got {value!r}; write {{cov_share = 1e-3}}")
+        return {**recipe.constants, **value}
+    if key in SIGNATURES:
+        if isinstance(value, str) and ":" in value:
+            value = load(value, key)
+        if not (isinstance(value, str) or callable(value)):
+            raise ValueError(f"{key} must be a name or a function of yours, got {value!r}")
+        return value
+    allowed = ("int", "float") if kind == "float" else (kind,)
+    if type(value).__name__ not in allowed:
+        raise ValueError(f"{key} must be of type {kind}, got {value!r}")
+    return value
 
 
 def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
@@ -245,8 +198,9 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
     knob named without a controller is steered by ``pi``.
 
     Args:
-        recipe: a name in :data:`RECIPES`, or a recipe.
-        **changes: fields of :class:`Recipe`; ``None`` leaves a field as it is.
+        recipe: a name in :data:`RECIPES`, ``file.py:NAME``, ``package.module:NAME``, or a recipe.
+        **changes: fields of :class:`Recipe`; ``None`` leaves a field as it is. A part may be a function of yours, or
+            the place of one; ``constants`` are added to the recipe's own.
 
     Raises:
         ValueError: an unknown name, or a composition that cannot work, by name.
@@ -259,25 +213,21 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
         ...
         ValueError: knob clip_high needs a clip, and objective reinforce has none; ...
     """
-    if isinstance(recipe, str):
-        _choose("recipe", recipe, RECIPES)
-        recipe = RECIPES[recipe]
+    recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
     changes = {key: value for key, value in changes.items() if value is not None}
     kinds = {f.name: str(f.type).removesuffix(" | None") for f in fields(Recipe)}
     for key, value in changes.items():
-        _choose("a field of a recipe", key, kinds)
-        allowed = ("int", "float") if kinds[key] == "float" else (kinds[key],)
-        if type(value).__name__ not in allowed:
-            raise ValueError(f"{key} must be of type {kinds[key]}, got {value!r}")
+        choose("a field of a recipe", key, kinds)
+        changes[key] = _checked_change(key, value, kinds[key], recipe)
     knob = changes.get("knob")
     if knob is not None and knob != "none":
-        _choose("knob", knob, KNOBS)
+        choose("knob", knob, KNOBS)
         if knob != recipe.knob:
             # Bounds and steps of the recipe's own knob mean nothing for another one.
             recipe = replace(recipe, knob_low=None, knob_high=None, knob_start=None, controller="pi")
-        wanted = KNOBS[knob].shaping
-        if wanted and "shaping" not in changes and not recipe.shaping.startswith(wanted.removesuffix("_r")):
-            changes["shaping"] = wanted
+        wanted = KNOBS[knob].shapings
+        if wanted and "shaping" not in changes and not _reads(recipe.shaping, wanted):
+            changes["shaping"] = wanted[0]
     elif knob == "none":
         changes["knob"] = None
         recipe = replace(recipe, knob=None, controller="fixed")
@@ -287,6 +237,11 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
     if idle and knob != "none":
         raise ValueError(f"{idle[0]} has no effect without a knob under control; name one of {', '.join(KNOBS)}")
     return made
+
+
+def _reads(shaping: Any, wanted: tuple[str, ...]) -> bool:
+    """Whether a shaping reads the knob; a function of yours is believed."""
+    return not isinstance(shaping, str) or shaping in wanted
 
 
 def check(recipe: Recipe, updates: int | None = None) -> Recipe:
@@ -299,21 +254,33 @@ def check(recipe: Recipe, updates: int | None = None) -> Recipe:
     Raises:
         ValueError: what is wrong, what is allowed, the remedy.
     """
-    _choose("baseline", recipe.baseline, BASELINES)
-    _choose("shaping", recipe.shaping, SHAPINGS)
-    _choose("objective", recipe.objective, OBJECTIVES)
-    _choose("reduction", recipe.reduction, REDUCTIONS)
-    _choose("bounds", recipe.bounds, {"additive", "reciprocal"})
-    for name in ("clip_low", "clip_high"):
-        if not getattr(recipe, name) > 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(recipe, name)}; it is the distance of the bound from 1")
-    if recipe.bounds == "additive" and recipe.clip_low >= 1:
-        raise ValueError(f"clip_low must be < 1 with additive bounds, got {recipe.clip_low}; a ratio is never negative")
+    parts = {
+        "baseline": BASELINES,
+        "selection": SELECTIONS,
+        "shaping": SHAPINGS,
+        "objective": OBJECTIVES,
+        "penalty": PENALTIES,
+    }
+    for what, allowed in parts.items():
+        check_part(what, getattr(recipe, what), allowed)
+    choose("reduction", recipe.reduction, REDUCTIONS)
+    _check_clip(recipe)
+    known = [name for part in recipe.parts() for name in recipe.constants_of(part)]
+    for name in recipe.constants:
+        if not any(callable(part) for part in recipe.parts()):
+            choose("a constant of this recipe", name, known or ["none, for its parts have none"])
     if recipe.on_policy and updates is not None and updates != 1:
         raise ValueError(
             f"this recipe is strictly on-policy: one optimizer step a generated batch, got {updates}; "
             "make the batch one step, or choose a clipped recipe such as loop"
         )
+    if recipe.on_policy or updates == 1:
+        for part in (recipe.selection, recipe.penalty):
+            if part in NEEDS_RATIO:
+                raise ValueError(
+                    f"{part} has no effect where every update is on-policy, since nothing has moved; "
+                    "take several optimizer steps a generated batch, or leave it out"
+                )
     if recipe.controller.split(":")[0] != "fixed" and recipe.knob is None:
         raise ValueError(f"controller {recipe.controller} has no knob to turn; name one of {', '.join(KNOBS)}")
     parse_target(recipe.target, recipe.initial_readings)
@@ -322,22 +289,42 @@ def check(recipe: Recipe, updates: int | None = None) -> Recipe:
     return recipe
 
 
+def _check_clip(recipe: Recipe) -> None:
+    choose("bounds", recipe.bounds, BOUNDS)
+    for name in ("clip_low", "clip_high"):
+        if not getattr(recipe, name) > 0:
+            raise ValueError(f"{name} must be > 0, got {getattr(recipe, name)}; it is the distance of the bound from 1")
+    if recipe.bounds in ("additive", "linear", "balanced") and recipe.clip_low >= 1:
+        raise ValueError(
+            f"clip_low must be < 1 with {recipe.bounds} bounds, got {recipe.clip_low}; a ratio is never negative"
+        )
+    allowed = BY_TOKEN.get(recipe.bounds)
+    if allowed and isinstance(recipe.objective, str) and recipe.objective not in allowed:
+        raise ValueError(
+            f"bounds {recipe.bounds} need an objective that clips single tokens, got {recipe.objective}; "
+            f"use {' or '.join(allowed)}"
+        )
+
+
 def _check_knob(recipe: Recipe, updates: int | None) -> None:
     name = str(recipe.knob)
-    _choose("knob", name, KNOBS)
-    free = ", ".join(sorted(k for k, knob in KNOBS.items() if not knob.needs_clip))
-    if KNOBS[name].needs_clip and not OBJECTIVES[recipe.objective]:
+    choose("knob", name, KNOBS)
+    knob, free = KNOBS[name], ", ".join(sorted(k for k, knob in KNOBS.items() if knob.needs is None))
+    if knob.needs == "clip" and isinstance(recipe.objective, str) and not OBJECTIVES[recipe.objective]:
+        clips = ", ".join(sorted(k for k, clip in OBJECTIVES.items() if clip))
         raise ValueError(
-            f"knob {name} needs a clip, and objective {recipe.objective} has none; "
-            f"use clipped, cispo or sequence_clipped, or a knob of {free}"
+            f"knob {name} needs a clip, and objective {recipe.objective} has none; use {clips}, or a knob of {free}"
         )
-    if KNOBS[name].needs_clip and (recipe.on_policy or updates == 1):
+    if knob.needs == "clip" and (recipe.on_policy or updates == 1):
         raise ValueError(
             f"knob {name} has no effect where every update is on-policy, since no ratio leaves 1; "
             f"take several optimizer steps a generated batch, or a knob of {free}"
         )
-    wanted = KNOBS[name].shaping
-    if wanted and not recipe.shaping.startswith(wanted.removesuffix("_r")):
+    if knob.needs == "penalty" and recipe.penalty == "none":
+        raise ValueError(
+            f"knob {name} needs a penalty, got none; name one of {', '.join(PENALTIES)}, or a knob of {free}"
+        )
+    if knob.shapings and not _reads(recipe.shaping, knob.shapings):
         raise ValueError(f"knob {name} needs a shaping that it scales, got shaping {recipe.shaping}; leave shaping out")
     parse_controller(recipe.controller, knob_range(recipe))
 
@@ -350,14 +337,14 @@ def knob_range(recipe: Recipe) -> Range:
 
     Example:
         >>> knob_range(RECIPES["adapo"])
-        Range(start=0.28, low=0.07, high=1.12, least=0.07, sign=1)
+        Range(start=0.28, low=0.07, high=1.12, least=0.07, sign=1, rest=None)
     """
-    _choose("knob", recipe.knob or "none", KNOBS)
+    choose("knob", recipe.knob or "none", KNOBS)
     span = KNOBS[str(recipe.knob)].range(recipe)
     low = span.low if recipe.knob_low is None else recipe.knob_low
     high = span.high if recipe.knob_high is None else recipe.knob_high
     start = min(max(span.start, low), high) if recipe.knob_start is None else recipe.knob_start
-    return Range(start, low, high, min(span.least, high), span.sign).check()
+    return span._replace(start=start, low=low, high=high, least=min(span.least, high)).check()
 
 
 def build_thermostat(recipe: Recipe) -> Thermostat | None:
@@ -391,6 +378,8 @@ def advantages(recipe: Recipe, rewards: Tensor) -> Tensor:
     """Rewards ``[p g]`` to advantages ``[b]`` by the recipe's baseline."""
     from .advantages import BASELINES as functions
 
+    if not isinstance(recipe.baseline, str):
+        return recipe.baseline(rewards)
     options: dict[str, Any] = {"k": recipe.quantile} if recipe.baseline == "quantile" else {}
     return functions[recipe.baseline](rewards, **options)
 
@@ -404,28 +393,52 @@ def shape(recipe: Recipe, batch: TokenBatch) -> Tensor:
     Raises:
         ValueError: a centred shaping without entropies.
     """
-    from . import dynamics, shaping
+    from .terms import SHAPINGS as functions
+    from .terms import constant, term
 
-    if batch.entropy is None and recipe.shaping in ("repo", "repo_r", "repo_d", "repo_d_token"):
-        raise ValueError(f"shaping {recipe.shaping} needs batch.entropy, got None; pass the entropies of the rows")
-    logp = batch.logp.detach()
-    entropy = -logp if batch.entropy is None else batch.entropy.detach()
+    return batch.adv if recipe.shaping == "none" else term(functions, recipe.shaping)(constant(batch), recipe)
 
-    def repo_d(per: str) -> Tensor:
-        adv = batch.adv.unsqueeze(1) if batch.adv.dim() == 1 else batch.adv
-        change = dynamics.predicted_change(adv.expand(logp.shape), logp, entropy)
-        return shaping.repo_d(batch.adv, logp, entropy, change, recipe.zeta, batch.mask, per=per)
 
-    shapers: dict[str, Callable[[], Tensor]] = {
-        "none": lambda: batch.adv,
-        "repo": lambda: shaping.repo(batch.adv, logp, entropy, recipe.beta),
-        "repo_r": lambda: shaping.repo_r(batch.adv, logp, recipe.zeta, entropy),
-        "repo_r_raw": lambda: shaping.repo_r(batch.adv, logp, recipe.zeta),
-        "repo_r_positive": lambda: shaping.repo_r(batch.adv, logp, recipe.zeta, positive_only=True),
-        "repo_d": lambda: repo_d("batch"),
-        "repo_d_token": lambda: repo_d("token"),
-    }
-    return shapers[recipe.shaping]()
+def select(recipe: Recipe, batch: TokenBatch) -> Tensor | None:
+    """The factor of each token's advantage by the recipe's selection, ``[b t]``, or ``None`` where all tokens count.
+
+    Means, ranks and shares are over the masked tokens of the batch; a random choice takes the global generator.
+
+    Raises:
+        ValueError: a selection that looks at entropies, without them.
+    """
+    from .terms import SELECTIONS as functions
+    from .terms import constant, term
+
+    return None if recipe.selection == "none" else term(functions, recipe.selection)(constant(batch), recipe)
+
+
+def per_token(
+    recipe: Recipe, batch: TokenBatch, chosen: Tensor | None = None, penalised: bool = True
+) -> tuple[Tensor, TokenFacts]:
+    """The recipe's loss by token, before its reduction and without an entropy bonus.
+
+    Args:
+        recipe: composed and checked, with its knob in force.
+        batch: token facts.
+        chosen: the factors of :func:`select`, where they were worked out before; ``None`` works them out.
+        penalised: add the recipe's penalty.
+
+    Returns:
+        The loss ``[b t]``, and the objective's facts.
+
+    Raises:
+        ValueError: a part that reads what the batch does not hold.
+    """
+    from .terms import OBJECTIVES as functions
+    from .terms import penalty, selected, term
+
+    chosen = select(recipe, batch) if chosen is None else chosen
+    shaped = batch._replace(adv=selected(shape(recipe, batch), chosen))
+    per_token, facts = term(functions, recipe.objective)(shaped, recipe)
+    if penalised and recipe.penalty != "none":
+        per_token = per_token + recipe.penalty_coef * penalty(recipe, batch)
+    return per_token, facts
 
 
 def loss(
@@ -435,7 +448,8 @@ def loss(
 
     Args:
         recipe: composed and checked.
-        batch: token facts; ``entropy`` is needed for centred shapings and the entropy bonus.
+        batch: token facts; ``entropy`` is needed for centred shapings, some selections and the entropy bonus,
+            ``logp_rows`` where ``recipe.needs_rows``.
         knob: value from the thermostat; ``None`` leaves the recipe's own number.
         length: generation limit in tokens, for the constant reduction; default ``t``.
 
@@ -443,28 +457,19 @@ def loss(
         (sum, count) whose quotient is minimised, and the objective's per-token facts.
 
     Raises:
-        ValueError: an entropy bonus or a centred shaping without entropies.
+        ValueError: a part that reads what the batch does not hold.
     """
-    from . import objectives, reduce
+    from . import reduce
 
     recipe = with_knob(recipe, knob)
-    clip = {"clip_low": recipe.clip_low, "clip_high": recipe.clip_high, "bounds": recipe.bounds}
-    options: dict[str, dict[str, Any]] = {
-        "clipped": clip,
-        # Advantages that differ by token need a gradient by token, or their sequence mean is all that acts.
-        "sequence_clipped": {**clip, "gradient": "sequence" if recipe.shaping == "none" else "token"},
-        "cispo": {"clip_high": recipe.clip_high},
-    }
-    per_token, facts = objectives.OBJECTIVES[recipe.objective](
-        batch._replace(adv=shape(recipe, batch)), **options.get(recipe.objective, {})
-    )
+    by_token, facts = per_token(recipe, batch)
     if recipe.entropy_coef:
         if batch.entropy is None:
             raise ValueError("an entropy bonus needs batch.entropy, got None; pass the rows' entropies, with gradient")
-        per_token = per_token - recipe.entropy_coef * batch.entropy
+        by_token = by_token - recipe.entropy_coef * batch.entropy
     sums: dict[str, Callable[[], SumCount]] = {
-        "token": lambda: reduce.token(per_token, batch.mask),
-        "sequence": lambda: reduce.sequence(per_token, batch.mask),
-        "constant": lambda: reduce.constant(per_token, batch.mask, length or per_token.shape[1]),
+        "token": lambda: reduce.token(by_token, batch.mask),
+        "sequence": lambda: reduce.sequence(by_token, batch.mask),
+        "constant": lambda: reduce.constant(by_token, batch.mask, length or by_token.shape[1]),
     }
     return sums[recipe.reduction](), facts

@@ -2,7 +2,7 @@
 
 Here ``L = logp + H`` is the centred log-probability of a token, in nats: positive where the token was likelier than
 its row expected. ``logp``, the entropy and a predicted change enter as constants; no gradient passes through them.
-A knob of 0 gives back the advantage bit for bit.
+A knob at rest (0, and 1 for a boost) gives back the advantage bit for bit.
 
 Masked tokens may hold anything: what comes out there is as meaningless as what went in, and objectives drop it.
 """
@@ -12,6 +12,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from . import reduce
+from .selection import top
 
 Advantage = Float[Tensor, " b"] | Float[Tensor, "b 1"] | Float[Tensor, "b t"]
 Knob = float | int | Float[Tensor, ""] | Float[Tensor, "b t"]
@@ -162,4 +163,98 @@ def repo_d(
     return _unless_zero(zeta, adv + zeta * change * (logp + entropy).detach(), adv)
 
 
-SHAPINGS = {"repo": repo, "repo_r": repo_r, "repo_d": repo_d}
+def sign_weight(adv: Advantage, logp: Float[Tensor, "b t"], alpha: Knob) -> Float[Tensor, "b t"]:
+    """Weigh what was better than the baseline against what was worse.
+
+    ``A' = A·(1 + α·sign A)``
+
+    α > 0 stresses the samples with A > 0, which lowers entropy as a rule; α < 0 those with A < 0, which raises it.
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] of which the shape alone is used.
+        alpha: in [−1, 1]; a number, a 0-d tensor or [b t].
+
+    Returns:
+        [b t] advantages.
+
+    EntroPIC (arXiv:2511.15248): weights 1 + α and 1 − α on positive and negative samples.
+
+    >>> sign_weight(torch.tensor([1.0, -1.0]), torch.zeros(2, 1), alpha=-0.25)
+    tensor([[ 0.7500],
+            [-1.2500]])
+    """
+    adv = _per_token(adv, logp)
+    return _unless_zero(alpha, adv * (1 + alpha * adv.sign()), adv)
+
+
+def one_sided(adv: Advantage, logp: Float[Tensor, "b t"], reject: Knob) -> Float[Tensor, "b t"]:
+    """Take back, up to all of it, what was better than the baseline, or else what was worse.
+
+    ``A' = A·(1 − max(ρ, 0))`` for A > 0, ``A·(1 − max(−ρ, 0))`` for A < 0
+
+    ρ = 1 keeps A <= 0 alone, which raises entropy as a rule; ρ = −1 keeps A >= 0 alone; between them [ours].
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] of which the shape alone is used.
+        reject: ρ in [−1, 1]; a number, a 0-d tensor or [b t].
+
+    Returns:
+        [b t] advantages.
+
+    Entrocraft (arXiv:2604.26326): rejection of whole answers, ρ in {−1, 0, 1}.
+
+    >>> one_sided(torch.tensor([2.0, -1.0]), torch.zeros(2, 1), reject=1.0).flatten()
+    tensor([ 0., -1.])
+    """
+    adv = _per_token(adv, logp)
+    share = torch.as_tensor(reject, dtype=adv.dtype, device=adv.device)
+    dropped = torch.where(adv > 0, share.clamp(min=0.0), (-share).clamp(min=0.0))
+    return adv * (1 - dropped)
+
+
+def surprisal_boost(
+    adv: Advantage,
+    logp: Float[Tensor, "b t"],
+    mask: Shaped[Tensor, "b t"],
+    boost: Knob,
+    *,
+    surprisal_share: float = 0.1,
+) -> Float[Tensor, "b t"]:
+    """Reward the rarest of the rewarded tokens more.
+
+    ``A' = W·A`` where A > 0 and the token is among the ``max(1, ⌊surprisal_share·n⌋)`` of the n tokens of the call with
+    the largest surprisal, else A
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        mask: [b t] non-zero where the token counts.
+        boost: W; a number, a 0-d tensor or [b t]; 1 changes nothing.
+        surprisal_share: share of all masked tokens of the call.
+
+    Returns:
+        [b t] advantages.
+
+    STARE (arXiv:2606.19236): the top 10 %, W up to 1.5. That the share is of all tokens, not of those with A > 0, is
+    our reading [ours].
+
+    >>> logp = torch.tensor([[-0.1, -3.0], [-0.2, -0.3]])
+    >>> surprisal_boost(torch.tensor([1.0, -1.0]), logp, torch.ones(2, 2), boost=1.5)
+    tensor([[ 1.0000,  1.5000],
+            [-1.0000, -1.0000]])
+    """
+    adv = _per_token(adv, logp)
+    chosen = top(-logp.detach(), surprisal_share, mask.bool()) & (adv > 0)
+    return torch.where(chosen, boost * adv, adv)
+
+
+SHAPINGS = {
+    "repo": repo,
+    "repo_r": repo_r,
+    "repo_d": repo_d,
+    "sign_weight": sign_weight,
+    "one_sided": one_sided,
+    "surprisal_boost": surprisal_boost,
+}

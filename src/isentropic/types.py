@@ -23,8 +23,12 @@ class TokenBatch(NamedTuple):
             (``logp`` without its gradient is used).
         adv: ``[b t]``, ``[b 1]`` or ``[b]`` advantages.
         mask: ``[b t]`` 1 where the policy generated the token, 0 for padding and environment tokens.
-        entropy: ``[b t]`` entropy of the row each token was sampled from, nats; needed by centred shapings and
-            entropy penalties only.
+        entropy: ``[b t]`` entropy of the row each token was sampled from, nats; needed by centred shapings, by
+            selections that look at it and by an entropy bonus only.
+        entropy_old: ``[b t]`` entropy of the same rows when the tokens were sampled, nats; ``None`` means that they
+            have not moved.
+        logp_rows: ``[b t v]`` log-probabilities of the whole rows under the current policy, with gradient, nats; needed
+            by penalties that look at more than the sampled token only.
     """
 
     logp: Tensor
@@ -32,6 +36,8 @@ class TokenBatch(NamedTuple):
     adv: Tensor
     mask: Tensor
     entropy: Tensor | None = None
+    entropy_old: Tensor | None = None
+    logp_rows: Tensor | None = None
 
 
 class TokenFacts(NamedTuple):
@@ -41,11 +47,13 @@ class TokenFacts(NamedTuple):
         ratio: importance ratio ``π_new/π_old`` as the objective used it (a sequence ratio is repeated along ``t``).
         clipped_low: true where ``A < 0`` and the lower bound removed the gradient.
         clipped_high: true where ``A > 0`` and the upper bound removed (or capped) the gradient.
+        outside: true where the ratio lies outside the bounds, whatever the sign of A; ``None`` where nobody said.
     """
 
     ratio: Tensor
     clipped_low: Tensor
     clipped_high: Tensor
+    outside: Tensor | None = None
 
 
 class TokenStats(NamedTuple):

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,25 +23,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..advantages import overlong_penalty
-from ..dynamics import bound_violations
-from ..recipes import Recipe, build_thermostat, check, knob_range, shape, with_knob
+from ..recipes import Recipe, build_thermostat, check, knob_range, with_knob
 from ..record import CHECKPOINT_FILE, Record, write_json
+from ..terms import wide
 from ..thermostat import to_json
-from ..types import EntropyReading, TokenBatch, TokenFacts
+from ..types import EntropyReading, TokenBatch
 from .trl_explain import Explainer, check_explain
 from .trl_head import install
+from .trl_rows import FROM_TRL, SUMS, native_facts, native_ratio, row_of, sums_of
 from .trl_samples import Samples
 from .trl_sampling import local_advantages, resample
 from .trl_settings import (
     adopt,
     boundary,
     clip_settings,
+    is_native,
     resolve_recipe,
     round_save_steps,
     updates_per_batch,
     write_header,
 )
 from .trl_signals import stop_signals
+from .trl_surrogate import Handed, add_terms, hand
+from .trl_vocabulary import Rows
 
 SUPPORTED = (1, 16)
 
@@ -65,15 +70,6 @@ from trl import GRPOConfig, GRPOTrainer  # noqa: E402  (after the version check,
 
 logger = logging.getLogger("isentropic")
 MAX_REFUSED = 10
-# TRL's names for what a row carries from the latest generated batch.
-_FROM_TRL = {
-    "reward": "reward/mean",
-    "reward_std": "reward/std",
-    "frac_reward_zero_std": "reward/zero_std_frac",
-    "completions/mean_length": "length/mean",
-    "completions/clipped_ratio": "length/truncated_frac",
-}
-_SUMS = tuple("entropy tokens low high adv logp adv_logp ratio outside violated compared loss stop".split())
 
 
 @dataclass
@@ -94,7 +90,7 @@ class EntropyControlConfig:
     """
 
     recipe: str | None = field(default=None, metadata={"help": "Named algorithm; see `isentropic recipes`."})
-    knob: str | None = field(default=None, metadata={"help": "clip_high, clip_low, beta, zeta or entropy_coef."})
+    knob: str | None = field(default=None, metadata={"help": "What is turned; see `isentropic recipes`."})
     controller: str | None = field(default=None, metadata={"help": "none, fixed, double_halve, pi, ..."})
     target: str | None = field(default=None, metadata={"help": "initial, 0.8, 80%, anneal:..., band:..."})
     recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
@@ -151,8 +147,10 @@ class EntropyControlMixin(_Trainer):
         fused = getattr(self.args, "head", "trl") == "auto" and install(self)
         self.explainer = Explainer(self, getattr(self.args, "explain_every", None), fused)
         self._live: dict[str, Any] | None = None
-        self._terms: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._seen: tuple[tuple[torch.Tensor, torch.Tensor], TokenBatch, torch.Tensor] | None = None
+        self.native = is_native(self.args, self.recipe)
+        self._rows = Rows(self) if self.recipe.needs_rows else None
+        # The batch that the loss under way is computed from, with gradients, and what it was handed.
+        self._seen: tuple[TokenBatch, Handed] | None = None
         self._scored: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._window: torch.Tensor | None = None
         self._rewards: torch.Tensor | None = None
@@ -196,7 +194,7 @@ class EntropyControlMixin(_Trainer):
             output = resample(self, inputs, output, self._roll_out)
         self._generated += len(inputs) * self.accelerator.num_processes
         seen = self._metrics["train"]
-        self._batch_facts = {ours: seen[name][-1] for name, ours in _FROM_TRL.items() if seen.get(name)}
+        self._batch_facts = {ours: seen[name][-1] for name, ours in FROM_TRL.items() if seen.get(name)}
         self.samples.clear()
         return output
 
@@ -220,9 +218,9 @@ class EntropyControlMixin(_Trainer):
             out = super()._get_per_token_logps_and_entropies(*args, **{**kwargs, "compute_entropy": True})
             self._scored.append((out[0], out[1]))
             return out
-        if self._live is None or self._terms is not None:
+        if self._live is None or self._seen is not None:
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        with self.explainer.watching(args[0]):
+        with self.explainer.watching(args[0]), self._rows.watching(args[0]) if self._rows else nullcontext():
             out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._observe(self._live, out[0], out[1])
         return out
@@ -232,92 +230,58 @@ class EntropyControlMixin(_Trainer):
         mask = (
             inputs["completion_mask"] if "tool_mask" not in inputs else inputs["completion_mask"] * inputs["tool_mask"]
         )
-        self._terms = (entropy, mask)
         batch = TokenBatch(
-            logp.detach(), inputs.get("old_per_token_logps"), inputs["advantages"], mask, entropy.detach()
+            logp.detach(),
+            inputs.get("old_per_token_logps"),
+            inputs["advantages"],
+            mask,
+            entropy.detach(),
+            inputs.get("old_entropies"),
         )
-        ratio = self._ratio(batch)
-        self._seen = ((logp, entropy), batch, ratio)
-        self._count(batch, entropy.detach(), ratio, inputs.get("old_entropies"))
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
-            self.samples.keep(inputs, batch, entropy.detach())
-        if self.recipe.shaping == "none":
-            return
-        recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
+        rows = self._rows.take(logp.shape[1]) if self._rows else None
+        ratio = native_ratio(self, batch)
         # A token whose entropy is broken is left unshaped (L = 0): a faulty head must not reach the weights.
         usable = torch.where(entropy.isfinite(), entropy.detach(), -batch.logp)
-        inputs["advantages"] = shape(recipe, batch._replace(entropy=usable))
-        if recipe.objective == "sequence_clipped":
-            # One ratio a sequence with a gradient by token: the token ratio exp(logp − (sg(logp) − log s)).
-            inputs["old_per_token_logps"] = batch.logp - ratio.log()
+        handed = hand(self._recipe_now(), batch._replace(entropy=usable), ratio, self.native)
+        self._seen = (batch._replace(logp=logp, entropy=entropy, logp_rows=rows), handed)
+        sums = sums_of(self, batch, handed.facts or native_facts(self, ratio, wide(batch.adv, ratio)), self.native)
+        self._window = sums if self._window is None else self._window + sums
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self.samples.keep(inputs, batch, entropy.detach())
+        if self.native and self.recipe.plain:
+            return
+        inputs["advantages"] = handed.given
+        if handed.logp_old is not None:
+            inputs["old_per_token_logps"] = handed.logp_old
         if self.explainer.due() and self.control_state is not None:
             # The derivative by the knob goes through the advantages.
             inputs["advantages"] = inputs["advantages"].detach().requires_grad_()
 
-    def _ratio(self, batch: TokenBatch) -> torch.Tensor:
-        """The importance ratio as the loss uses it, ``[b t]``, 1 outside the mask."""
-        if batch.logp_old is None:
-            return torch.ones_like(batch.logp)
-        log_ratio = torch.where(batch.mask.bool(), batch.logp - batch.logp_old, 0.0)
-        if self.recipe.objective == "sequence_clipped":
-            log_ratio = log_ratio.sum(-1, keepdim=True) / batch.mask.sum(-1, keepdim=True).clamp(min=1.0)
-            log_ratio = log_ratio.expand_as(batch.logp)
-        return log_ratio.exp()
-
-    def _clips(self, ratio: torch.Tensor, adv: torch.Tensor) -> tuple[TokenFacts, torch.Tensor]:
-        """Which tokens the clip takes hold of, and which ratios lie outside it whatever the sign of A, ``[b t]``."""
-        ceiling = self.epsilon_high if self.loss_type == "cispo" else 1 + self.epsilon_high
-        floor = -1.0 if self.loss_type == "cispo" else 1 - self.epsilon_low
-        low, high = ratio < floor, ratio > ceiling
-        return TokenFacts(ratio, low & (adv < 0), high & (adv > 0)), low | high
-
-    def _count(
-        self, batch: TokenBatch, entropy: torch.Tensor, ratio: torch.Tensor, old_entropies: torch.Tensor | None
-    ) -> None:
-        """Add this micro-batch's sums, in the order of ``_SUMS``, without a synchronisation."""
-        logp = batch.logp
-        adv = batch.adv if batch.adv.dim() == 2 else batch.adv.unsqueeze(1)
-        adv = adv.expand_as(logp)
-        facts, outside = self._clips(ratio, adv)
-        ones = torch.ones_like(logp)
-        table = torch.stack(
-            [entropy, ones, facts.clipped_low, facts.clipped_high, adv, logp, adv * logp, ratio, outside]
-        )
-        wide = torch.float32 if logp.device.type == "mps" else torch.float64
-        sums = torch.where(batch.mask.bool(), table, 0.0).sum((1, 2), dtype=wide)
-        left = sums.new_zeros(2)
-        if old_entropies is not None and self.recipe.objective == "clipped":
-            left = torch.stack(
-                bound_violations(entropy, old_entropies, batch.mask, self.epsilon_low, self.epsilon_high)
-            )
-        more = sums.new_zeros(2)
-        if self._stop_requested:
-            more[1:].fill_(1.0)
-        sums = torch.cat([sums, left.to(wide), more])
-        self._window = sums if self._window is None else self._window + sums
+    def _recipe_now(self) -> Recipe:
+        """The recipe with its knob as it stands."""
+        return with_knob(self.recipe, self.control_state.value if self.control_state else None)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         if not self.model.training:
             return super()._compute_loss(model, inputs)
         self._set_bounds()
         # A shallow copy: the dict is a slice of the generation buffer and comes back in the next iteration.
-        self._live, self._terms = dict(inputs), None
+        self._live, self._seen = dict(inputs), None
         try:
             loss = super()._compute_loss(model, self._live)
-            loss, bonus = self._penalised(loss, inputs)
-            if self.explainer.due() and self._seen is not None:
-                head, batch, ratio = self._seen
-                adv = self._live["advantages"].detach()
-                facts, _ = self._clips(ratio, adv if adv.dim() == 2 else adv.unsqueeze(1).expand_as(ratio))
-                self.explainer.add(loss, head, self._live, batch, facts, bonus)
+            if self._seen is not None:
+                batch, handed = self._seen
+                loss, term = add_terms(self, self._recipe_now(), loss, batch, inputs)
+                if self.explainer.due():
+                    self.explainer.add(loss, self._live, batch, handed, term)
         finally:
             # The entropies hold the graph: let it go with the loss.
-            self._live = self._terms = self._seen = None
+            self._live = self._seen = None
         if self._window is None:
             raise RuntimeError(
                 "the native loss never asked for log-probabilities; this trainer's loss cannot be wrapped"
             )
-        self._window[_SUMS.index("loss")] += loss.detach()
+        self._window[SUMS.index("loss")] += loss.detach()
         if self.accelerator.sync_gradients:
             self._close_window()
         return loss
@@ -325,30 +289,14 @@ class EntropyControlMixin(_Trainer):
     def _set_bounds(self) -> None:
         if self.control_state is None or self.recipe.knob not in ("clip_low", "clip_high"):
             return
-        bounds = clip_settings(with_knob(self.recipe, self.control_state.value))
+        bounds = clip_settings(self._recipe_now())
         self.epsilon_low, self.epsilon_high = bounds["epsilon"], bounds["epsilon_high"]
-
-    def _penalised(self, loss: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Subtract ``c·H`` under the loss's own normaliser; returns the normalised H beside the loss."""
-        recipe = with_knob(self.recipe, self.control_state.value if self.control_state else None)
-        if self._terms is None or not (recipe.entropy_coef or recipe.knob == "entropy_coef"):
-            return loss, None
-        entropy, mask = self._terms
-        windows = self.current_gradient_accumulation_steps
-        if recipe.reduction == "sequence":
-            bonus = ((entropy * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / windows
-        elif recipe.reduction == "constant":
-            bonus = (entropy * mask).sum() / (entropy.shape[0] * self.args.max_completion_length) / windows
-        else:
-            share = windows / self.args.steps_per_generation / self.accelerator.num_processes
-            bonus = (entropy * mask).sum() / (inputs["num_items_in_batch"].clamp(min=1.0) * share)
-        return (loss - recipe.entropy_coef * bonus if recipe.entropy_coef else loss), bonus
 
     # The optimizer step.
 
     def _close_window(self) -> None:
         totals: dict[str, float] = dict(
-            zip(_SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True)
+            zip(SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True)
         )
         self._window = None
         step = self.state.global_step + 1
@@ -391,29 +339,7 @@ class EntropyControlMixin(_Trainer):
     def _report(
         self, step: int, totals: dict[str, float], reading: EntropyReading, before: Any, explained: dict[str, Any]
     ) -> None:
-        n = max(totals["tokens"], 1.0)
-        row: dict[str, Any] = {
-            "entropy/mean": reading.mean,
-            "entropy/tokens": reading.count,
-            "entropy/refused": self._refused,
-            "clip/low_frac": totals["low"] / n,
-            "clip/high_frac": totals["high"] / n,
-            "ratio/mean": totals["ratio"] / n,
-            "ratio/outside_frac": totals["outside"] / n,
-            "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
-            "adv/mean": totals["adv"] / n,
-        }
-        if self.thermostat is not None:
-            level = self.thermostat.level(self.control_state)
-            row |= {
-                "entropy/target": level,
-                "entropy/error": None if level is None else (reading.mean - level) / level,
-                "knob/value": before.value,
-                "knob/saturated": int(self._knob_range.saturated(before.value)),
-            }
-        if totals["compared"]:
-            row["theorem2/violated_frac"] = totals["violated"] / totals["compared"]
-        row |= explained
+        row = row_of(self, totals, reading, before, explained)
         for name, value in row.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._metrics["train"][name].append(value)

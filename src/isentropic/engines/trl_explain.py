@@ -14,12 +14,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..dynamics import attribute, change_of, clip_gain, effective_weights, entropy_pull, token_totals
+from ..dynamics import (
+    Weights,
+    attribute,
+    change_of,
+    clip_gain,
+    effective_weights,
+    rows_change,
+    token_totals,
+)
 from ..entropy import logits_stats
-from ..recipes import Recipe, knob_range, shape, with_knob
+from ..recipes import Recipe, knob_range, with_knob
+from ..terms import wide
 from ..types import TokenBatch, TokenFacts, TokenStats
 from .trl_head import last_stats
+from .trl_rows import native_facts, native_ratio
 from .trl_settings import clip_settings
+from .trl_surrogate import Handed, Term, given_at
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,7 +79,7 @@ def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
         raise ValueError("controller predictive needs explained steps, got explain_every=0; leave it out, or choose pi")
 
 
-def _plain_logits(config: Any) -> bool:
+def plain_logits(config: Any) -> bool:
     """Whether the model leaves its logits unscaled."""
     names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     return all(getattr(config, name, None) is None for name in names)
@@ -79,21 +90,25 @@ def _whole(x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyrefly: ignore
 
 
+def logits_of(hidden: torch.Tensor, head: Any, config: Any) -> torch.Tensor:
+    """``[... v]`` logits in fp32 from ``[... d]`` hidden states, by a plain product with the head."""
+    logits = hidden.float() @ _whole(head.weight).float().T
+    logits = logits if head.bias is None else logits + _whole(head.bias).float()
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return logits if softcap is None else softcap * (logits / softcap).tanh()
+
+
 @torch.no_grad()
-def _plain_stats(
-    hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, softcap: float | None
-) -> torch.Tensor:
+def _plain_stats(hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, config: Any) -> torch.Tensor:
     """``[5 n]`` statistics from ``[n d]`` hidden states by plain fp32 logits, a chunk of rows at a time.
 
     Not by the fused head: what is compared with it must not be it.
     """
-    weight = _whole(head.weight).float()
-    bias = None if head.bias is None else _whole(head.bias).float()
     parts = [hidden.new_zeros(5, 0, dtype=torch.float32)]
+    size = max(1, _CHUNK // len(_whole(head.weight)))
     with torch.autocast(hidden.device.type, enabled=False):
-        for rows, chosen in zip(*(x.split(max(1, _CHUNK // len(weight))) for x in (hidden, ids)), strict=True):
-            logits = rows.float() @ weight.T if bias is None else torch.addmm(bias, rows.float(), weight.T)
-            logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+        for rows, chosen in zip(*(x.split(size) for x in (hidden, ids)), strict=True):
+            logits = logits_of(rows, head, config)
             stats = logits_stats(logits, chosen, temperature, chunk=max(1, len(logits)))
             parts.append(torch.stack([x for x in stats if x is not None]))
     return torch.cat(parts, dim=1)
@@ -152,37 +167,33 @@ class Explainer:
         trainer, ids = self.trainer, inputs["completion_ids"]
         found = head_of(trainer.accelerator.unwrap_model(trainer.model))
         config = trainer.model.config.get_text_config()
-        if hidden is None or found is None or hidden.shape[0] != len(ids) or not _plain_logits(config):
+        if hidden is None or found is None or hidden.shape[0] != len(ids) or not plain_logits(config):
             self._warn("no hidden state to read moments from: the predicted change is read without them")
             return None
-        softcap = getattr(config, "final_logit_softcapping", None)
         picked = hidden[:, -ids.shape[1] - 1 : -1][inside]
-        flat = _plain_stats(picked, found[1], ids[inside], float(trainer.temperature), softcap)
+        flat = _plain_stats(picked, found[1], ids[inside], float(trainer.temperature), config)
         table = flat.new_zeros(5, *ids.shape)
         table[:, inside] = flat
         return TokenStats(*table)
 
-    def add(
-        self,
-        loss: torch.Tensor,
-        head: tuple[torch.Tensor, torch.Tensor],
-        inputs: dict[str, Any],
-        batch: TokenBatch,
-        facts: TokenFacts,
-        bonus: torch.Tensor | None,
-    ) -> None:
-        """Add one micro-batch; ``inputs`` holds the advantages that the loss was computed from."""
-        logp, entropy = head
+    def add(self, loss: torch.Tensor, inputs: dict[str, Any], batch: TokenBatch, handed: Handed, term: Term) -> None:
+        """Add one micro-batch: the loss, what it was computed from, and what it was handed and given beside it."""
+        logp, entropy = batch.logp, batch.entropy
+        assert entropy is not None
         inside = batch.mask.bool()
         second = self._second(inputs, inside) if self._compares() else None
         read = TokenStats(logp.detach().float(), entropy.detach().float())
         rows = self._from_head(logp.shape[1]) or second or read
         weights = effective_weights(loss, logp, entropy, differentiable=True)
-        adv = inputs["advantages"].detach()
-        adv = (adv if adv.dim() == 2 else adv.unsqueeze(1)).expand_as(logp)
-        sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts).items()}
+        adv = wide(handed.adv.detach(), logp)
+        still = batch._replace(logp=logp.detach(), entropy=entropy.detach())
+        facts = handed.facts or native_facts(self.trainer, native_ratio(self.trainer, still), adv)
+        more = _through_rows(loss, term.rows, -1.0)
+        sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts, more).items()}
         predicted = torch.where(inside, change_of(weights, rows), 0.0)
-        gain = self._gain(predicted.sum(), weights, rows, adv, facts, inputs, batch, entropy, bonus)
+        clip = (weights, rows, adv, facts)
+        gain = self._gain(predicted.sum(), clip, inputs, batch, handed, term)
+        predicted = predicted if more is None else predicted + torch.where(inside, more, 0.0)
         exact = second or read
         error = torch.where(inside, read.logp - exact.logp, 0.0)
         slope = None if batch.logp_old is None else _slope(predicted.sum(), logp)
@@ -209,34 +220,38 @@ class Explainer:
     def _gain(
         self,
         total: torch.Tensor,
-        weights: Any,
-        rows: TokenStats,
-        adv: torch.Tensor,
-        facts: TokenFacts,
+        clip: tuple[Any, TokenStats, torch.Tensor, TokenFacts],
         inputs: dict[str, Any],
         batch: TokenBatch,
-        entropy: torch.Tensor,
-        bonus: torch.Tensor | None,
+        handed: Handed,
+        term: Term,
     ) -> torch.Tensor:
         """The derivative of the predicted change by the knob under control, per unit step size."""
         trainer, zero = self.trainer, total.new_zeros(())
         recipe, state = trainer.recipe, trainer.control_state
         if state is None:
             return zero
-        if recipe.knob == "entropy_coef" and bonus is not None:
-            per_row = torch.autograd.grad(bonus, entropy, retain_graph=True)[0]
-            return (per_row * torch.where(batch.mask.bool(), entropy_pull(rows), 0.0)).sum()
-        if recipe.knob in ("clip_low", "clip_high"):
-            return self._clip_gain(recipe, state.value, weights, rows, adv, facts, batch)
+        inside, clips = batch.mask.bool(), recipe.knob in ("clip_low", "clip_high")
+        if term.unit is not None:
+            return torch.where(inside, _unit_change(term, batch, clip[1]), 0.0).sum()
+        if clips and trainer.native:
+            return self._clip_gain(recipe, state.value, clip, batch)
         slope = _slope(total, inputs["advantages"])
         if slope is None:
             return zero
-        step = 1e-3 * (knob_range(recipe).high - knob_range(recipe).low)
-        up, down = (shape(with_knob(recipe, state.value + x), batch) for x in (step, -step))
-        return (torch.where(batch.mask.bool(), slope * (up - down), 0.0)).sum() / (2 * step)
+        # Freed tokens are counted over a window of half the width of the clip; elsewhere the weights are smooth.
+        span = knob_range(recipe)
+        step = state.value / 4 if clips else 1e-3 * (span.high - span.low)
+        still = batch._replace(logp=batch.logp.detach(), entropy=_detached(batch.entropy))
+        up, down = (given_at(with_knob(recipe, state.value + x), still, handed) for x in (step, -step))
+        return (torch.where(inside, slope * (up - down), 0.0)).sum() / (2 * step)
 
     def _clip_gain(
-        self, recipe: Recipe, value: float, weights: Any, rows: TokenStats, adv: Any, facts: TokenFacts, batch: Any
+        self,
+        recipe: Recipe,
+        value: float,
+        clip: tuple[Any, TokenStats, torch.Tensor, TokenFacts],
+        batch: TokenBatch,
     ) -> torch.Tensor:
         name = "epsilon_high" if recipe.knob == "clip_high" else "epsilon"
         settings = clip_settings(with_knob(recipe, value))
@@ -244,7 +259,7 @@ class Explainer:
         bound = bound if name == "epsilon_high" else 1 - settings[name]
         ahead = clip_settings(with_knob(recipe, value * 1.001))[name]
         per_knob = (ahead - settings[name]) / (value * 0.001)
-        return per_knob * clip_gain(weights, rows, adv, facts, batch.mask, bound, width=value / 2)
+        return per_knob * clip_gain(*clip, batch.mask, bound, width=value / 2)
 
     def close(self, rate: float) -> dict[str, Any]:
         """The window as fields of a row: sums over ranks, times the learning rate; empty if nothing was explained."""
@@ -268,11 +283,11 @@ class Explainer:
         return row
 
     def _knob_part(self, row: dict[str, Any]) -> float | None:
-        """What the knob adds to the change: exact for a knob the loss is linear in, unknown for a clip."""
+        """What the knob adds against its rest: exact where the loss is linear in it, unknown for a clip."""
         trainer = self.trainer
         if trainer.control_state is None or trainer.recipe.knob in ("clip_low", "clip_high"):
             return None
-        return row["predict/gain"] * trainer.control_state.value
+        return row["predict/gain"] * (trainer.control_state.value - (knob_range(trainer.recipe).rest or 0.0))
 
     def _top(self, scale: float) -> list[list[Any]]:
         """Text, predicted change and count of this process's tokens that moved entropy most, summed by token."""
@@ -288,3 +303,28 @@ def _slope(total: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:
     if not (source.requires_grad and total.requires_grad):
         return None
     return torch.autograd.grad(total, source, retain_graph=True, allow_unused=True)[0]
+
+
+def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
+    return None if x is None else x.detach()
+
+
+def _through_rows(value: torch.Tensor, rows: torch.Tensor | None, sign: float) -> torch.Tensor | None:
+    """The change of each row by what acts through whole rows; ``sign`` is −1 for what is minimised."""
+    if rows is None or not (rows.requires_grad and value.requires_grad):
+        return None
+    slope = torch.autograd.grad(value, rows, retain_graph=True, allow_unused=True)[0]
+    return None if slope is None else rows_change(sign * slope, rows.detach())
+
+
+def _unit_change(term: Term, batch: TokenBatch, rows: TokenStats) -> torch.Tensor:
+    """The change of each row by a unit of a term that is maximised, ``[b t]``."""
+    assert term.unit is not None
+    assert batch.entropy is not None
+    sources = (batch.logp, batch.entropy)
+    slopes = torch.autograd.grad(term.unit, sources, retain_graph=True, allow_unused=True)
+    change = change_of(
+        Weights(*(torch.zeros_like(x) if s is None else s for x, s in zip(sources, slopes, strict=True))), rows
+    )
+    more = _through_rows(term.unit, term.rows, 1.0)
+    return change if more is None else change + more

@@ -20,7 +20,7 @@ _NATIVE = {
     "dr_grpo": ("clipped", "constant"),
     "luspo": ("clipped", "sequence"),
     "cispo": ("cispo", "token"),
-    "sapo": ("importance", "sequence"),
+    "sapo": ("sapo", "sequence"),
     "vespo": ("importance", "token"),
 }
 
@@ -31,24 +31,37 @@ def clip_settings(recipe: Recipe) -> dict[str, float]:
     return {"epsilon": low, "epsilon_high": recipe.clip_high + (recipe.objective == "cispo")}
 
 
+def native_objective(recipe: Recipe) -> bool:
+    """Whether TRL has the recipe's objective, bounds and reduction in one of its own losses.
+
+    Example:
+        >>> from isentropic.recipes import RECIPES
+        >>> native_objective(RECIPES["dapo"]), native_objective(RECIPES["dcpo"])
+        (True, False)
+    """
+    if recipe.objective == "cispo":
+        return recipe.bounds in ("additive", "reciprocal") and recipe.reduction == "token"
+    clips = recipe.objective in ("clipped", "sequence_clipped") and recipe.bounds in ("additive", "reciprocal")
+    return clips or recipe.objective == "reinforce"
+
+
+def is_native(args: Any, recipe: Recipe) -> bool:
+    """Whether a trainer's loss is TRL's own: always, where the config names no recipe."""
+    return getattr(args, "recipe", None) is None or native_objective(recipe)
+
+
 def settings(recipe: Recipe) -> dict[str, Any]:
     """The GRPOConfig fields that a recipe decides.
-
-    Raises:
-        ValueError: an objective that TRL does not have.
 
     Example:
         >>> from isentropic.recipes import RECIPES
         >>> settings(RECIPES["gspo"])["importance_sampling_level"]
         'sequence'
     """
-    if recipe.objective == "importance":
-        raise ValueError("TRL has no unclipped importance-weighted loss; use objective clipped with a wide clip_high")
-    if recipe.objective == "cispo" and recipe.reduction != "token":
-        raise ValueError(f"TRL's CISPO is a token mean, got reduction {recipe.reduction}; use reduction token")
-    by_sequence = recipe.objective == "sequence_clipped" and recipe.shaping == "none"
+    native = native_objective(recipe)
+    by_sequence = native and recipe.objective == "sequence_clipped" and recipe.plain
     return {
-        "loss_type": "cispo" if recipe.objective == "cispo" else _LOSS_TYPES[recipe.reduction],
+        "loss_type": "cispo" if native and recipe.objective == "cispo" else _LOSS_TYPES[recipe.reduction],
         "scale_rewards": "group" if recipe.baseline == "mean_std" else "none",
         "importance_sampling_level": "sequence" if by_sequence else "token",
         **clip_settings(recipe),
@@ -69,6 +82,7 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
     name = getattr(args, "recipe", None)
     if name is not None:
         recipe = compose(name, **changes, **options)
+        _check_general(args, recipe)
         return recipe, settings(recipe)
     fixed = {"baseline", "objective", "reduction", "bounds", "on_policy"} & set(options)
     if fixed:
@@ -76,6 +90,18 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
             f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one"
         )
     return compose(_as_recipe(args), **changes, **options), {}
+
+
+def _check_general(args: Any, recipe: Recipe) -> None:
+    """On the general road TRL's loss sees a ratio of 1: what TRL makes of the ratio beside it would be lost."""
+    if native_objective(recipe):
+        return
+    lost = {"delta": args.delta is not None, "use_bias_correction_kl": bool(args.beta and args.use_bias_correction_kl)}
+    for name in (name for name, on in lost.items() if on):
+        raise ValueError(
+            f"{name} has no effect on objective {recipe.objective} with bounds {recipe.bounds}, which TRL's loss does "
+            f"not have; switch {name} off"
+        )
 
 
 def _as_recipe(args: Any) -> Recipe:

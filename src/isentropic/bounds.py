@@ -1,0 +1,175 @@
+"""Bounds of the importance ratio: clip widths and facts of the tokens in, the lowest and the highest ratio out.
+
+Every rule has one signature, ``(clip_low, clip_high, facts, **constants) -> (lower, upper)``; a width of 0 puts a bound
+at 1. Two rules are numbers, the others differ from token to token or are read off the whole call.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+Width = float | int | Tensor
+Bound = float | int | Tensor
+
+
+class RatioFacts(NamedTuple):
+    """What a bound may depend on, all ``[b t]`` and without gradient, with zeros outside the mask.
+
+    Attributes:
+        ratio: ``π/π_old``.
+        prob_old: ``π_old`` of the sampled token.
+        adv: advantages.
+        mask: true where the token counts.
+    """
+
+    ratio: Tensor
+    prob_old: Tensor
+    adv: Tensor
+    mask: Tensor
+
+
+def additive(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Bound, Bound]:
+    """``[1 − clip_low, 1 + clip_high]``: PPO (arXiv:1707.06347), DAPO (arXiv:2503.14476)."""
+    return 1 - clip_low, 1 + clip_high
+
+
+def reciprocal(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Bound, Bound]:
+    """``[1/(1 + clip_low), 1 + clip_high]``: with equal widths, even in the logarithm of the ratio."""
+    return 1 / (1 + clip_low), 1 + clip_high
+
+
+def linear(clip_low: Width, clip_high: Width, facts: RatioFacts, *, slope: float = -0.2) -> tuple[Bound, Bound]:
+    """``[1 − clip_low, 1 + max(slope·p_old + clip_high, 0)]``: a likely token has less room above than a rare one.
+
+    Dynamic clip thresholds (arXiv:2602.09782): ``ε_high(p) = α·p + β`` with α < 0; here β is clip_high. α is unknown
+    (?), and p is taken under the old policy, so that the bound stands still while the token moves [ours].
+
+    >>> facts = RatioFacts(torch.ones(1, 2), torch.tensor([[0.1, 0.9]]), torch.ones(1, 2), torch.ones(1, 2).bool())
+    >>> linear(0.2, 0.28, facts)
+    (0.8, tensor([[1.2600, 1.1000]]))
+    """
+    return 1 - clip_low, 1 + (slope * facts.prob_old + clip_high).clamp(min=0.0)
+
+
+def dcpo(clip_low: Width, clip_high: Width, facts: RatioFacts, *, ratio_cap: float = 10.0) -> tuple[Bound, Bound]:
+    """``½ + ½√max(1 − 4·clip_low/q, 0) ≤ r ≤ min(½ + ½√(1 + 4·clip_high/q), ratio_cap)``, q the old probability.
+
+    The same as ``−clip_low ≤ (r − 1)·p_new ≤ clip_high`` where the root is real: what is bounded is not the ratio but
+    the weighted change of the probability, which gives rare tokens room.
+
+    DCPO (arXiv:2509.02333).
+
+    >>> q = torch.tensor([[1.0, 0.01]])
+    >>> dcpo(0.16, 0.2, RatioFacts(torch.ones(1, 2), q, torch.ones(1, 2), torch.ones(1, 2).bool()))  # ½+½·√0.36, …√1.8
+    (tensor([[0.8000, 0.5000]]), tensor([[1.1708, 5.0000]]))
+    """
+    q = facts.prob_old.clamp(min=torch.finfo(facts.prob_old.dtype).tiny)
+    lower = 0.5 + 0.5 * (1 - 4 * clip_low / q).clamp(min=0.0).sqrt()
+    return lower, (0.5 + 0.5 * (1 + 4 * clip_high / q).sqrt()).clamp(max=ratio_cap)
+
+
+def balanced(
+    clip_low: Width,
+    clip_high: Width,
+    facts: RatioFacts,
+    *,
+    positive_share: float = 0.5,
+    lower_to: float = 0.9,
+    upper_to: float = 3.0,
+    lower_step: float = 0.02,
+    upper_step: float = 0.05,
+) -> tuple[Bound, Bound]:
+    """Widen the upper bound, then tighten the lower one, until positive advantages carry their share of the loss.
+
+    From ``[1 − clip_low, 1 + clip_high]`` the upper bound rises by ``upper_step`` to ``upper_to``, then the lower one
+    by ``lower_step`` to ``lower_to``; the first pair is taken at which
+    ``Σ_{A>0} min(r, upper)·A ≥ positive_share·(Σ_{A>0} min(r, upper)·A + Σ_{A<0} max(r, lower)·|A|)``,
+    or else the last one.
+
+    Sums run over the masked tokens of the call: a micro-batch finds its own pair. Nothing synchronises.
+
+    Returns:
+        Two 0-d tensors.
+
+    Raises:
+        ValueError: widths that differ by token; a step that is not positive.
+
+    BAPO (arXiv:2510.18927); steps are those of our path (?), and the released code moves the lower bound first.
+
+    >>> one = torch.ones(1, 2)
+    >>> facts = RatioFacts(torch.tensor([[2.0, 1.0]]), one, torch.tensor([[1.0, -1.5]]), one.bool())
+    >>> balanced(0.4, 0.2, facts)  # min(2, 1.5)·1 = max(1, 0.6)·1.5
+    (tensor(0.6000), tensor(1.5000))
+    """
+    if isinstance(clip_low, Tensor) or isinstance(clip_high, Tensor):
+        raise ValueError("balanced bounds are one pair for a call, got widths by token; give numbers")
+    adv = torch.where(facts.mask, facts.adv, 0.0)
+    up, down = adv.clamp(min=0.0), (-adv).clamp(min=0.0)
+    device = facts.ratio.device
+    lowers, uppers = (torch.as_tensor(x, device=device, dtype=facts.ratio.dtype) for x in (1 - clip_low, 1 + clip_high))
+    # The points of the two legs, as offsets; the last point of each is its end.
+    climbs = [i * upper_step for i in range(_points(upper_to - 1 - clip_high, upper_step))]
+    closes = [i * lower_step for i in range(_points(clip_low - 1 + lower_to, lower_step))]
+    uppers = torch.stack([(uppers + x).clamp(max=max(upper_to, 1 + clip_high)) for x in climbs])
+    lowers = torch.stack([(lowers + x).clamp(max=max(lower_to, 1 - clip_low)) for x in closes])
+    gains = torch.stack([(facts.ratio.clamp(max=u) * up).sum() for u in uppers])
+    losses = torch.stack([(facts.ratio.clamp(min=x) * down).sum() for x in lowers])
+    # The path: every upper bound with the first lower one, then the last upper bound with every lower one.
+    n, m = len(uppers), len(lowers)
+    path_upper = torch.cat([uppers, uppers[-1:].expand(m - 1)])
+    path_lower = torch.cat([lowers[:1].expand(n), lowers[1:]])
+    positive = torch.cat([gains, gains[-1:].expand(m - 1)])
+    negative = torch.cat([losses[:1].expand(n), losses[1:]])
+    reached = positive >= positive_share * (positive + negative) * (1 - 1e-6)
+    reached = torch.cat([reached[:-1], torch.ones_like(reached[-1:])])
+    first = reached.int().argmax()
+    return path_lower.gather(0, first[None])[0], path_upper.gather(0, first[None])[0]
+
+
+def _points(length: float, step: float) -> int:
+    """How many points lie on a leg of that length, both ends in."""
+    if not step > 0:
+        raise ValueError(f"balanced bounds move in steps > 0, got {step}")
+    return 1 + max(0, math.ceil(length / step - 1e-9))
+
+
+BOUNDS: dict[str, Callable[..., tuple[Bound, Bound]]] = {
+    "additive": additive,
+    "reciprocal": reciprocal,
+    "linear": linear,
+    "dcpo": dcpo,
+    "balanced": balanced,
+}
+
+
+def bounds_of(
+    rule: str,
+    clip_low: Width,
+    clip_high: Width,
+    facts: RatioFacts,
+    mask: Bool[Tensor, "b t"],
+    **constants: float,
+) -> tuple[Bound | Float[Tensor, ""] | Float[Tensor, "b t"], Bound | Float[Tensor, ""] | Float[Tensor, "b t"]]:
+    """The lowest and the highest ratio by the rule of that name.
+
+    Args:
+        rule: one of BOUNDS.
+        clip_low, clip_high: widths, numbers or [b t]; what a tensor holds outside the mask counts as 0.
+        facts: of the tokens, [b t] each.
+        mask: [b t] true where the token counts.
+        **constants: of the rule.
+
+    Raises:
+        ValueError: a width that is a negative number; an unknown rule.
+    """
+    for name, width in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if not isinstance(width, Tensor) and not width >= 0:
+            raise ValueError(f"{name} must be >= 0, got {width}; it is a width, the bound is on the other side of 1")
+    if rule not in BOUNDS:
+        raise ValueError(f"bounds must be one of {', '.join(BOUNDS)}, got {rule!r}; choose one")
+    low, high = (torch.where(mask, w, 0.0) if isinstance(w, Tensor) else w for w in (clip_low, clip_high))
+    return BOUNDS[rule](low, high, facts, **constants)

@@ -1,0 +1,89 @@
+"""The sums that a micro-batch adds to the reading of its optimizer step, and the row of metrics.jsonl they become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ..dynamics import bound_violations
+from ..terms import wide
+from ..types import EntropyReading, TokenBatch, TokenFacts
+
+# TRL's names for what a row carries from the latest generated batch.
+FROM_TRL = {
+    "reward": "reward/mean",
+    "reward_std": "reward/std",
+    "frac_reward_zero_std": "reward/zero_std_frac",
+    "completions/mean_length": "length/mean",
+    "completions/clipped_ratio": "length/truncated_frac",
+}
+SUMS = tuple("entropy tokens low high adv logp adv_logp ratio outside violated compared loss stop".split())
+
+
+def native_ratio(trainer: Any, batch: TokenBatch) -> torch.Tensor:
+    """The importance ratio as the native loss uses it, ``[b t]``, 1 outside the mask."""
+    if batch.logp_old is None:
+        return torch.ones_like(batch.logp)
+    log_ratio = torch.where(batch.mask.bool(), batch.logp - batch.logp_old, 0.0)
+    if trainer.recipe.objective == "sequence_clipped":
+        log_ratio = log_ratio.sum(-1, keepdim=True) / batch.mask.sum(-1, keepdim=True).clamp(min=1.0)
+        log_ratio = log_ratio.expand_as(batch.logp)
+    return log_ratio.exp()
+
+
+def native_facts(trainer: Any, ratio: torch.Tensor, adv: torch.Tensor) -> TokenFacts:
+    """Which tokens the native clip takes hold of, and which ratios lie outside it whatever the sign of A, ``[b t]``."""
+    ceiling = trainer.epsilon_high if trainer.loss_type == "cispo" else 1 + trainer.epsilon_high
+    floor = -1.0 if trainer.loss_type == "cispo" else 1 - trainer.epsilon_low
+    low, high = ratio < floor, ratio > ceiling
+    return TokenFacts(ratio, low & (adv < 0), high & (adv > 0), low | high)
+
+
+def sums_of(trainer: Any, batch: TokenBatch, facts: TokenFacts, native: bool) -> torch.Tensor:
+    """What this micro-batch adds, in the order of ``SUMS``, without a synchronisation."""
+    logp, entropy = batch.logp, batch.entropy
+    assert entropy is not None
+    adv = wide(batch.adv, logp)
+    outside = facts.clipped_low | facts.clipped_high if facts.outside is None else facts.outside
+    ratio, ones = facts.ratio.expand_as(logp), torch.ones_like(logp)
+    table = torch.stack([entropy, ones, facts.clipped_low, facts.clipped_high, adv, logp, adv * logp, ratio, outside])
+    wide_dtype = torch.float32 if logp.device.type == "mps" else torch.float64
+    sums = torch.where(batch.mask.bool(), table, 0.0).sum((1, 2), dtype=wide_dtype)
+    left = sums.new_zeros(2)
+    if batch.entropy_old is not None and native and trainer.recipe.objective == "clipped":
+        low, high = trainer.epsilon_low, trainer.epsilon_high
+        left = torch.stack(bound_violations(entropy, batch.entropy_old, batch.mask, low, high))
+    more = sums.new_zeros(2)
+    if trainer._stop_requested:
+        more[1:].fill_(1.0)
+    return torch.cat([sums, left.to(wide_dtype), more])
+
+
+def row_of(
+    trainer: Any, totals: dict[str, float], reading: EntropyReading, before: Any, explained: dict[str, Any]
+) -> dict[str, Any]:
+    """The row of an optimizer step, as far as sums and the controller make it."""
+    n = max(totals["tokens"], 1.0)
+    row: dict[str, Any] = {
+        "entropy/mean": reading.mean,
+        "entropy/tokens": reading.count,
+        "entropy/refused": trainer._refused,
+        "clip/low_frac": totals["low"] / n,
+        "clip/high_frac": totals["high"] / n,
+        "ratio/mean": totals["ratio"] / n,
+        "ratio/outside_frac": totals["outside"] / n,
+        "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
+        "adv/mean": totals["adv"] / n,
+    }
+    if trainer.thermostat is not None:
+        level = trainer.thermostat.level(trainer.control_state)
+        row |= {
+            "entropy/target": level,
+            "entropy/error": None if level is None else (reading.mean - level) / level,
+            "knob/value": before.value,
+            "knob/saturated": int(trainer._knob_range.saturated(before.value)),
+        }
+    if totals["compared"]:
+        row["theorem2/violated_frac"] = totals["violated"] / totals["compared"]
+    return row | explained
