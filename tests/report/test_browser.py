@@ -2,6 +2,7 @@
 
 import os
 import threading
+from itertools import pairwise
 
 import pytest
 from report.browser import Page, chromium
@@ -61,6 +62,8 @@ def test_every_panel_has_marks_without_an_error_or_a_request(browser, one, two, 
         assert box["width"] > 300
         assert box["x"] + box["width"] <= width
     assert page.evaluate("document.documentElement.scrollWidth") == width
+    cells = [cell.bounding_box() for cell in page.query_selector_all("#samples tbody tr:first-child td.number")[:3]]
+    assert all(a["x"] + a["width"] <= b["x"] for a, b in pairwise(cells))
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 21, 24)"
     assert dark == (scheme == "dark")
     ink = page.evaluate("getComputedStyle(document.querySelector('.xtick text')).fill")

@@ -82,7 +82,8 @@ def pass_at(runs: Sequence[Run]) -> Panel | None:
         if traces:
             ks = sorted({x for trace in traces for x in trace["x"]})
             log = {"type": "log", "tickvals": ks, "ticktext": [str(k) for k in ks], "title": {"text": "k, tries"}}
-            look = layout(xaxis=log, yaxis={"range": [0, 1.03]}, showlegend=len(traces) <= 9)
+            # Of several runs a legend would leave a phone no figure: the page's head and the note tell them apart.
+            look = layout(xaxis=log, yaxis={"range": [0, 1.03]}, showlegend=len(traces) <= len(_STAGES))
             figures.append(Figure(f"pass@k, held-out prompts of {task}", traces, look, wide=True))
     if not figures:
         return None

@@ -122,7 +122,7 @@ def phase(runs: Sequence[Run]) -> Panel | None:
             notes.append({"x": path["x"][-1], "y": path["y"][-1], "text": plain(text), "ax": ax, "ay": ay})
     if not traces:
         return None
-    bar = {"thickness": 10, "len": 0.9, "title": {"text": "step"}, "outlinewidth": 0}
+    bar = {"thickness": 10, "len": 0.9, "title": {"text": "step", "side": "right"}, "outlinewidth": 0}
     look = layout(
         xaxis={"title": {"text": "entropy, nats a token"}, "range": _range(traces, "x")},
         yaxis={"title": {"text": "mean reward"}, "range": _range(traces, "y")},

@@ -170,7 +170,7 @@ def layout(**more: Any) -> dict[str, Any]:
         "exponentformat": "power",
     }
     base: dict[str, Any] = {
-        "margin": {"l": 44, "r": 10, "t": 8, "b": 36},
+        "margin": {"l": 44, "r": 18, "t": 8, "b": 36},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 12, "color": "@ink"},
