@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from . import __version__
-from .config import FLAGLESS, ConfigError, RunConfig, as_dict, load, recipe_of, suggest
+from .config import FLAGLESS, ConfigError, RunConfig, as_dict, load, recipe_of, suggest, total_steps
 from .record import Record
 
 _PROG = "isentropic"
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--step", type=int, help="checkpoint after this optimizer step [the last]")
     evaluation.add_argument("--k", type=int, help="samples a prompt [as the run]")
     evaluation.add_argument("--task", help="another task than the run's")
+    _add_compare(commands)
     why = commands.add_parser("explain", help="what moved the entropy of a run", allow_abbrev=False)
     why.add_argument("run", metavar="RUN", help="run directory, which may be going on")
     why.add_argument("--steps", metavar="A:B", help="optimizer steps, both ends included [all]")
@@ -72,6 +73,28 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--serve", action="store_true", help="the report on this machine, refreshed as the run goes on")
     watch.add_argument("--port", type=int, help="of --serve [a free one]")
     return parser
+
+
+def _add_compare(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compare",
+        help="run recipes x tasks x seeds, or put runs side by side",
+        description="Run what a grid lacks, then print who wins and how sure that is. Finished cells never run again.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("paths", nargs="*", metavar="GRID.toml | RUN", help="a grid, or directories of ended runs")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="recipes, or a choice among the grid's cells")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks [the grid's, or expr]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds [the grid's, or 0]")
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="settings of train for every run")
+    parser.add_argument("--baseline", help="a cell; the others' probability of improvement over it is printed")
+    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each [one a core]")
+    parser.add_argument("--out", help="where run directories go [runs/GRID]")
+    parser.add_argument("--results", help="a line a finished run [OUT/results.jsonl]")
+    parser.add_argument("--only-table", action="store_true", help="run nothing: tabulate what has ended")
+    parser.add_argument("--dry-run", action="store_true", help="check every cell, list them, stop")
+    parser.add_argument("--json", action="store_true", help="print the estimates as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
 
 
 def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = ()) -> None:
@@ -92,7 +115,11 @@ def _add_settings(parser: argparse.ArgumentParser, leave_out: tuple[str, ...] = 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns 0, 1 for a serious finding, 2 for a mistake in the settings, 130 for Ctrl-C."""
+    """Run one command.
+
+    Returns 0; 1 where a result is bad (a serious finding, a failed or a stopped run); 2 for a mistake in the settings;
+    130 for Ctrl-C.
+    """
     args = vars(_parser().parse_args(argv))
     command = args.pop("command")
     try:
@@ -128,7 +155,7 @@ def _train(args: dict[str, Any]) -> int:
         print(f"stopped; go on with: {_PROG} train --out {config.out} --resume", file=sys.stderr)
         return 130
     print(training.table(result, str(config.out)))
-    return 0
+    return 1 if result.get("stopped") else 0
 
 
 def _audit(args: dict[str, Any]) -> int:
@@ -175,7 +202,7 @@ def _with_out(config: RunConfig, resume: bool) -> RunConfig:
         if (Path(config.out) / "run.json").exists():
             raise ConfigError(f"--out: {config.out} already holds a run; go on with it by --resume, or name another")
         return config
-    stem = f"runs/{config.task.split(':')[-1]}-{config.recipe}-s{config.seed}"
+    stem = f"runs/{config.task.split(':')[-1]}-{Path(config.recipe).name.replace(':', '-')}-s{config.seed}"
     number = 1
     while (Path(stem if number == 1 else f"{stem}-{number}") / "run.json").exists():
         number += 1
@@ -189,9 +216,10 @@ def _dry_run(config: RunConfig) -> int:
         print(f"{key:{width}}  {value}")
     print(f"\n{config.recipe}: {recipe.formula}")
     print(f"knob {recipe.knob or 'none'}, controller {recipe.controller}, target {recipe.target}")
+    steps = total_steps(config)
     print(
-        f"{config.steps} optimizer steps of {config.prompts * config.generations // config.updates} completions; "
-        f"{-(-config.steps // config.updates) * config.prompts * config.generations} completions in all"
+        f"{steps} optimizer steps of {config.prompts * config.generations // config.updates} completions; "
+        f"{-(-steps // config.updates) * config.prompts * config.generations} completions in all"
     )
     return 0
 
@@ -242,6 +270,82 @@ def _eval(args: dict[str, Any]) -> int:
     for key in row:
         if key.startswith("pass@") or key in ("task", "step", "k", "distinct"):
             print(f"{key:10} {row[key]:.3f}" if isinstance(row[key], float) else f"{key:10} {row[key]}")
+    return 0
+
+
+def _compare(args: dict[str, Any]) -> int:
+    import json
+
+    from .compare import compare, line_of, name_cells, render, write
+    from .grid import load_grid, run
+
+    paths = args.pop("paths")
+    show = {name: args.pop(name) for name in ("json", "markdown")}
+    only_table, dry_run = args.pop("only_table"), args.pop("dry_run")
+    failed: list[str] = []
+    folder: Path | None = None
+    try:
+        if paths and not any(path.endswith(".toml") for path in paths):
+            idle = [k for k in ("recipes", "tasks", "seeds", "set", "jobs", "results") if args[k]]
+            if idle:
+                raise ConfigError(f"--{idle[0]} belongs to a grid, got run directories; leave one of them out")
+            lines = name_cells(line_of(Record(path)) for path in _runs_in(paths))
+            folder, baseline = (Path(args["out"]) if args["out"] else None), args["baseline"]
+        else:
+            if len(paths) > 1:
+                raise ConfigError(f"compare takes one grid, got {' '.join(paths)}; leave the others out")
+            grid = load_grid(paths[0] if paths else None, {**args, "settings": _pairs(args.pop("set"))})
+            if dry_run:
+                return _list_cells(grid)
+            if not only_table:
+                failed = run(grid, say=lambda text: print(text, file=sys.stderr, flush=True))
+            lines, folder, baseline = grid.lines(), grid.out, grid.baseline
+            if baseline not in {line["cell"] for line in lines}:
+                baseline = None
+        found = compare(lines, baseline)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if folder is not None:
+        write(found, lines, folder)
+    if show["json"]:
+        print(json.dumps(found._asdict(), default=lambda x: x._asdict(), indent=2, ensure_ascii=False))
+    else:
+        print(render(found, show["markdown"]))
+    return 1 if failed else 0
+
+
+def _pairs(texts: list[str]) -> dict[str, Any]:
+    """KEY=VALUE settings; a value is read as TOML where it can be, else as text."""
+    import tomllib
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set: got {text!r}, must be KEY=VALUE, for example steps=40")
+        try:
+            found[key.replace("-", "_")] = tomllib.loads(f"x = {value}")["x"]
+        except tomllib.TOMLDecodeError:
+            found[key.replace("-", "_")] = value
+    return found
+
+
+def _runs_in(paths: list[str]) -> list[Path]:
+    """Run directories as named, or those in a directory that is none."""
+    found: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(child.parent for child in path.glob("*/run.json"))
+        found += inside if inside and not (path / "run.json").exists() else [path]
+    return found
+
+
+def _list_cells(grid: Any) -> int:
+    missing = {id(cell) for cell in grid.missing()}
+    width = max(len(cell.name) for cell in grid.cells)
+    for cell in grid.cells:
+        state = "to run" if id(cell) in missing else "done"
+        print(f"{cell.name:{width}}  {cell.task}  seed {cell.seed}  {total_steps(cell.config)} steps  {state}")
+    print(f"{len(missing)} of {len(grid.cells)} runs to do, {grid.jobs} at a time; results in {grid.results}")
     return 0
 
 
@@ -296,7 +400,7 @@ def _watch(args: dict[str, Any]) -> int:
     return 0
 
 
-_SHOW = {"explain": _explain, "report": _report, "watch": _watch}
+_SHOW = {"compare": _compare, "explain": _explain, "report": _report, "watch": _watch}
 
 
 if __name__ == "__main__":

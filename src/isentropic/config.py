@@ -38,6 +38,13 @@ class RunConfig:
     every: int | None = _setting(None, "optimizer steps between controller updates [a generated batch]", low=1)
     shaping: str | None = _setting(None, "how the advantage is shaped: none, repo, repo_r, repo_r_raw, repo_d, ...")
     steps: int = _setting(800, "optimizer steps", low=1)
+    then: str | None = _setting(None, "a second task, trained on after the first in the same run")
+    then_steps: int | None = _setting(None, "optimizer steps on the second task [as on the first]", low=1)
+    stop_above: float | None = _setting(
+        None,
+        "stop with a checkpoint where entropy stays above so many times its target; 0 never [3 with a knob]",
+        low=0.0,
+    )
     seed: int = _setting(0, "seed of data, sampling and optimisation", low=0)
     out: str | None = _setting(None, "the run directory [runs/TASK-RECIPE-sSEED]")
     device: str = _setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
@@ -170,21 +177,47 @@ def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig
         raise ConfigError(
             f"{where}explain_every: got 0, and controller predictive needs explained steps; leave it out, or choose pi"
         )
+    if config.stop_above is not None and 0 < config.stop_above <= 1:
+        raise ConfigError(f"{where}stop_above: got {config.stop_above}, must be above 1, or 0 for never")
+    _check_then(config, where)
     _check_names(config, where)
     return config
 
 
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of the whole run, a second task included."""
+    return config.steps + ((config.then_steps or config.steps) if config.then else 0)
+
+
+def _check_then(config: RunConfig, where: str) -> None:
+    if config.then is None:
+        if config.then_steps is not None:
+            raise ConfigError(f"{where}then_steps: got {config.then_steps} without a second task; name one by then")
+        return
+    if config.then == config.task:
+        raise ConfigError(f"{where}then: got {config.then!r}, the first task; name another, or raise steps")
+    for name, steps in (("steps", config.steps), ("then_steps", config.then_steps or config.steps)):
+        if steps % config.updates:
+            raise ConfigError(
+                f"{where}{name}: got {steps}, must be a multiple of updates ({config.updates}) where tasks follow one "
+                "another: a generated batch is of one task"
+            )
+
+
 def _check_names(config: RunConfig, where: str) -> None:
     """The task is loaded, which is light; a model is judged by its name and its directory."""
-    if ":" not in config.task and config.task not in TASKS:
-        raise ConfigError(
-            f"{where}task: got {config.task!r}{suggest(config.task, list(TASKS))}; allowed: {', '.join(TASKS)}, "
-            "or package.module:attribute of your own"
-        )
-    try:
-        load_task(config.task)
-    except ValueError as error:
-        raise ConfigError(f"{where}{error}") from None
+    for key, task in (("task", config.task), ("then", config.then)):
+        if task is None:
+            continue
+        if ":" not in task and task not in TASKS:
+            raise ConfigError(
+                f"{where}{key}: got {task!r}{suggest(task, list(TASKS))}; allowed: {', '.join(TASKS)}, "
+                "or package.module:attribute of your own"
+            )
+        try:
+            load_task(task)
+        except ValueError as error:
+            raise ConfigError(f"{where}{error}") from None
     if config.model in MODELS:
         return
     looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).exists()

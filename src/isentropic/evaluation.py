@@ -1,7 +1,7 @@
 """Evaluation of sampled answers: unbiased pass@k, coverage, voting, intervals over prompts. Numpy only."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -175,3 +175,97 @@ def rms_relative_error(values: Numbers, targets: Numbers) -> float:
     if (targets == 0).any():
         raise ValueError("targets must not be 0, got a 0; a relative error needs a scale")
     return float(np.sqrt(np.mean(((values - targets) / targets) ** 2)))
+
+
+def interquartile_mean(values: Numbers) -> float:
+    """Average the middle half: a mean that one lucky or broken run does not move.
+
+    The ``⌊n/4⌋`` lowest and as many highest values are left out: of five, one at each end; of three, none.
+
+    Args:
+        values: [n] one number a run.
+
+    Returns:
+        The mean of the rest, in the unit of the values.
+
+    Raises:
+        ValueError: no value.
+
+    Agarwal et al. (arXiv:2108.13264).
+
+    >>> interquartile_mean([0.0, 1.0, 2.0, 3.0, 100.0])
+    2.0
+    """
+    ordered = np.sort(np.asarray(values, np.float64).ravel())
+    if ordered.size == 0:
+        raise ValueError("values must hold at least one number, got none; run more seeds")
+    cut = ordered.size // 4
+    return float(ordered[cut : ordered.size - cut].mean())
+
+
+def probability_of_improvement(runs: Sequence[Numbers], baseline: Sequence[Numbers]) -> float:
+    """The chance that a run of one method beats a run of another on the same task, averaged over tasks.
+
+    ``mean_task mean_{i,j} [x_i > y_j] + ½[x_i = y_j]``
+
+    Args:
+        runs: by task, [n] scores, larger better.
+        baseline: by task, in the same order, [m] scores of the other.
+
+    Returns:
+        A number in [0, 1]; ½ is no difference.
+
+    Raises:
+        ValueError: no task, another number of tasks, or a task without runs.
+
+    Agarwal et al. (arXiv:2108.13264), after Mann and Whitney.
+
+    >>> probability_of_improvement([[3.0, 1.0]], [[2.0, 1.0]])  # wins 2 of 4, ties 1
+    0.625
+    """
+    if not len(runs) or len(runs) != len(baseline):
+        raise ValueError(f"both need scores of the same tasks, got {len(runs)} and {len(baseline)} tasks")
+    chances = []
+    for ours, theirs in zip(runs, baseline, strict=True):
+        x, y = np.asarray(ours, np.float64)[:, None], np.asarray(theirs, np.float64)[None, :]
+        if x.size == 0 or y.size == 0:
+            raise ValueError("a task has no runs; leave it out")
+        chances.append(float(((x > y) + 0.5 * (x == y)).mean()))
+    return sum(chances) / len(chances)
+
+
+def stratified_interval(
+    statistic: Callable[..., float],
+    *groups: Sequence[Numbers],
+    confidence: float = 0.95,
+    num: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """Bound a statistic of runs by the percentile bootstrap, seeds drawn again within each task.
+
+    Args:
+        statistic: of one list a group, each by task, to a number.
+        *groups: by task, [n] scores; each is resampled on its own.
+        confidence: share of the resampled statistics inside, in (0, 1).
+        num: resamples.
+        seed: of the resampling.
+
+    Returns:
+        The interval, or ``None`` where a task of a group has fewer than 3 runs: no spread can be read from those.
+
+    Agarwal et al. (arXiv:2108.13264), stratified bootstrap.
+
+    >>> mean = lambda tasks: float(np.mean([np.mean(task) for task in tasks]))
+    >>> stratified_interval(mean, [[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]])
+    Interval(low=2.0, high=2.0)
+    """
+    arrays = [[np.asarray(task, np.float64) for task in group] for group in groups]
+    if any(task.size < MIN_VALUES for group in arrays for task in group):
+        return None
+    rng = np.random.default_rng(seed)
+    found = [
+        statistic(*([task[rng.integers(task.size, size=task.size)] for task in group] for group in arrays))
+        for _ in range(num)
+    ]
+    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Interval(float(low), float(high))

@@ -21,13 +21,15 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 
-from .config import ConfigError, RunConfig, as_dict, recipe_of
+from .config import ConfigError, RunConfig, as_dict, recipe_of, total_steps
 from .engines.trl import IsentropicConfig, IsentropicTrainer
 from .engines.trl_audit import StartAudit, audit_trainer
+from .engines.trl_guard import EntropyGuard, bound_of
 from .evaluation import pass_at_k, rms_relative_error
 from .models import resolve_model
 from .precision import Report
 from .record import Record, write_json
+from .sequence import SequentialTrainer, Switch, in_order
 from .tasks import Task, load_task
 
 SETTLED = 20  # optimizer steps before the entropy error counts
@@ -45,6 +47,7 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     main = os.environ.get("RANK", "0") == "0"
     record = Record(str(config.out))
     task = load_task(config.task)
+    tasks = [task, *([load_task(config.then)] if config.then else [])]
     model, tokenizer = load_model(resolve_model(config.model), config.dtype)
     checkpoint = _checkpoint_to_resume(record, main) if resume else None
     if main and not resume:
@@ -52,20 +55,34 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < SMALL_MODEL:
         # Threads that meet at every small operation make a tiny model five times slower on a busy machine.
         torch.set_num_threads(1)
-    trainer = _trainer(config, task, model, tokenizer, say)
+    trainer = _trainer(config, tasks, model, tokenizer, say)
+    guard = EntropyGuard(trainer, bound_of(trainer.recipe, config.stop_above))
+    trainer.add_callback(guard)
     if config.audit == "on":
         trainer.add_callback(StartAudit(trainer))
-    evaluating = main and config.eval_k > 0
-    if evaluating and checkpoint is None:
-        record.append("evaluations", evaluate(model, tokenizer, task, config, step=0))
+
+    def score(step: int) -> None:
+        """Evaluate on every task; what a killed run has evaluated already stays."""
+        if not main or config.eval_k == 0:
+            return
+        known = {(row["step"], row["task"]) for row in record.rows("evaluations")}
+        trained = trainer.accelerator.unwrap_model(trainer.model)
+        for each in tasks:
+            if (step, each.name) not in known:
+                record.append("evaluations", evaluate(trained, tokenizer, each, config, step))
+
+    if config.then:
+        trainer.add_callback(Switch(trainer, then=score))
+    if checkpoint is None:
+        score(0)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     step = trainer.state.global_step
-    if step < config.steps:
+    if step < total_steps(config) and guard.message is None:
         raise KeyboardInterrupt
-    if evaluating and all(row["step"] != step for row in record.rows("evaluations")):
-        trained = trainer.accelerator.unwrap_model(trainer.model)
-        record.append("evaluations", evaluate(trained, tokenizer, task, config, step))
+    score(step)
     result = summary(record, time.monotonic() - began)
+    if guard.message is not None:
+        result["stopped"] = guard.message
     if main:
         write_json(record.path / "summary.json", result)
         _write_report(record, say)
@@ -91,7 +108,7 @@ def audit(config: RunConfig) -> Report:
     task = load_task(config.task)
     model, tokenizer = load_model(resolve_model(config.model), config.dtype)
     with TemporaryDirectory() as out:
-        return audit_trainer(_trainer(replace(config, out=out), task, model, tokenizer, say=print))
+        return audit_trainer(_trainer(replace(config, out=out), [task], model, tokenizer, say=print))
 
 
 def _checkpoint_to_resume(record: Record, main: bool) -> Path | None:
@@ -141,7 +158,7 @@ def _reach(name: str) -> None:
 
 
 def _trainer(
-    config: RunConfig, task: Task, model: Any, tokenizer: Any, say: Callable[[str], None]
+    config: RunConfig, tasks: list[Task], model: Any, tokenizer: Any, say: Callable[[str], None]
 ) -> IsentropicTrainer:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = config.prompts * config.generations
@@ -149,8 +166,38 @@ def _trainer(
         raise ConfigError(
             f"prompts x generations = {batch} must be a multiple of updates x processes = {config.updates * ranks}"
         )
+    task = tasks[0]
+    if len(tasks) > 1:
+        batches = [n // config.updates for n in (config.steps, total_steps(config) - config.steps)]
+        task = in_order(*tasks, *(n * config.prompts for n in batches))
+    peft = None
+    if config.lora_rank:
+        from peft import LoraConfig
+
+        peft = LoraConfig(
+            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+    trainer = (SequentialTrainer if len(tasks) > 1 else IsentropicTrainer)(
+        model,
+        task.reward,
+        args=_trl_config(config, task, in_turn=len(tasks) > 1, ranks=ranks),
+        train_dataset=Dataset.from_list(task.train(config.seed)),
+        processing_class=tokenizer,
+        peft_config=peft,
+        callbacks=[StepLines(say)],
+    )
+    for noisy in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(noisy)
+    if isinstance(trainer, SequentialTrainer):
+        trainer.switch = config.steps
+    return trainer
+
+
+def _trl_config(config: RunConfig, task: Task, in_turn: bool, ranks: int) -> IsentropicConfig:
+    """A run's settings as TRL has them."""
+    batch, steps = config.prompts * config.generations, total_steps(config)
     use_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
-    args = IsentropicConfig(
+    return IsentropicConfig(
         output_dir=str(config.out),
         recipe=config.recipe,
         knob=config.knob,
@@ -162,7 +209,7 @@ def _trainer(
         },
         explain_every=config.explain_every,
         head=config.head,
-        max_steps=config.steps,
+        max_steps=steps,
         seed=config.seed,
         use_cpu=use_cpu,
         bf16=config.dtype == "bfloat16" and not use_cpu,
@@ -178,29 +225,11 @@ def _trainer(
         logging_steps=1,
         report_to=[],
         disable_tqdm=True,
+        shuffle_dataset=not in_turn,
         save_strategy="steps",
-        save_steps=config.save_every or -(-config.steps // config.updates) * config.updates,
+        save_steps=config.save_every or -(-steps // config.updates) * config.updates,
         save_total_limit=config.keep,
     )
-    peft = None
-    if config.lora_rank:
-        from peft import LoraConfig
-
-        peft = LoraConfig(
-            r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-    trainer = IsentropicTrainer(
-        model,
-        task.reward,
-        args=args,
-        train_dataset=Dataset.from_list(task.train(config.seed)),
-        processing_class=tokenizer,
-        peft_config=peft,
-        callbacks=[StepLines(say)],
-    )
-    for noisy in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(noisy)
-    return trainer
 
 
 class StepLines(TrainerCallback):
@@ -335,13 +364,16 @@ def summary(record: Record, seconds: float) -> dict[str, Any]:
     if settled:
         pairs = [(r["entropy/mean"], r["entropy/target"]) for r in settled]
         result["entropy/rms_error"] = float(rms_relative_error(*map(list, zip(*pairs, strict=True))))
-    for name, row in zip(("start", "end"), _first_and_last(record.rows("evaluations")), strict=False):
-        result[name] = {key: value for key, value in row.items() if key == "distinct" or key.startswith("pass@")}
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in record.rows("evaluations"):
+        scores = {key: value for key, value in row.items() if key == "distinct" or key.startswith("pass@")}
+        by_task.setdefault(row["task"], []).append({"step": row["step"], **scores})
+    if by_task:
+        *others, last = by_task.values()
+        result |= dict(zip(("start", "end"), [last[0], last[-1]] if len(last) > 1 else last, strict=False))
+        # Of tasks before the last: at the start, at the switch, at the end.
+        result |= {"before": dict(zip(by_task, others, strict=False))} if others else {}
     return result
-
-
-def _first_and_last(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [rows[0], rows[-1]] if len(rows) > 1 else rows
 
 
 def table(result: dict[str, Any], out: str) -> str:
@@ -365,10 +397,16 @@ def table(result: dict[str, Any], out: str) -> str:
         lines.append(line(f"{key} (held-out)", before.get(key), None, after[key]))
     if after:
         lines.append(line("distinct right answers (held-out)", before.get("distinct"), None, after["distinct"]))
+    for name, row in result.get("before", {}).items():
+        lines += [
+            line(f"{key}, {name} (start, switch, end)", row[0][key], f"{row[len(row) // 2][key]:.3f}", row[-1][key])
+            for key in (*scores[:1], "distinct")
+        ]
     lines.append(line("seconds", end=f"{result['seconds']:.0f}"))
     width = max(len(row[0]) for row in lines)
     text = "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in lines)
-    return f"\n{text}\n\nrun directory: {out}"
+    stopped = f"\n\nstopped early: {result['stopped']}" if result.get("stopped") else ""
+    return f"\n{text}{stopped}\n\nrun directory: {out}"
 
 
 def quiet() -> None:

@@ -1,0 +1,105 @@
+"""Tasks that follow one another in one run: train on A, then on B, and see what A left behind.
+
+Rows come in order, all of A before the first of B. At the switch the optimizer forgets its moments and the learning
+rate starts again, as if B had been begun from A's model; the controller and its target go on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, get_scheduler
+
+from .engines.trl import IsentropicTrainer
+from .tasks import Task
+
+
+def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
+    """One task that asks ``num_first`` prompts of the first and then ``num_then`` of the second.
+
+    Every row carries ``task``, the name of the one it belongs to. A task's prompts are shuffled anew for every pass.
+
+    Args:
+        first, then: two tasks of different names.
+        num_first, num_then: prompts of each; the caller's generated batches must not straddle the switch.
+
+    Raises:
+        ValueError: two tasks of one name.
+    """
+    if first.name == then.name:
+        raise ValueError(f"tasks that follow one another need different names, got {first.name!r} twice; rename one")
+    tasks = {task.name: task for task in (first, then)}
+
+    def train(seed: int) -> list[dict[str, Any]]:
+        parts = [_repeat(task, num, seed) for task, num in ((first, num_first), (then, num_then))]
+        names = dict.fromkeys(name for part in parts for row in part for name in row)
+        return [{name: row.get(name) for name in names} for part in parts for row in part]
+
+    def verify(completion: str, task: str, prompt: Any = None, **columns: Any) -> bool:
+        held = {name: [value] for name, value in columns.items()}
+        return bool(tasks[task].reward([completion], prompts=[prompt], **held)[0])
+
+    return Task(
+        name=f"{first.name} then {then.name}",
+        description=f"{first.description} Then: {then.description}",
+        train=train,
+        heldout=then.heldout,
+        verify=verify,
+        normalise=then.normalise,
+        max_completion_length=max(first.max_completion_length, then.max_completion_length),
+    )
+
+
+def _repeat(task: Task, num: int, seed: int) -> list[dict[str, Any]]:
+    rows, found, generator = task.train(seed), list[dict[str, Any]](), random.Random(seed)
+    while len(found) < num:
+        found += generator.sample(rows, len(rows))
+    return [{**row, "task": task.name} for row in found[:num]]
+
+
+class SequentialTrainer(IsentropicTrainer):
+    """An :class:`IsentropicTrainer` over the rows of :func:`in_order`; set ``switch`` before training.
+
+    Attributes:
+        switch: optimizer steps on the first task.
+    """
+
+    switch: int
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        self._batch_facts["task"] = inputs[0]["task"]
+        return output
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The configured schedule for each task, one after the other."""
+        optimizer = self.optimizer if optimizer is None else optimizer
+        shapes = [self._shape(steps) for steps in (self.switch, num_training_steps - self.switch)]
+
+        def factor(step: int) -> float:
+            return shapes[0](step) if step < self.switch else shapes[1](step - self.switch)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return self.lr_scheduler
+
+    def _shape(self, steps: int) -> Callable[[int], float]:
+        unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        warmup = self.args.get_warmup_steps(steps)
+        made: Any = get_scheduler(self.args.lr_scheduler_type, unused, warmup, steps)
+        return made.lr_lambdas[0]
+
+
+class Switch(TrainerCallback):
+    """Before the first step on the second task: the optimizer forgets, and ``then`` is called."""
+
+    def __init__(self, trainer: SequentialTrainer, then: Callable[[int], None]):
+        self.trainer, self.then = trainer, then
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.trainer.switch:
+            optimizer: Any = self.trainer.optimizer
+            optimizer.state.clear()
+            self.then(state.global_step)
