@@ -149,27 +149,35 @@ def test_repo_d_expectation_is_the_limit_of_many_groups():
 ALL = [
     ("reinforce", None), ("rloo", None), ("grpo", None), ("dr-grpo", None), ("loop", None), ("dapo", None),
     ("gspo", None), ("cispo", None), ("entropy-bonus", None), ("repo-r-loop", 0.05), ("repo-d-loop", 4.0),
-    ("adapo", 0.5), ("isentropic", 0.5),
+    ("adapo", 0.5), ("isentropic", 0.5), ("entropic", -0.5), ("entrocraft", 1.0), ("dynamic-clip", 0.2), ("dcpo", None),
+    ("ce-gppo", None), ("qae", None), ("erc", None), ("sapo", None), ("mai", 1.5), ("aent", 0.1),
 ]  # fmt: skip
+# Parts that look at a batch as a whole: sampled batches alone.
+WHOLE = [("clip-cov", None), ("kl-cov", None), ("bapo", None), ("high-entropy", None), ("stare", 1.5), ("lp-reg", None)]
 
 
-@pytest.mark.parametrize(("name", "knob"), ALL)
+@pytest.mark.parametrize(("name", "knob"), ALL + WHOLE)
 @pytest.mark.parametrize("updates", [0, 3])
 def test_prediction_meets_truth(name, knob, updates):
     recipe = recipes.RECIPES[name]
     for seed, regime in enumerate(lab.REGIMES):
         old, rewards = world(regime=regime, seed=seed)
-        for batch in (
-            lab.expected_batch(SMALL, old, rewards, recipe, 4),
-            lab.sampled_batch(SMALL, old, rewards, recipe, 8, seed),
-        ):
+        batches = [lab.sampled_batch(SMALL, old, rewards, recipe, 8, seed)]
+        if (name, knob) in ALL:
+            batches.append(lab.expected_batch(SMALL, old, rewards, recipe, 4))
+        for batch in batches:
             logits = lab.advance(old, batch, recipe, 1.0, updates, knob)
-            out = lab.step(SMALL, logits, batch, recipe, 0.02, knob)
-            finer = lab.step(SMALL, logits, batch, recipe, 0.002, knob)
+
+            def same_draw(take, *args, seed=seed):
+                torch.manual_seed(seed)
+                return take(*args)
+
+            out = same_draw(lab.step, SMALL, logits, batch, recipe, 0.02, knob)
+            finer = same_draw(lab.step, SMALL, logits, batch, recipe, 0.002, knob)
             assert out.error < 0.01
             # The error is of second order, the contributions are of first.
             assert finer.error < 0.15 * out.error + 1e-6
-            close(out.after, logits - 0.02 * lab.gradient(logits, batch, recipe, knob))
+            close(out.after, logits - 0.02 * same_draw(lab.gradient, logits, batch, recipe, knob))
             whole = lab.mean_entropy(SMALL, out.after) - lab.mean_entropy(SMALL, logits)
             assert out.fixed + out.shift == pytest.approx(whole, abs=1e-14)
 
@@ -202,6 +210,25 @@ def test_simulation_is_reproducible_and_predicts_its_steps():
         np.testing.assert_array_equal(x, y)
     np.testing.assert_allclose(run.predicted, run.measured, rtol=0.1, atol=2e-6)
     assert not np.array_equal(run.entropy, lab.simulate(recipe, 40, seed=4, lr=0.5).entropy)
+
+
+def test_a_random_selection_is_drawn_from_the_seed():
+    state = torch.random.get_rng_state()
+    run, again = (lab.simulate(recipes.RECIPES["clip-cov"], 8, seed=3, lr=16.0) for _ in range(2))
+    np.testing.assert_array_equal(run.exact, again.exact)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["entropic", "entrocraft", "stare", "aent"])
+def test_a_knob_raises_entropy_the_way_its_range_says(name):
+    recipe = recipes.RECIPES[name]
+    span = recipes.knob_range(recipe)
+    ends = (span.high, span.low) if span.sign > 0 else (span.low, span.high)
+    # A boost acts where rare tokens are rewarded, the others where likely ones are.
+    logits, rewards = world(regime="anti-calibrated" if name == "stare" else "calibrated", seed=1)
+    batch = lab.sampled_batch(SMALL, logits, rewards, recipe, 32)
+    up, down = (lab.step(SMALL, logits, batch, recipe, 0.02, knob).fixed for knob in ends)
+    assert up > down
 
 
 def test_control_holds_what_a_plain_recipe_loses():
@@ -250,6 +277,9 @@ def test_errors():
         lab.sampled_batch(SMALL, logits, rewards, recipes.compose("dapo", dynamic_sampling=True))
     with pytest.raises(ValueError, match="no overlong_buffer, got 2"):
         lab.expected_batch(SMALL, logits, rewards, recipes.compose("dapo", overlong_buffer=2))
+    for name, _ in WHOLE:
+        with pytest.raises(ValueError, match="use sampled_batch"):
+            lab.expected_batch(SMALL, logits, rewards, recipes.RECIPES[name])
     with pytest.raises(ValueError, match="strictly on-policy"):
         lab.simulate(recipes.RECIPES["rloo"], 1)
     with pytest.raises(ValueError, match="updates must lie in"):

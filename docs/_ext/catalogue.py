@@ -62,10 +62,11 @@ def knobs():
     """The range of each knob on the recipe it suits, and where it is from."""
     rows = []
     for name, knob in KNOBS.items():
-        span = knob_range(compose("dapo", knob=name))
+        changes = {"penalty": "aent", "penalty_coef": RECIPES["aent"].penalty_coef} if knob.needs == "penalty" else {}
+        span = knob_range(compose("dapo", knob=name, **changes))
         way = "raises" if span.sign > 0 else "lowers"
-        shaping = f"shaping `{knob.shaping}`" if knob.shaping else "a clip" if knob.needs_clip else "nothing"
-        rows.append([f"`{name}`", f"{span.start:g} in [{span.low:g}, {span.high:g}]", way, shaping, knob.source])
+        needs = f"shaping `{knob.shapings[0]}`" if knob.shapings else f"a {knob.needs}" if knob.needs else "nothing"
+        rows.append([f"`{name}`", f"{span.start:g} in [{span.low:g}, {span.high:g}]", way, needs, knob.source])
     return _table(["knob", "start and range on `dapo`", "a larger value", "needs", "source"], rows)
 
 

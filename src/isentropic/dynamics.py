@@ -208,14 +208,18 @@ def change_of(weights: Weights, stats: TokenStats) -> Float[Tensor, "b t"]:
     return -weights.logp * _pull(stats) + weights.entropy * entropy_pull(stats)
 
 
-def rows_change(weights: Float[Tensor, "b t v"], logp_rows: Float[Tensor, "b t v"]) -> Float[Tensor, "b t"]:
+def rows_change(
+    weights: Float[Tensor, "b t v"], logp_rows: Float[Tensor, "b t v"], natural: bool = False
+) -> Float[Tensor, "b t"]:
     """Predict the entropy change of each row from the weights of all its tokens: what acts through whole rows.
 
-    ``ΔH = −Σ_b w_b·{π(b) L(b) − Σ π² L}``, the exact form of :func:`predicted_change` summed over the row
+    ``ΔH = −Σ_b w_b·{π(b) L(b) − Σ π² L}``, or ``−Σ_b w_b·L(b)`` under a natural-gradient step: :func:`predicted_change`
+    in its exact form and :func:`natural_change`, summed over the row
 
     Args:
         weights: [b t v] ``w_b = −∂loss/∂log π(b)``.
         logp_rows: [b t v] log-probabilities, nats.
+        natural: of a natural-gradient step.
 
     Returns:
         [b t] nats per unit step size.
@@ -227,8 +231,10 @@ def rows_change(weights: Float[Tensor, "b t v"], logp_rows: Float[Tensor, "b t v
     tensor([[-0.1030]])
     """
     prob = logp_rows.exp()
-    entropy = -(prob * logp_rows).sum(-1, keepdim=True)
-    slope = prob * (logp_rows + entropy)
+    centred = logp_rows - (prob * logp_rows).sum(-1, keepdim=True)
+    if natural:
+        return -(weights * centred).sum(-1)
+    slope = prob * centred
     return -(weights * slope).sum(-1) + weights.sum(-1) * (prob * slope).sum(-1)
 
 
@@ -247,7 +253,7 @@ def attribute(
     adv: Float[Tensor, "b t"],
     mask: Shaped[Tensor, "b t"],
     facts: TokenFacts | None = None,
-    through_rows: Float[Tensor, "b t"] | None = None,
+    through_rows: tuple[Float[Tensor, "b t v"], Float[Tensor, "b t v"]] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
     """Split the predicted change of a step by what made it; every split sums to ``change``.
 
@@ -270,7 +276,7 @@ def attribute(
         adv: [b t] advantages that the loss was computed from.
         mask: [b t] non-zero where the token counts.
         facts: of the objective; without them nothing counts as clipped.
-        through_rows: [b t] what :func:`rows_change` predicts of a term that acts through whole rows.
+        through_rows: the two [b t v] arguments of :func:`rows_change`, for a term that acts through whole rows.
 
     Returns:
         0-d sums, nats per token and unit step size, to be added over micro-batches and ranks.
@@ -285,7 +291,10 @@ def attribute(
     w, u = (torch.where(inside, x.detach(), torch.zeros_like(x)) for x in weights)
     clean = _clean(stats, inside)
     by_weight, bonus = -w * _pull(clean), u * entropy_pull(clean)
-    more = torch.zeros_like(w) if through_rows is None else torch.where(inside, through_rows.detach(), 0.0)
+    more = more_natural = torch.zeros_like(w)
+    if through_rows is not None:
+        pulled = (torch.where(inside, rows_change(*through_rows, natural=n).detach(), 0.0) for n in (False, True))
+        more, more_natural = pulled
     bonus = bonus + more
     change = by_weight + bonus
     likely, up = clean.logp + clean.entropy > 0, w > 0
@@ -294,7 +303,7 @@ def attribute(
     table = {
         "change": change,
         "change_simple": simple + more,
-        "change_natural": natural + more,
+        "change_natural": natural + more_natural,
         "absolute": by_weight.abs() + bonus.abs(),
         "likely_up": by_weight * (likely & up),
         "rare_up": by_weight * (~likely & up),

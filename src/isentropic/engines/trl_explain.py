@@ -188,12 +188,13 @@ class Explainer:
         adv = wide(handed.adv.detach(), logp)
         still = batch._replace(logp=logp.detach(), entropy=entropy.detach())
         facts = handed.facts or native_facts(self.trainer, native_ratio(self.trainer, still), adv)
-        more = _through_rows(loss, term.rows, -1.0)
-        sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts, more).items()}
+        through = _through_rows(loss, term.rows, -1.0)
+        sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts, through).items()}
         predicted = torch.where(inside, change_of(weights, rows), 0.0)
         clip = (weights, rows, adv, facts)
         gain = self._gain(predicted.sum(), clip, inputs, batch, handed, term)
-        predicted = predicted if more is None else predicted + torch.where(inside, more, 0.0)
+        if through is not None:
+            predicted = predicted + torch.where(inside, rows_change(*through), 0.0)
         exact = second or read
         error = torch.where(inside, read.logp - exact.logp, 0.0)
         slope = None if batch.logp_old is None else _slope(predicted.sum(), logp)
@@ -309,12 +310,14 @@ def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
     return None if x is None else x.detach()
 
 
-def _through_rows(value: torch.Tensor, rows: torch.Tensor | None, sign: float) -> torch.Tensor | None:
-    """The change of each row by what acts through whole rows; ``sign`` is −1 for what is minimised."""
+def _through_rows(
+    value: torch.Tensor, rows: torch.Tensor | None, sign: float
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What a value pulls whole rows with, and the rows; ``sign`` is −1 for what is minimised."""
     if rows is None or not (rows.requires_grad and value.requires_grad):
         return None
     slope = torch.autograd.grad(value, rows, retain_graph=True, allow_unused=True)[0]
-    return None if slope is None else rows_change(sign * slope, rows.detach())
+    return None if slope is None else (sign * slope, rows.detach())
 
 
 def _unit_change(term: Term, batch: TokenBatch, rows: TokenStats) -> torch.Tensor:
@@ -326,5 +329,5 @@ def _unit_change(term: Term, batch: TokenBatch, rows: TokenStats) -> torch.Tenso
     change = change_of(
         Weights(*(torch.zeros_like(x) if s is None else s for x, s in zip(sources, slopes, strict=True))), rows
     )
-    more = _through_rows(term.unit, term.rows, 1.0)
-    return change if more is None else change + more
+    through = _through_rows(term.unit, term.rows, 1.0)
+    return change if through is None else change + rows_change(*through)

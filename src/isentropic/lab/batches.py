@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import recipes
+from ..entropy import token_entropy
+from ..parts import BATCHWISE
 from ..recipes import Recipe
 from .states import Tree, answers, reach
 
@@ -22,6 +24,8 @@ class Batch(NamedTuple):
         adv: ``[b]`` advantages.
         weight: ``[b]`` how much an answer counts, 1 on average: 1 where it was sampled, its relative probability
             where it was enumerated.
+        entropy_old: ``[b t]`` entropy of the rows when the tokens were drawn, nats; ``None`` means that they have not
+            moved since.
     """
 
     rows: Tensor
@@ -29,6 +33,7 @@ class Batch(NamedTuple):
     logp_old: Tensor
     adv: Tensor
     weight: Tensor
+    entropy_old: Tensor | None = None
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -44,8 +49,9 @@ def expected_batch(
 
     Every answer y stands for each number m of right answers among the other ``group − 1``, with the weight
     ``π(y)·Binomial(m; group − 1, q)``, q being the prompt's share of right answers. The advantage of y is then known,
-    and every loss is exact in expectation that depends on an answer and its advantage alone. That is all recipes but
-    those with ``repo_d``, whose β is a mean over the batch: for it the expectation is that of infinitely many groups.
+    and every loss is exact in expectation that depends on an answer and its advantage alone. ``repo_d``, whose β is a
+    mean over the batch, is taken at infinitely many groups. Parts that rank the tokens of a batch, or add them up, know
+    no weights: use ``sampled_batch`` for them.
 
     Args:
         tree: the states.
@@ -55,8 +61,8 @@ def expected_batch(
         group: samples a prompt.
 
     Raises:
-        ValueError: rewards other than 0 and 1; a recipe with dynamic sampling or an overlong penalty; a group that
-            the baseline cannot use.
+        ValueError: rewards other than 0 and 1; a recipe with dynamic sampling, an overlong penalty or a part that looks
+            at the batch as a whole; a group that the baseline cannot use.
 
     [derived]
 
@@ -66,6 +72,9 @@ def expected_batch(
     ([1.0, 0.0, 0.0, -1.0], [1.0, 1.0, 1.0, 1.0])
     """
     _check_recipe(recipe)
+    for part in recipe.parts():
+        if part in BATCHWISE:
+            raise ValueError(f"{part} looks at a batch as a whole, where answers have no weights; use sampled_batch")
     if not ((rewards == 0) | (rewards == 1)).all():
         raise ValueError("an expected batch needs rewards of 0 and 1, got others; use sampled_batch for them")
     rows, ids = answers(tree)
@@ -81,8 +90,9 @@ def expected_batch(
     binomial = ways * q**others * (1 - q) ** (group - 1 - others)
     weight = prob.flatten()[:, None] * binomial.repeat_interleave(prob.shape[1], 0)
     logp = logits.log_softmax(-1)[rows, ids]
-    wide = [x.repeat_interleave(group, 0) for x in (rows, ids, logp)]
-    return Batch(*wide, adv=adv.flatten(), weight=weight.flatten() * (weight.numel() / tree.prompts))
+    entropy = token_entropy(logits, chunk=len(logits))[rows]
+    rows, ids, logp, entropy = (x.repeat_interleave(group, 0) for x in (rows, ids, logp, entropy))
+    return Batch(rows, ids, logp, adv.flatten(), weight.flatten() * (weight.numel() / tree.prompts), entropy)
 
 
 def sampled_batch(
@@ -131,4 +141,5 @@ def draw(
     adv = recipes.advantages(recipe, rewards.gather(1, drawn))
     chosen = (drawn + torch.arange(tree.prompts)[:, None] * prob.shape[1]).flatten()
     rows, ids = rows[chosen], ids[chosen]
-    return Batch(rows, ids, logits.log_softmax(-1)[rows, ids], adv, torch.ones_like(adv))
+    entropy = token_entropy(logits, chunk=len(logits))[rows]
+    return Batch(rows, ids, logits.log_softmax(-1)[rows, ids], adv, torch.ones_like(adv), entropy)

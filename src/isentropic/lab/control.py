@@ -11,7 +11,7 @@ from ..recipes import Recipe, build_thermostat, knob_range
 from ..types import EntropyReading
 from .batches import Batch, draw
 from .states import Tree, make_rewards, mean_entropy, random_logits, reach
-from .steps import Pass, forward, loss_of
+from .steps import Pass, forward, loss_of, pulls
 
 
 class Run(NamedTuple):
@@ -44,8 +44,9 @@ SIMULATED = Tree(prompts=16, vocab=8, depth=2)
 def _predict(recipe: Recipe, batch: Batch, run: Pass, knob: float | None, share: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, and the change it predicts with the shares [b t] of the tokens."""
     loss = loss_of(recipe, batch, run, knob)[0].mean()
-    weights = dynamics.effective_weights(loss, run.logp, run.entropy)
-    return loss, (share * dynamics.change_of(weights, run.stats)).sum()
+    weights, through = pulls(loss, run)
+    change = dynamics.change_of(weights, run.stats) + dynamics.rows_change(through, run.rows.detach())
+    return loss, (share * change).sum()
 
 
 def _gain(recipe: Recipe, batch: Batch, run: Pass, knob: float, share: Tensor, predicted: Tensor) -> float:
@@ -103,6 +104,24 @@ def simulate(
     >>> len(run.entropy), float(run.knob[0])
     (8, 0.0)
     """
+    # What a part draws at random comes from the global generator, which a simulation leaves as it was.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _simulate(recipe, steps, seed, tree, lr, group, updates, regime, share, scale)
+
+
+def _simulate(
+    recipe: Recipe,
+    steps: int,
+    seed: int,
+    tree: Tree,
+    lr: float,
+    group: int,
+    updates: int,
+    regime: str,
+    share: float,
+    scale: float,
+) -> Run:
     recipes.check(recipe, updates)
     if not 1 <= updates <= tree.prompts * group:
         raise ValueError(f"updates must lie in [1, {tree.prompts * group}], the answers of a batch, got {updates}")
@@ -116,7 +135,8 @@ def simulate(
         batch = draw(tree, logits, rewards, recipe, group, generator)
         order = torch.randperm(len(batch.adv), generator=generator)
         for i, part in enumerate(order.tensor_split(updates)[: steps - len(table)]):
-            minibatch, (visits, prob) = Batch(*(x[part] for x in batch)), reach(tree, logits)
+            minibatch = Batch(*(x[part] for x in batch if x is not None))
+            visits, prob = reach(tree, logits)
             run, token_share = forward(logits, minibatch), lr * visits[minibatch.rows]
             knob = state.value if state else None
             loss, predicted = _predict(recipe, minibatch, run, knob, token_share)

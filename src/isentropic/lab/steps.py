@@ -54,13 +54,14 @@ class Outcome(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A forward pass: leaf logits, entropies by row, what a loss sees [b t], and the statistics of the tokens."""
+    """A forward pass: leaf logits, entropies by row, what a loss sees [b t], token statistics, whole rows [b t v]."""
 
     logits: Tensor
     by_row: Tensor
     logp: Tensor
     entropy: Tensor
     stats: TokenStats
+    rows: Tensor
 
 
 def forward(logits: Float[Tensor, "r v"], batch: Batch) -> Pass:
@@ -77,13 +78,14 @@ def forward(logits: Float[Tensor, "r v"], batch: Batch) -> Pass:
     by_row = token_entropy(leaf, chunk=len(leaf))
     moments = logits_stats(leaf.detach(), torch.zeros(len(leaf), dtype=torch.long), chunk=len(leaf))
     table = torch.stack([x for x in moments[1:] if x is not None])[:, batch.rows]
-    logp = leaf.log_softmax(-1)[batch.rows, batch.ids]
-    return Pass(leaf, by_row.detach(), logp, by_row[batch.rows], TokenStats(logp.detach(), *table))
+    # Sampled tokens and whole rows are two ways from the logits to a loss, and told apart.
+    logp, whole = leaf.log_softmax(-1)[batch.rows, batch.ids], leaf.log_softmax(-1)[batch.rows]
+    return Pass(leaf, by_row.detach(), logp, by_row[batch.rows], TokenStats(logp.detach(), *table), whole)
 
 
 def _weighted(x: Tensor, weight: Tensor) -> Tensor:
     """The value of x with its gradient scaled by sequence: a loss of unit weights becomes a weighted one."""
-    return x.detach() + weight[:, None] * (x - x.detach())
+    return x.detach() + weight.view(-1, *[1] * (x.dim() - 1)) * (x - x.detach())
 
 
 def loss_of(recipe: Recipe, batch: Batch, run: Pass, knob: float | None) -> tuple[SumCount, TokenFacts]:
@@ -95,9 +97,16 @@ def loss_of(recipe: Recipe, batch: Batch, run: Pass, knob: float | None) -> tupl
         change = dynamics.predicted_change(adv, run.stats.logp, run.stats.entropy)
         mean = float((batch.weight[:, None] * change).mean())
         recipe = replace(recipe, shaping="repo", beta=-recipe.zeta * mean, knob=None)
-    logp, entropy = _weighted(run.logp, batch.weight), _weighted(run.entropy, batch.weight)
+    logp, entropy, rows = (_weighted(x, batch.weight) for x in (run.logp, run.entropy, run.rows))
     mask = torch.ones_like(run.stats.logp)
-    return recipes.loss(recipe, TokenBatch(logp, batch.logp_old, batch.adv, mask, entropy))
+    return recipes.loss(recipe, TokenBatch(logp, batch.logp_old, batch.adv, mask, entropy, batch.entropy_old, rows))
+
+
+def pulls(loss: Float[Tensor, ""], run: Pass) -> tuple[dynamics.Weights, Float[Tensor, "b t v"]]:
+    """How a loss pulls at the sampled tokens and entropies, and how at whole rows."""
+    through = torch.autograd.grad(loss, run.rows, retain_graph=True, allow_unused=True)[0]
+    weights = dynamics.effective_weights(loss, run.logp, run.entropy)
+    return weights, torch.zeros_like(run.rows) if through is None else -through
 
 
 def gradient(
@@ -158,15 +167,17 @@ def step(
     visits, run = reach(tree, logits)[0], forward(logits, batch)
     pair, facts = loss_of(recipe, batch, run, knob)
     loss = pair.mean()
-    weights = dynamics.effective_weights(loss, run.logp, run.entropy)
+    weights, through = pulls(loss, run)
     slope = torch.autograd.grad(loss, run.logits)[0]
     before = run.logits.detach()
     after = before - lr * (slope / before.softmax(-1) if natural else slope)
     share = lr * visits[batch.rows]
     scaled = dynamics.Weights(weights.logp * share, weights.entropy * share)
     adv, mask = batch.adv[:, None].expand_as(share), torch.ones_like(share)
-    parts = {name: float(x) for name, x in dynamics.attribute(scaled, run.stats, adv, mask, facts).items()}
+    rows = (through * share[..., None], run.rows.detach())
+    parts = {name: float(x) for name, x in dynamics.attribute(scaled, run.stats, adv, mask, facts, rows).items()}
     by_token = dynamics.natural_change(scaled.logp, run.stats.logp, run.stats.entropy, scaled.entropy)
+    by_token = by_token + dynamics.rows_change(*rows, natural=True)
     fixed = mean_entropy(tree, after, visits) - mean_entropy(tree, before, visits)
     clipped = (facts.clipped_low | facts.clipped_high) * batch.weight[:, None]
     return Outcome(
