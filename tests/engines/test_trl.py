@@ -13,7 +13,7 @@ from isentropic.engines import trl as engine
 from isentropic.engines.trl import EntropyControlMixin, EntropyReadingError, IsentropicConfig, IsentropicTrainer
 from isentropic.engines.trl_settings import boundary, settings
 from isentropic.explain import explain, render
-from isentropic.recipes import OBJECTIVES, RECIPES, loss, select
+from isentropic.recipes import OBJECTIVES, RECIPES, knob_range, loss, select
 from isentropic.types import TokenBatch
 
 LOSS_TYPES = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
@@ -104,6 +104,10 @@ def test_one_step_has_the_gradient_of_our_loss(tmp_path, name):
     recipe = RECIPES[name]
     trainer = controlled(tmp_path, steps=4, recipe=name, steps_per_generation=1 if recipe.on_policy else 4)
     inputs = (trainer.train(), trainer._buffered_inputs[0])[1] if recipe.on_policy else _buffered(trainer)
+    rows = trainer.record.rows("metrics")
+    assert len(rows) == 4
+    for key in ("entropy/mean", "ratio/mean", "clip/high_frac", "adv/mean", "loss", "grad_norm", "predict/change"):
+        assert all(math.isfinite(row.get(key, 0.0)) for row in rows), key
     trainer.model.train()
     if trainer.control_state is not None:  # away from where a knob does nothing
         knob = {"entropic": -0.5, "entrocraft": 1.0, "stare": 1.5, "aent": 0.1}.get(name, trainer.control_state.value)
@@ -140,6 +144,40 @@ def test_control_changes_training(tmp_path, name):
     held = trained(tmp_path / "b", recipe=name, learning_rate=1e-2, target="9.0", recipe_options=options)
     assert not same(weights(plain), weights(held))
     assert held.record.rows("metrics")[-1]["knob/value"] != held.record.rows("metrics")[0]["knob/value"]
+
+
+@pytest.mark.parametrize("name", ["entropic", "entrocraft", "mai", "stare", "aent"])
+@pytest.mark.parametrize("target", [0.1, 9.0])
+def test_knobs_move_towards_the_target(tmp_path, name, target):
+    trainer = trained(tmp_path, 8, recipe=name, target=str(target), explain_every=0)
+    values = [row["knob/value"] for row in trainer.record.rows("metrics")]
+    span = knob_range(trainer.recipe)
+    moved = (trainer.control_state.value - values[0]) * span.sign
+    assert moved > 0 if target == 9.0 else moved <= 0
+    assert all(span.low <= value <= span.high for value in values)
+
+
+def test_a_schedule_turns_the_knob_by_the_clock(tmp_path):
+    trainer = trained(tmp_path, 8, recipe="dynamic-clip", controller="schedule:shape=up_down:steps=8", explain_every=0)
+    values = [row["knob/value"] for row in trainer.record.rows("metrics")]
+    # The first reading measures the start; then from 0.28 to 1.12 in four updates, and down again.
+    assert values == pytest.approx([0.28 + 0.84 * x / 4 for x in (0, 0, 1, 2, 3, 4, 3, 2)])
+
+
+def test_random_selections_resume_bit_for_bit(tmp_path):
+    settings = {
+        "recipe": "clip-cov",
+        "recipe_options": {"constants": {"cov_share": 0.2, "cov_low": 0.0}},
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    straight = trained(tmp_path / "straight", 12, **settings)
+    trained(tmp_path / "halted", 8, **settings)
+    again = controlled(tmp_path / "halted", 12, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "halted" / "checkpoint-8"))
+    assert same(weights(straight), weights(again))
+    other = trained(tmp_path / "other", 12, **{**settings, "recipe_options": {}})
+    assert not same(weights(straight), weights(other))
 
 
 @pytest.mark.parametrize("recipe", ["loop", "grpo"])

@@ -33,7 +33,8 @@ PARTITIONS = {
 
 
 @pytest.mark.parametrize(
-    "recipe", ["grpo", "dapo", "loop", "gspo", "cispo", "repo-r-loop", "repo-d-gspo", "entropy-bonus", "dr-grpo"]
+    "recipe",
+    "grpo dapo loop gspo cispo repo-r-loop repo-d-gspo entropy-bonus dr-grpo clip-cov kl-cov ce-gppo bapo aent".split(),
 )
 def test_every_split_sums_to_the_predicted_change(tmp_path, recipe):
     rows = rows_of(run(tmp_path, recipe=recipe))
@@ -43,7 +44,7 @@ def test_every_split_sums_to_the_predicted_change(tmp_path, recipe):
         for names in PARTITIONS.values():
             parts_sum = sum(row[f"predict/{name}"] for name in names)
             assert parts_sum == pytest.approx(row["predict/change"], abs=1e-6 * row["predict/absolute"])
-    if recipe == "entropy-bonus":
+    if recipe in ("entropy-bonus", "aent"):
         assert all(row["predict/bonus"] > 0 for row in rows)
 
 
@@ -85,6 +86,9 @@ def test_the_change_is_that_of_the_full_logits(tmp_path, head):
         {"recipe": "adapo"},
         {"recipe": "grpo", "knob": "entropy_coef", "target": "3.0"},
         {"recipe": "isentropic", "controller": "pi"},
+        {"recipe": "clip-cov", "knob": "zeta", "target": "1.0"},
+        {"recipe": "dynamic-clip"},
+        {"recipe": "aent"},
     ],
     ids=str,
 )
@@ -105,6 +109,14 @@ def test_explaining_leaves_training_bit_identical(tmp_path, settings):
         ("repo-r-dapo", {}, 0.04),
         ("grpo", {"knob": "entropy_coef"}, 0.01),
         ("dapo", {"knob": "entropy_coef"}, 0.0),
+        ("loop", {"knob": "alpha"}, -0.2),
+        ("loop", {"knob": "reject"}, 0.3),
+        ("stare", {}, 1.2),
+        ("sapo", {"knob": "zeta"}, 0.1),
+        ("kl-cov", {"knob": "beta", "penalty": "none"}, 0.2),
+        ("high-entropy", {"knob": "zeta"}, 0.1),
+        ("aent", {}, 0.05),
+        ("lp-reg", {"knob": "penalty_coef", "constants": {"lp_share": 1.0}}, 0.5),
     ],
     ids=str,
 )
@@ -114,15 +126,19 @@ def test_the_gain_is_the_derivative_of_the_predicted_change(tmp_path, recipe, ch
     def first(at):
         # Bounds wide enough for the two sides of a knob at 0.
         options = {"knob_start": at, "knob_low": -2.0, "knob_high": 2.0, "every": 1}
-        settings = {"controller": "fixed", "target": "3.0", "recipe_options": options, **changes}
+        options |= {name: value for name, value in changes.items() if name != "knob"}
+        settings = {"controller": "fixed", "target": "3.0", "recipe_options": options, "knob": changes.get("knob")}
         return rows_of(run(tmp_path / f"{at:g}", 1, recipe=recipe, steps_per_generation=1, **settings))[0]
 
     step = 1e-3
     low, middle, high = (first(value + x) for x in (-step, 0, step))
     measured = (high["predict/change"] - low["predict/change"]) / (2 * step)
-    assert middle["predict/gain"] == pytest.approx(measured, rel=2e-3)
-    assert measured > 0
-    assert middle["predict/knob"] == pytest.approx(value * middle["predict/gain"])
+    assert middle["predict/gain"] == pytest.approx(measured, rel=5e-3)
+    assert measured != 0
+    if recipe != "lp-reg" and changes.get("knob") not in ("alpha", "reject"):  # which go by the signs of the samples
+        assert measured > 0
+    rest = 1.0 if recipe == "stare" else 0.0
+    assert middle["predict/knob"] == pytest.approx((value - rest) * middle["predict/gain"])
 
 
 def test_a_clip_bound_gains_from_the_tokens_at_its_edge(tmp_path):
@@ -130,6 +146,27 @@ def test_a_clip_bound_gains_from_the_tokens_at_its_edge(tmp_path):
     assert all(row["predict/knob"] is None for row in rows)
     assert any(row["predict/gain"] != 0 for row in rows)
     assert any(row["predict/removed_high"] != 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"recipe": "adapo", "controller": "fixed"}, {"recipe": "loop", "knob": "zeta", "controller": "fixed"}]
+)
+def test_the_general_road_explains_what_the_native_one_does(tmp_path, monkeypatch, settings):
+    """One objective, through TRL's own loss and through its weights."""
+    settings = {**settings, "learning_rate": 5e-3, "target": "2.0"}
+    native = rows_of(run(tmp_path / "native", 4, **settings))
+    monkeypatch.setattr("isentropic.engines.trl_settings.native_objective", lambda recipe: False)
+    trainer = run(tmp_path / "general", 4, **settings)
+    assert not trainer.native
+    for ours, theirs in zip(rows_of(trainer), native, strict=True):
+        for name in theirs:
+            if name.split("/")[0] in ("predict", "clip", "ratio", "entropy", "cov") and isinstance(theirs[name], float):
+                small = 1e-4 * theirs["predict/absolute"] if name.startswith("predict") else 1e-5
+                if name == "predict/gain" and settings["recipe"] == "adapo":
+                    small = 1e-2 * abs(theirs[name])  # the weights at the edge are estimated there, and exact here
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=small), name
+    assert sum(row["clip/high_frac"] for row in native) > 0
+    assert any(row["predict/gain"] != 0 for row in native)
 
 
 def test_an_unknown_head_is_read_without_moments(tmp_path, caplog, monkeypatch):
