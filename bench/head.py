@@ -10,6 +10,7 @@ Peers that are not installed are left out; two that are no packages are restated
     python bench/head.py memory [--size ...] [--tokens N] [--dtype ...] [--modes train]
     python bench/head.py accuracy
     python bench/head.py step       a training step in TRL, a random model of SmolLM2's size, the head on and off
+    python bench/head.py table --json FILE    what a file holds, as Markdown
     --only PART,PART  of the implementations' names; --json FILE adds the result to a list in a file
 """
 
@@ -426,9 +427,46 @@ def measure_step(options):
     return result
 
 
+def markdown(options):
+    """Print the tables of a file of results."""
+    found = json.loads(options.json.read_text())
+    for result in (r for r in found if r["what"] in ("time", "memory")):
+        modes = result["modes"] if result["what"] == "time" else result["megabytes"]
+        unit = "CPU seconds (over the least of ours)" if result["what"] == "time" else "MB beyond the inputs"
+        n, d, v = result["size"]
+        print(f"\n**{n:,} tokens, width {d:,}, vocabulary {v:,}, {result['dtype']}**, {unit}:\n")
+        print(f"| | {' | '.join(modes)} |\n|---{'|---' * len(modes)}|")
+        best = {
+            m: min((s for name, s in rows.items() if name.startswith("ours")), default=1) for m, rows in modes.items()
+        }
+        for name in dict.fromkeys(name for rows in modes.values() for name in rows):
+            cells = [_cell(result["what"], rows.get(name), best[m]) for m, rows in modes.items()]
+            print(f"| {name} | {' | '.join(cells)} |")
+        if "gemm_floor" in result:
+            more = result.get("all_over_logp_alone")
+            costs = f"; all five statistics over log π(a) alone: {more:.3f}" if more else ""
+            print(f"\nOne product of the head at the rate of a tile in the cache: {result['gemm_floor']:.2f} s{costs}.")
+    for result in (r for r in found if r["what"] == "step"):
+        for flag in ("off", "on"):
+            row = result[flag]
+            print(f"\nstep, head {flag}: {row['seconds']:.1f} CPU s, peak {row['peak_megabytes']:,.0f} MB")
+    for result in (r for r in found if r["what"] == "accuracy"):
+        print("\n| | dtype | log π rms | log π max | gradient, median | gradient, sure |\n|---|---|---|---|---|---|")
+        keys = ("logp_rms", "logp_max", "gradient_median", "gradient_sure")
+        for dtype, rows in result["rows"].items():
+            for name, row in rows.items():
+                print(f"| {name} | {dtype} | {' | '.join(f'{row[k]:.1e}' if k in row else '-' for k in keys)} |")
+
+
+def _cell(what, value, best):
+    if value is None or value != value:
+        return "-"
+    return f"{value:.2f} ({value / best:.2f})" if what == "time" else f"{value:,.0f}"
+
+
 def main():
     kinds = {"time": measure_time, "memory": measure_memory, "accuracy": measure_accuracy, "step": measure_step}
-    kinds |= {"child": child, "step-child": step_child}
+    kinds |= {"child": child, "step-child": step_child, "table": markdown}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=kinds)
     parser.add_argument("--size", choices=SIZES, default="smollm2")
