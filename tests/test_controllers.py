@@ -17,7 +17,9 @@ from isentropic.controllers import (
     parse_controller,
     pi,
     predictive,
+    schedule,
     sign_step,
+    switch,
 )
 
 WIDE = Range(start=0.1, low=-1.0, high=1.0, least=0.01)
@@ -68,6 +70,41 @@ def test_sign_step_by_hand():
 
 def test_gated_step_is_off_above_the_target():
     assert run(gated_step(Range(0.01, 0.0, 0.1), 0.01), BELOW, ABOVE, BELOW) == pytest.approx([0.02, 0.0, 0.02])
+
+
+def test_gated_step_rests_where_the_knob_does_nothing():
+    # STARE: W from 1.1 by 0.01 while entropy is below its target, else out of force at 1.
+    stare = gated_step(Range(1.1, 1.0, 1.5, 1.0, rest=1.0), 0.01)
+    assert stare.init().value == 1.0
+    assert run(stare, BELOW, ABOVE, BELOW) == pytest.approx([1.11, 1.0, 1.11])
+    # EntroPIC's weight lowers entropy as it grows, and rests at 0, not at a bound.
+    assert run(gated_step(Range(0.0, -1.0, 1.0, 1e-3, -1, rest=0.0), 0.1), BELOW, ABOVE) == pytest.approx([-0.1, 0.0])
+    assert Range(0.2, 0.1, 0.4, sign=-1).neutral() == 0.4
+
+
+def test_switch_by_hand():
+    assert run(switch(WIDE, 0.1), 0.8, 0.95, 1.05, 1.2) == [1.0, 0.0, 0.0, -1.0]
+    lowers = switch(Range(0.0, -1.0, 0.5, 0.01, -1, rest=0.0), 0.0)
+    assert run(lowers, BELOW, TARGET, ABOVE) == [-1.0, 0.0, 0.5]
+    with pytest.raises(ValueError, match="width must be >= 0"):
+        switch(WIDE, -0.1)
+
+
+def test_schedules_by_hand():
+    knob = Range(0.0, -1.0, 2.0)
+    assert run(schedule(knob, "up_down", 4), *[TARGET] * 5) == pytest.approx([1.0, 2.0, 1.0, 0.0, 0.0])
+    # −sin 3πx at ⅙, ⅓, ½, ⅔, ⅚: down, through the start, up, and down again.
+    assert run(schedule(knob, "down_up_down", 6), *[BELOW] * 6) == pytest.approx([-1, 0, 2, 0, -1, 0], abs=1e-12)
+    # (1 − x)·sin 6πx at 1/12, 3/12, …: swings of ever less.
+    swings = run(schedule(knob, "oscillate", 12), *[ABOVE] * 12)[0:12:2]
+    assert swings == pytest.approx([2 * 11 / 12, -9 / 12, 2 * 7 / 12, -5 / 12, 2 * 3 / 12, -1 / 12], abs=1e-12)
+    # A knob that lowers entropy is turned the other way.
+    assert run(schedule(Range(0.3, 0.1, 0.9, 0.1, -1), "up_down", 4), TARGET, TARGET) == pytest.approx([0.2, 0.1])
+    assert parse_controller("schedule:shape=oscillate:steps=8", knob).init().value == 0.0
+    with pytest.raises(ValueError, match="did you mean oscillate"):
+        parse_controller("schedule:shape=oscilate", knob)
+    with pytest.raises(ValueError, match="steps must be >= 1"):
+        parse_controller("schedule:steps=0", knob)
 
 
 def test_pi_by_hand():

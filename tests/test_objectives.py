@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.objectives import OBJECTIVES, cispo, clipped, importance, reinforce, sequence_clipped
+from isentropic.objectives import (
+    OBJECTIVES,
+    cispo,
+    clipped,
+    gradient_preserving,
+    importance,
+    reinforce,
+    sapo,
+    sequence_clipped,
+)
 from isentropic.reduce import REDUCTIONS, SumCount, constant, merge, sequence, token
 from isentropic.types import TokenBatch
 
@@ -22,6 +31,10 @@ CASES = {
     "sequence_clipped_token": lambda batch: sequence_clipped(batch, 0.05, 0.1, gradient="token"),
     "cispo": lambda batch: cispo(batch, clip_high=0.5),
     "cispo_both": lambda batch: cispo(batch, 0.2, 0.5),
+    "clipped_linear": lambda batch: clipped(batch, 0.2, 0.28, "linear"),
+    "clipped_dcpo": lambda batch: clipped(batch, 0.16, 0.2, "dcpo"),
+    "gradient_preserving": lambda batch: gradient_preserving(batch, 0.2, 0.28),
+    "sapo": sapo,
 }
 
 
@@ -48,6 +61,31 @@ def weights(batch, objective):
 
 def close(got, expected):
     torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=0, atol=1e-12)
+
+
+def test_gradient_preserving_by_hand():
+    # Bounds 0.8 and 1.28, β1 = ½, β2 = 1. Kept: 1·1.28·2 and ½·0.8·(−2), whatever the ratio; else r·A.
+    batch = by_hand([1.5, 0.5, 1.5, 0.5, 3.0, 1.1], [2.0, 2.0, -2.0, -2.0, 2.0, 2.0])
+
+    def objective(batch, **more):
+        return gradient_preserving(batch, 0.2, 0.28, **more)
+
+    close(objective(batch)[0], [[-2.56, -1.0, 3.0, 0.8, -2.56, -2.2]])
+    close(weights(batch, objective), [[2.56, 1.0, -3.0, -0.8, 2.56, 2.2]])
+    # Without what is kept it is the clip; facts are those of the clip.
+    none = lambda batch: objective(batch, grad_low=0.0, grad_high=0.0)  # noqa: E731
+    plain = lambda batch: clipped(batch, 0.2, 0.28)  # noqa: E731
+    close(weights(batch, none), weights(batch, plain))
+    assert all(torch.equal(x, y) for x, y in zip(objective(batch)[1], plain(batch)[1], strict=True))
+
+
+def test_sapo_by_hand():
+    # 4σ(τ(r−1))/τ·A; its slope by log r is 4σ(1−σ)·r·A: r·A at r = 1, whatever τ.
+    batch = by_hand([1.0, 1.0, 2.0, 2.0], [3.0, -3.0, 1.0, -1.0])
+    sigma = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
+    up, down = sigma(1.0), sigma(1.05)
+    close(sapo(batch)[0], [[-6.0, 6 / 1.05, -4 * up, 4 * down / 1.05]])
+    close(weights(batch, sapo), [[3.0, -3.0, 8 * up * (1 - up), -8 * down * (1 - down)]])
 
 
 def test_clipped_by_hand():

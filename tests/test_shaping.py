@@ -35,6 +35,27 @@ def test_repo_by_hand():
     close(repo(ADV, LOGP, ENTROPY, torch.tensor(0.5)), [[1.75, 3.0], [-2.25, -1.0]])
 
 
+def test_sign_weight_by_hand():
+    close(sign_weight(ADV, LOGP, 0.25), [[2.5, 2.5], [-1.5, -1.5]])  # 2·1.25, −2·0.75
+    close(sign_weight(ADV, LOGP, torch.tensor(-1.0)), [[0.0, 0.0], [-4.0, -4.0]])
+
+
+def test_one_sided_by_hand():
+    close(one_sided(ADV, LOGP, 1.0), [[0.0, 0.0], [-2.0, -2.0]])
+    close(one_sided(ADV, LOGP, -1.0), [[2.0, 2.0], [0.0, 0.0]])
+    close(one_sided(ADV, LOGP, 0.25), [[1.5, 1.5], [-2.0, -2.0]])
+    close(one_sided(ADV, LOGP, torch.tensor([[0.0, 1.0], [-0.5, 0.0]])), [[2.0, 0.0], [-1.0, -2.0]])
+
+
+def test_surprisal_boost_by_hand():
+    logp = torch.tensor([[-0.5, -3.0, -1.0], [-5.0, -0.1, -9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    # The two rarest of five are −5 (where A < 0) and −3 (where A > 0); the masked −9 counts for nothing.
+    close(surprisal_boost(ADV, logp, mask, 1.5, surprisal_share=0.4), [[2.0, 3.0, 2.0], [-2.0, -2.0, -2.0]])
+    close(surprisal_boost(ADV, logp, mask, 1.5), [[2.0] * 3, [-2.0] * 3])  # one of five: −5
+    close(surprisal_boost(ADV, logp, mask, 1.0, surprisal_share=0.4), [[2.0] * 3, [-2.0] * 3])
+
+
 def test_repo_r_by_hand():
     # Raw, ζ = 0.1: A(1 − ζ logp) = 2·1.05, 2·1.3; A(1 + ζ logp) = −2·0.95, −2·0.7
     close(repo_r(ADV, LOGP, 0.1), [[2.1, 2.6], [-1.9, -1.4]])
@@ -215,6 +236,6 @@ def test_nothing_waits_for_the_device():
 
 
 def test_the_table_starts_every_signature_alike():
-    assert SHAPINGS == {f.__name__: f for f in (repo, repo_r, repo_d, sign_weight, one_sided, surprisal_boost)}
+    assert {f.__name__: f for f in (repo, repo_r, repo_d, sign_weight, one_sided, surprisal_boost)} == SHAPINGS
     for function in SHAPINGS.values():
         assert list(inspect.signature(function).parameters)[:2] == ["adv", "logp"]

@@ -311,7 +311,7 @@ def sapo(
     """
     _, log_ratio, adv, _ = _prepare(batch)
     ratio = log_ratio.exp()
-    tau = torch.where(adv > 0, tau_positive, tau_negative)
+    tau = torch.full_like(adv, tau_negative).masked_fill(adv > 0, tau_positive)
     return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv, _facts(ratio, adv, None, None)
 
 

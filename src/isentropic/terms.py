@@ -38,7 +38,7 @@ def selected(adv: Tensor, chosen: Tensor | None) -> Tensor:
 def term(functions: dict[str, Term], part: Part) -> Term:
     """The function of a name, which first sees to it that the batch holds what it reads, or the function itself."""
     if not isinstance(part, str):
-        return part
+        return lambda batch, recipe: part(batch._replace(adv=wide(batch.adv, batch.logp)), recipe)
     function = functions[part]
 
     def checked(batch: TokenBatch, recipe: Recipe) -> Any:
