@@ -17,7 +17,10 @@ ROOMS = {
     "types": ["types"],
     "reduce": ["reduce"],
     "advantages": ["advantages"],
+    "selection": ["selection"],
+    "penalties": ["penalties"],
     "shaping": ["shaping"],
+    "bounds": ["bounds"],
     "objectives": ["objectives"],
     "kernels": ["kernels"],
     "entropy": ["entropy"],
@@ -25,7 +28,8 @@ ROOMS = {
     "controllers": ["controllers"],
     "targets": ["targets"],
     "thermostat": ["thermostat"],
-    "recipes": ["recipes"],
+    "parts": ["parts", "terms"],
+    "recipes": ["recipes", "catalogue"],
     "precision": ["precision"],
     "evaluation": ["evaluation"],
     "record": ["record"],
@@ -38,11 +42,13 @@ ROOMS = {
     "report": ["report"],
     "watch": ["watch"],
     "config": ["config"],
+    "sequence": ["sequence"],
     "training": ["training"],
+    "grid": ["grid"],
     "cli": ["cli"],
 }
 # Modules behind a package's public names, and parts of the engine that nobody calls.
-INNER = r"(kernels|lab|precision|report)\..+|engines|engines\.trl_(explain|head|samples|sampling|signals)"
+INNER = r"(kernels|lab|precision|report)\..+|engines|engines\.trl_(explain|guard|head|rows|samples|sampling|signals|surrogate|vocabulary)"
 
 
 def modules():

@@ -7,7 +7,19 @@ from sphinx.util.docutils import SphinxDirective
 
 from isentropic.config import RunConfig
 from isentropic.controllers import CONTROLLERS
-from isentropic.recipes import KNOBS, OBJECTIVES, RECIPES, SHAPINGS, Recipe, compose, knob_range
+from isentropic.recipes import (
+    BOUNDS,
+    CONSTANTS,
+    KNOBS,
+    OBJECTIVES,
+    PENALTIES,
+    RECIPES,
+    SELECTIONS,
+    SHAPINGS,
+    Recipe,
+    compose,
+    knob_range,
+)
 from isentropic.targets import TARGETS
 
 
@@ -23,9 +35,11 @@ def _numbers(recipe):
     found = []
     if OBJECTIVES[recipe.objective]:
         low = "" if recipe.objective == "cispo" else f"{recipe.clip_low:g}, "
-        found.append(f"clip {low}{recipe.clip_high:g}" + (", reciprocal" if recipe.bounds == "reciprocal" else ""))
+        found.append(f"clip {low}{recipe.clip_high:g}" + ("" if recipe.bounds == "additive" else f", {recipe.bounds}"))
     if recipe.entropy_coef:
         found.append(f"entropy_coef {recipe.entropy_coef:g}")
+    if recipe.penalty != "none":
+        found.append(f"penalty `{recipe.penalty}` × {recipe.penalty_coef:g}")
     return "; ".join(found) or "–"
 
 
@@ -47,6 +61,7 @@ def parts():
         [
             f"`{name}`",
             f"`{r.baseline}`",
+            f"`{r.selection}`",
             f"`{r.shaping}`",
             f"`{r.objective}`" + (", on-policy" if r.on_policy else ""),
             f"`{r.reduction}`",
@@ -55,7 +70,7 @@ def parts():
         ]
         for name, r in RECIPES.items()
     ]
-    return _table(["recipe", "baseline", "shaping", "objective", "reduction", "numbers", "control"], rows)
+    return _table(["recipe", "baseline", "selection", "shaping", "objective", "reduction", "numbers", "control"], rows)
 
 
 def knobs():
@@ -70,8 +85,33 @@ def knobs():
     return _table(["knob", "start and range on `dapo`", "a larger value", "needs", "source"], rows)
 
 
+def _formulas(kind, what, table):
+    """Names with what they do, and their constants with defaults."""
+    rows = [
+        [f"`{name}`", f"`{text}`" if kind == "shaping" else text, _defaults(CONSTANTS.get(name, {}))]
+        for name, text in table.items()
+    ]
+    return _table([kind, what, "constants"], rows)
+
+
+def _defaults(numbers):
+    return ", ".join(f"`{name}={x:g}`" for name, x in numbers.items()) or "–"
+
+
+def selections():
+    return _formulas("selection", "advantages that count", SELECTIONS)
+
+
 def shapings():
-    return _table(["shaping", "advantage"], [[f"`{n}`", f"`{f}`"] for n, f in SHAPINGS.items()])
+    return _formulas("shaping", "advantage", SHAPINGS)
+
+
+def bounds():
+    return _formulas("bounds", "what holds the ratio", BOUNDS)
+
+
+def penalties():
+    return _formulas("penalty", "added to the loss, times `penalty_coef`", PENALTIES)
 
 
 def controllers():
@@ -103,12 +143,26 @@ def settings():
 
 def recipe_fields():
     """Every field of a recipe, with its default."""
-    rows = [[f"`{f.name}`", f"`{f.default}`"] for f in fields(Recipe) if f.name not in ("formula", "source")]
+    fresh = Recipe("", "")
+    rows = [[f"`{f.name}`", f"`{getattr(fresh, f.name)}`"] for f in fields(Recipe) if f.name not in ("formula", "source")]
     return _table(["field", "default"], rows)
 
 
 TABLES = {
-    made.__name__: made for made in (recipes, parts, knobs, shapings, controllers, targets, settings, recipe_fields)
+    made.__name__: made
+    for made in (
+        recipes,
+        parts,
+        knobs,
+        selections,
+        shapings,
+        bounds,
+        penalties,
+        controllers,
+        targets,
+        settings,
+        recipe_fields,
+    )
 }
 
 

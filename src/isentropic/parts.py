@@ -99,8 +99,8 @@ CONSTANTS: dict[str, dict[str, float]] = {
     "aent": {"aent_drop": 0.3},
 }
 
-# Parts of your own: what they are called with. ``batch`` is a TokenBatch with advantages [b t], whose ``logp_old`` is None
-# where the batch is exactly on-policy; ``recipe`` is the Recipe with its knob in force.
+# Parts of your own: what they are called with. ``batch`` is a TokenBatch with advantages [b t], whose ``logp_old`` is
+# None where the batch is exactly on-policy; ``recipe`` is the Recipe with its knob in force.
 SIGNATURES: dict[str, tuple[str, ...]] = {
     "baseline": ("rewards",),  # [p g] -> [b]
     "selection": ("batch", "recipe"),  # -> [b t] factors on the advantage, not differentiated, no knob
