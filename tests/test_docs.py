@@ -152,6 +152,9 @@ def run_python(block, names, site):
 def run_toml(block, names, site):
     from isentropic.cli import main
 
+    if block.value == "grid.toml":
+        assert main(["compare", block.value, "--dry-run"]) == 0
+        return
     path = site.home / "run.toml"
     path.write_text(block.code.replace('"PATH"', f'"{site.model}"'))
     assert main(["train", str(path), "--dry-run"]) == 0
@@ -185,7 +188,9 @@ def shell_isentropic(args, site):
     elif command == "audit" and site.model not in args:
         given = vars(_parser().parse_args(args))
         load(given["config"], {k: v for k, v in given.items() if k not in ("config", "command", "json")})
-    elif command in ("explain", "watch", "report", "eval"):
+    elif command == "compare" and not any(word.startswith("runs/") for word in args):
+        assert main(args if "--dry-run" in args else [*args, "--dry-run"]) == 0
+    elif command in ("explain", "watch", "report", "eval", "compare"):
         for i, word in reversed(list(enumerate(args))):
             if word.startswith("runs/") or word == "my-run":
                 args[i : i + 1] = site.run_dir(word)

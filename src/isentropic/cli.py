@@ -14,6 +14,7 @@ from .config import FLAGLESS, ConfigError, RunConfig, as_dict, load, recipe_of, 
 from .record import Record
 
 _PROG = "isentropic"
+_ON_A_PAGE = 8  # runs on the page of a comparison
 
 
 class _Parser(argparse.ArgumentParser):
@@ -289,7 +290,8 @@ def _compare(args: dict[str, Any]) -> int:
             idle = [k for k in ("recipes", "tasks", "seeds", "set", "jobs", "results") if args[k]]
             if idle:
                 raise ConfigError(f"--{idle[0]} belongs to a grid, got run directories; leave one of them out")
-            lines = name_cells(line_of(Record(path)) for path in _runs_in(paths))
+            runs = _runs_in(paths)
+            lines = name_cells(line_of(Record(path)) for path in runs)
             folder, baseline = (Path(args["out"]) if args["out"] else None), args["baseline"]
         else:
             if len(paths) > 1:
@@ -300,6 +302,8 @@ def _compare(args: dict[str, Any]) -> int:
             if not only_table:
                 failed = run(grid, say=lambda text: print(text, file=sys.stderr, flush=True))
             lines, folder, baseline = grid.lines(), grid.out, grid.baseline
+            first = {cell.name: cell.folder(grid.out) for cell in reversed(grid.cells)}
+            runs = [path for path in first.values() if (path / "summary.json").exists()][::-1]
             if baseline not in {line["cell"] for line in lines}:
                 baseline = None
         found = compare(lines, baseline)
@@ -307,11 +311,25 @@ def _compare(args: dict[str, Any]) -> int:
         raise ConfigError(str(error)) from None
     if folder is not None:
         write(found, lines, folder)
+        if not only_table:
+            _report_of(runs, folder / "report.html")
     if show["json"]:
         print(json.dumps(found._asdict(), default=lambda x: x._asdict(), indent=2, ensure_ascii=False))
     else:
         print(render(found, show["markdown"]))
     return 1 if failed else 0
+
+
+def _report_of(runs: list[Path], out: Path) -> None:
+    """A page of the first run of each cell, so far as a page is not too full; nothing here may fail a comparison."""
+    from .report import write
+
+    if not runs:
+        return
+    try:
+        print(f"report: {write(runs[:_ON_A_PAGE], out)}", file=sys.stderr)
+    except Exception as error:
+        print(f"no report: {error}", file=sys.stderr)
 
 
 def _pairs(texts: list[str]) -> dict[str, Any]:
