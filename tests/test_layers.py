@@ -13,10 +13,14 @@ SRC = Path(__file__).parents[1] / "src" / "isentropic"
 
 # A room imports only the rooms above it.
 ORDER = """types reduce advantages selection penalties shaping bounds objectives kernels entropy dynamics controllers
-    targets thermostat parts terms catalogue recipes precision evaluation record explain lab engines tasks models report watch config compare grid sequence training cli""".split()
+    targets thermostat parts terms catalogue recipes precision evaluation record explain lab engines tasks models report
+    watch config compare grid sequence training cli""".split()
 CORE = set(ORDER[: ORDER.index("evaluation") + 1])
 SEPARATE = {"engines", "tasks", "report"}
-TORCHLESS = set("__init__ controllers targets thermostat parts catalogue recipes record explain tasks models config compare grid cli".split())
+TORCHLESS = set(
+    """__init__ controllers targets thermostat parts catalogue recipes record explain tasks models config compare grid
+    cli""".split()
+)
 ONLY_IN = {"argparse": {"config", "cli"}, "tomllib": {"config", "cli", "grid"}}
 EXTRAS = {"verl", "ray", "triton", "reasoning_gym", "math_verify", "textworld"}
 MAX_BYTES, MAX_LINES = 25_000, 60  # both exclusive
@@ -202,7 +206,7 @@ def test_allowed_imports_pass():
         "kernels/__init__.py": "from .cpu import head\nfrom isentropic.types import TokenBatch",
         "kernels/cpu.py": "import torch\nimport triton",
         "controllers.py": "if TYPE_CHECKING:\n    from isentropic.types import EntropyReading",
-        "compare.py": "import tomllib",
+        "grid.py": "import tomllib",
         "tasks/__init__.py": "def make():\n    from isentropic.tasks import gym",
         "tasks/gym.py": "import torch\nimport reasoning_gym",
         "config.py": "import argparse\nimport isentropic.controllers",

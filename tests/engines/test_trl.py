@@ -399,9 +399,59 @@ def test_settings_of_a_reciprocal_clip():
     assert got["epsilon_high"] == 0.1
 
 
-def test_vllms_importance_correction_is_left_alone(tmp_path):
+OWN = """
+from isentropic.objectives import clipped
+from isentropic.recipes import compose
+
+def wide_clip(batch, recipe):
+    return clipped(batch, recipe.clip_low, recipe.clip_high, recipe.bounds)
+
+def flat(batch, recipe):
+    return (batch.logp_rows.exp() ** 2).sum(-1)
+
+flat.needs_rows = True
+
+def late(batch, recipe):
+    return (batch.mask.cumsum(1) > 1).float()
+
+SAME = compose("loop", objective=wide_clip)
+MORE = compose("dapo", selection=late, penalty=flat, penalty_coef=0.5, knob="penalty_coef", target="9.0", every=1)
+"""
+
+
+def test_a_method_of_ones_own(tmp_path):
+    path = tmp_path / "own_method.py"
+    path.write_text(OWN)
+    # An objective that is TRL's in disguise, by the general road: the same training, up to rounding.
+    native = trained(tmp_path / "a", 8, recipe="loop", learning_rate=1e-4)
+    own = trained(tmp_path / "b", 8, recipe=f"{path}:SAME", learning_rate=1e-4)
+    assert native.native
+    assert not own.native
+    for (name, x), y in zip(weights(native).items(), weights(own).values(), strict=True):
+        assert torch.allclose(x, y, atol=1e-5), name
+    for x, y in zip(native.record.rows("metrics"), own.record.rows("metrics"), strict=True):
+        assert x["clip/high_frac"] == pytest.approx(y["clip/high_frac"])
+        assert x["entropy/mean"] == pytest.approx(y["entropy/mean"], abs=1e-4)
+    assert own.record.header()["recipe"]["objective"] == "own_method.wide_clip"
+
+    more = trained(tmp_path / "c", 4, recipe=f"{path}:MORE")
+    rows = more.record.rows("metrics")
+    assert rows[-1]["knob/value"] > rows[0]["knob/value"]
+    assert all(row["predict/bonus"] > 0 for row in rows)  # less of Σ π² is more entropy
+    with pytest.raises(ValueError, match="there is no file"):
+        controlled(tmp_path / "d", recipe="nowhere.py:SAME")
+
+
+def test_rows_are_refused_where_the_head_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.setattr("isentropic.engines.trl_vocabulary.head_of", lambda model: None)
+    with pytest.raises(ValueError, match="penalty aent needs whole rows of log-probabilities"):
+        controlled(tmp_path, recipe="aent")
+
+
+@pytest.mark.parametrize("recipe", ["repo-r-loop", "dcpo"])
+def test_vllms_importance_correction_is_left_alone(tmp_path, recipe):
     """The sampler's ratio multiplies the native loss after the clip, whatever we wrote into the advantages."""
-    trainer = trained(tmp_path, 4, recipe="repo-r-loop")
+    trainer = trained(tmp_path, 4, recipe=recipe)
     inputs = trainer._buffered_inputs[1]
     trainer.model.train()
     plain = trainer._compute_loss(trainer.model, dict(inputs))
