@@ -48,7 +48,10 @@ ROOMS = {
     "cli": ["cli"],
 }
 # Modules behind a package's public names, and parts of the engine that nobody calls.
-INNER = r"(kernels|lab|precision|report)\..+|engines|engines\.trl_(explain|guard|head|rows|samples|sampling|signals|surrogate|vocabulary)"
+INNER = (
+    r"(kernels|lab|precision|report)\..+|engines|"
+    r"engines\.trl_(explain|guard|head|rows|samples|sampling|signals|surrogate|vocabulary)"
+)
 
 
 def modules():

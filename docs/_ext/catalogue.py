@@ -144,7 +144,8 @@ def settings():
 def recipe_fields():
     """Every field of a recipe, with its default."""
     fresh = Recipe("", "")
-    rows = [[f"`{f.name}`", f"`{getattr(fresh, f.name)}`"] for f in fields(Recipe) if f.name not in ("formula", "source")]
+    names = [f.name for f in fields(Recipe) if f.name not in ("formula", "source")]
+    rows = [[f"`{name}`", f"`{getattr(fresh, name)}`"] for name in names]
     return _table(["field", "default"], rows)
 
 
