@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VERL := .venv-verl/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test lint types docs clean
+.PHONY: help env train test test-verl lint types docs clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 env: $(STAMP) ## build .venv
 
@@ -17,6 +18,9 @@ train: $(STAMP) ## train with entropy under control: make train ARGS="..."
 
 test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
 	$(BIN)/python -m pytest $(ARGS)
+
+test-verl: $(VERL) ## run the tests of the verl engine, in .venv-verl
+	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest tests/verl $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -29,7 +33,7 @@ docs: $(STAMP) ## build the documentation into build/docs; a warning or a broken
 	$(BIN)/python -m sphinx -q -E -W --keep-going -b html -d build/doctrees docs build/docs
 
 clean: ## remove .venv, builds and caches
-	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-verl dist build .pytest_cache .ruff_cache .hypothesis
 	find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMP): pyproject.toml constraints.txt
@@ -38,4 +42,11 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo 'building .venv from constraints.txt: a minute or two'
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,cli,report,docs,dev]'
+	@touch $@
+
+$(VERL): pyproject.toml constraints-verl.txt
+	@echo 'building .venv-verl from constraints-verl.txt: a few minutes'
+	@$(PYTHON) -m venv .venv-verl
+	@.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt \
+	  -e . 'verl[verl-core]==0.9.1' pytest beartype
 	@touch $@

@@ -1,0 +1,235 @@
+"""Entropy control inside verl's actor: the native loss is wrapped per micro-batch, never copied.
+
+``+isentropic=RECIPE`` on verl's command line makes :class:`PolicyLoss` the config of the actor's loss. Where verl
+builds that config, in each worker, this module is imported, and registers a subclass of the engine that verl would have
+taken. Generation, parallelism, checkpoints and logging stay verl's.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from ..recipes import Recipe, check, compose
+from .verl_control import Control
+from .verl_plugin import AGG_MODES, ESTIMATORS
+
+SUPPORTED = (0, 9)
+
+
+def _require_verl() -> None:
+    try:
+        got = version("verl")
+    except PackageNotFoundError:
+        raise ModuleNotFoundError(
+            "isentropic.engines.verl needs verl, which is not installed; pip install 'isentropic[verl]'", name="verl"
+        ) from None
+    if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
+        raise ImportError(f"isentropic.engines.verl wraps the engine of verl 0.9, got verl {got}; install verl==0.9.1")
+
+
+_require_verl()
+
+import torch  # noqa: E402
+from verl.trainer.ppo.core_algos import register_policy_loss  # noqa: E402
+from verl.utils import tensordict_utils as tu  # noqa: E402
+from verl.utils.device import get_device_name, get_vendor  # noqa: E402
+from verl.workers.config import PolicyLossConfig  # noqa: E402
+from verl.workers.engine import EngineRegistry  # noqa: E402
+
+BACKENDS = ("fsdp", "fsdp2")
+
+
+@dataclass
+class PolicyLoss(PolicyLossConfig):
+    """The config of the actor's loss, with a recipe.
+
+    Attributes:
+        recipe: a name of ``isentropic recipes``; None leaves verl's loss as it is, and reads.
+        knob, controller, target: what is turned, how, and to what; None is the recipe's own.
+        recipe_options: other fields of a Recipe.
+        folder: the run directory that rank 0 writes; None writes none.
+        adv_estimator, norm_adv_by_std, batch_size: what verl is set to, for the checks; None is not checked.
+    """
+
+    recipe: str | None = None
+    knob: str | None = None
+    controller: str | None = None
+    target: str | None = None
+    recipe_options: dict[str, Any] | None = None
+    folder: str | None = None
+    adv_estimator: str | None = None
+    norm_adv_by_std: bool | None = None
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        resolve(self)
+
+
+def resolve(config: PolicyLoss) -> Recipe:
+    """The recipe that a config means.
+
+    Raises:
+        ValueError: an unknown name, a composition that cannot work, or one that verl's settings or workers exclude.
+    """
+    changes: dict[str, Any] = {
+        "knob": config.knob,
+        "controller": config.controller,
+        "target": None if config.target is None else str(config.target),
+    }
+    options = dict(config.recipe_options or {})
+    if config.recipe is None:
+        if any(value is not None for value in changes.values()) or options:
+            raise ValueError("knob, controller, target and recipe_options need a recipe; name one: +isentropic=NAME")
+        return Recipe(formula="verl's own loss", source="the actor's settings")
+    if config.controller == "none":
+        changes |= {"knob": "none", "controller": None}
+    recipe = compose(config.recipe, **changes, **options)
+    _check_verl(config, recipe)
+    return recipe
+
+
+def _check_verl(config: PolicyLoss, recipe: Recipe) -> None:
+    if recipe.needs_rows:
+        raise ValueError(
+            f"penalty {recipe.penalty} of recipe {config.recipe} needs whole rows of log-probabilities, which verl's "
+            "engine does not hand on; take another recipe, or train with TRL"
+        )
+    if recipe.selection == "erc":
+        raise ValueError(
+            f"recipe {config.recipe} compares entropies with those of sampling time, which verl does not send to its "
+            "workers; take another recipe, or train with TRL"
+        )
+    if recipe.dynamic_sampling or recipe.overlong_buffer:
+        raise ValueError("dynamic_sampling and overlong_buffer are settings of verl's own; set them there")
+    wanted = ESTIMATORS.get(str(recipe.baseline))
+    if wanted is None:
+        raise ValueError(
+            f"baseline {recipe.baseline} of recipe {config.recipe} is not among verl's advantage estimators; set "
+            f"recipe_options.baseline to one of {', '.join(ESTIMATORS)}"
+        )
+    got = (str(getattr(config.adv_estimator, "value", config.adv_estimator)), config.norm_adv_by_std)
+    if config.adv_estimator is not None and (got[0] != wanted[0] or wanted[1] not in (None, got[1])):
+        norm = "" if wanted[1] is None else f" algorithm.norm_adv_by_std_in_grpo={wanted[1]}"
+        raise ValueError(
+            f"recipe {config.recipe} needs algorithm.adv_estimator={wanted[0]}{norm}, got adv_estimator={got[0]} "
+            f"norm_adv_by_std_in_grpo={got[1]}; leave them out of the command, or set them so"
+        )
+
+
+@register_policy_loss("isentropic")
+def unwrapped(*args: Any, **kwargs: Any) -> Any:
+    """What verl calls where no engine of ours stands around the loss.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        "the actor's engine is not isentropic's, so that its loss cannot be controlled; set "
+        f"actor_rollout_ref.actor.strategy to one of {', '.join(BACKENDS)}"
+    )
+
+
+# To a type checker the mixin is an engine of verl's; at run time it stands before one.
+if TYPE_CHECKING:
+    from verl.workers.engine import BaseEngine as _Engine
+else:
+    _Engine = object
+
+
+class EntropyControl(_Engine):
+    """The mixin before a verl engine: wraps the loss of each optimizer step, and keeps the controller."""
+
+    control: Control | None = None
+    _resumed: str | None = None
+
+    def _control_of(self, loss_function: Any) -> Control | None:
+        config: Any = getattr(loss_function, "keywords", {}).get("config")
+        chosen = getattr(config, "policy_loss", None)
+        if not isinstance(chosen, PolicyLoss):
+            return None
+        if self.control is None:
+            recipe = resolve(chosen)
+            updates = None
+            if chosen.batch_size is not None:
+                updates = max(1, chosen.batch_size // config.ppo_mini_batch_size) * config.ppo_epochs
+            check(recipe, updates)
+            if chosen.recipe is None:
+                recipe = replace(recipe, clip_low=config.clip_ratio_low, clip_high=config.clip_ratio_high)
+            _check_actor(config, recipe, chosen)
+            self.control = Control(recipe, chosen.recipe is None, chosen.folder)
+            if self._resumed is not None:
+                self.control.restore(self._resumed)
+            self.control.start({"recipe": chosen.recipe or "verl", "out": chosen.folder})
+        return self.control
+
+    def train_batch(self, data: Any, loss_function: Any) -> Any:
+        """One optimizer step of verl's, under control where its loss is configured by :class:`PolicyLoss`."""
+        control = self._control_of(loss_function)
+        if control is None:
+            return super().train_batch(data, loss_function)
+        tu.assign_non_tensor(data, calculate_entropy=True)
+        rate = self.optimizer.param_groups[0]["lr"]
+        output = super().train_batch(data, control.wrap(loss_function))
+        act = bool(tu.get_non_tensor_data(data, "update_lr_scheduler", default=True))
+        temperature = tu.get_non_tensor_data(data, "temperature", default=1.0)
+        temperature = float(temperature) if isinstance(temperature, int | float) else 1.0
+        row = control.close(self, rate, act, temperature)
+        if self.is_mp_src_rank_with_outputs():
+            output["metrics"].update({name: [value] for name, value in row.items()})
+        return output
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """As verl's, and the controller beside it."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self.control is not None and torch.distributed.get_rank() == 0:
+            self.control.save(local_path)
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """As verl's; the controller goes on from there when it is built."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        self._resumed = local_path
+        if self.control is not None and local_path:
+            self.control.restore(local_path)
+
+
+def _check_actor(config: Any, recipe: Recipe, chosen: PolicyLoss) -> None:
+    """Refuse settings of the actor that a recipe excludes."""
+    if chosen.recipe is None:
+        return
+    mode = AGG_MODES[recipe.reduction]
+    if config.loss_agg_mode != mode:
+        raise ValueError(
+            f"recipe {chosen.recipe} needs actor_rollout_ref.actor.loss_agg_mode={mode}, got {config.loss_agg_mode}; "
+            "leave it out, or set it so"
+        )
+    if config.entropy_coeff:
+        raise ValueError(
+            f"recipe {chosen.recipe} sets the entropy bonus, got actor_rollout_ref.actor.entropy_coeff="
+            f"{config.entropy_coeff}; leave it out, or set entropy_coef in recipe_options"
+        )
+
+
+def install() -> None:
+    """Register a subclass of the engine that verl would take here, under this device and vendor.
+
+    Raises:
+        RuntimeError: another package has registered an engine there.
+    """
+    device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+    vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+    for backend in BACKENDS:
+        known = EngineRegistry._engines["language_model"][backend]
+        if (device, vendor) in known:
+            raise RuntimeError(
+                f"an engine is registered for {backend} on {device}, {vendor}: {known[device, vendor]}; "
+                "isentropic must stand around the last one: load the other package first, or leave it out"
+            )
+        base = EngineRegistry.get_engine_cls("language_model", backend)
+        made = type(f"Isentropic{base.__name__}", (EntropyControl, base), {"__module__": __name__})
+        EngineRegistry.register("language_model", backend, device, vendor)(made)
+
+
+install()
