@@ -39,6 +39,7 @@ def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
         "batch_size": "${data.train_batch_size}",
     }
     actor: dict[str, Any] = {"policy_loss": policy_loss, "calculate_entropy": True}
+    algorithm: dict[str, Any] = {}
     entry: dict[str, Any] = {"actor_rollout_ref": {"actor": actor}}
     if recipe is None:
         return entry
@@ -46,9 +47,10 @@ def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
     policy_loss["loss_mode"] = "isentropic"
     if isinstance(recipe.baseline, str) and recipe.baseline in ESTIMATORS:
         estimator, norm = ESTIMATORS[recipe.baseline]
-        entry["algorithm"] = {"adv_estimator": estimator}
+        entry["algorithm"] = algorithm
+        algorithm["adv_estimator"] = estimator
         if norm is not None:
-            entry["algorithm"]["norm_adv_by_std_in_grpo"] = norm
+            algorithm["norm_adv_by_std_in_grpo"] = norm
     return entry
 
 
