@@ -114,14 +114,14 @@ def load_grid(path: str | None, flags: dict[str, Any]) -> Grid:
     jobs = values.get("jobs") or os.cpu_count() or 1
     if not isinstance(jobs, int) or jobs < 1:
         raise ConfigError(f"{where}jobs: got {jobs!r}, must be at least 1 process")
-    out = Path(values.get("out") or f"runs/{Path(path).stem if path else 'compare'}")
+    out = Path(str(values.get("out") or f"runs/{Path(path).stem if path else 'compare'}"))
     cells = [
         _cell(where, name, task, seed, {**settings, **cell})
         for seed in values.get("seeds") or [0]
         for name, cell in named.items()
         for task in values.get("tasks") or [RunConfig.task]
     ]
-    results = Path(values.get("results") or out / "results.jsonl")
+    results = Path(str(values.get("results") or out / "results.jsonl"))
     return Grid(_unlike(where, cells), out, results, baseline, jobs)
 
 

@@ -8,8 +8,8 @@
       metrics.jsonl      one row an optimizer step
       samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
       evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
-      summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, ``before``
-                         holds the evaluations on a first task at the start, at the switch and at the end
+      summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, and
+                         ``before`` holds a first task's evaluations at the start, at the switch and at the end
       report.html        written at the end: what the rest of the directory shows, as a page
       checkpoint-N/      the engine's own checkpoint after optimizer step N, and isentropic.json, written last
 

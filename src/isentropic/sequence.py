@@ -76,13 +76,13 @@ class SequentialTrainer(IsentropicTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The configured schedule for each task, one after the other."""
-        optimizer = self.optimizer if optimizer is None else optimizer
+        made: Any = self.optimizer if optimizer is None else optimizer
         shapes = [self._shape(steps) for steps in (self.switch, num_training_steps - self.switch)]
 
         def factor(step: int) -> float:
             return shapes[0](step) if step < self.switch else shapes[1](step - self.switch)
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(made, factor)
         return self.lr_scheduler
 
     def _shape(self, steps: int) -> Callable[[int], float]:
