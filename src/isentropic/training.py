@@ -168,8 +168,8 @@ def _trainer(
         )
     task = tasks[0]
     if len(tasks) > 1:
-        batches = [n // config.updates for n in (config.steps, total_steps(config) - config.steps)]
-        task = in_order(*tasks, *(n * config.prompts for n in batches))
+        num_first, num_all = (n // config.updates * config.prompts for n in (config.steps, total_steps(config)))
+        task = in_order(tasks[0], tasks[1], num_first, num_all - num_first)
     peft = None
     if config.lora_rank:
         from peft import LoraConfig
