@@ -71,7 +71,7 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
             if (step, each.name) not in known:
                 record.append("evaluations", evaluate(trained, tokenizer, each, config, step))
 
-    if config.then:
+    if isinstance(trainer, SequentialTrainer):
         trainer.add_callback(Switch(trainer, then=score))
     if checkpoint is None:
         score(0)
