@@ -50,7 +50,7 @@ ROOMS = {
 # Modules behind a package's public names, and parts of the engine that nobody calls.
 INNER = (
     r"(kernels|lab|precision|report)\..+|engines|engines\.verl(_\w+)?|"
-    r"engines\.trl_(explain|guard|head|rows|samples|sampling|signals|surrogate|vocabulary)"
+    r"engines\.control|engines\.trl_(explain|guard|head|rows|samples|sampling|signals|surrogate|vocabulary)"
 )
 
 

@@ -10,7 +10,6 @@ With nothing under control and no shaping, training is bit-identical to TRL's.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -23,14 +22,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..advantages import overlong_penalty
-from ..recipes import Recipe, build_thermostat, check, knob_range, with_knob
+from ..recipes import Recipe, build_thermostat, check, with_knob
 from ..record import CHECKPOINT_FILE, Record, write_json
 from ..terms import wide
 from ..thermostat import to_json
 from ..types import EntropyReading, TokenBatch
+from .control import MAX_REFUSED, EntropyReadingError, restored, row_of, saved_in
 from .trl_explain import Explainer, check_explain
 from .trl_head import install
-from .trl_rows import FROM_TRL, SUMS, native_facts, native_ratio, row_of, sums_of
+from .trl_rows import FROM_TRL, SUMS, native_facts, native_ratio, sums_of
 from .trl_samples import Samples
 from .trl_sampling import local_advantages, resample
 from .trl_settings import (
@@ -69,7 +69,6 @@ _require_trl()
 from trl import GRPOConfig, GRPOTrainer  # noqa: E402  (after the version check, whose message is the better one)
 
 logger = logging.getLogger("isentropic")
-MAX_REFUSED = 10
 
 
 @dataclass
@@ -112,10 +111,6 @@ class IsentropicConfig(EntropyControlConfig, GRPOConfig):
     """TRL's GRPOConfig with entropy control; see :class:`EntropyControlConfig`."""
 
 
-class EntropyReadingError(RuntimeError):
-    """Ten readings in a row were refused: a checkpoint was saved and training stopped."""
-
-
 # To a type checker the mixin is a GRPOTrainer; at run time it stands before one.
 _Trainer = GRPOTrainer if TYPE_CHECKING else object
 
@@ -140,7 +135,6 @@ class EntropyControlMixin(_Trainer):
         self.recipe: Recipe = self.args.entropy_recipe
         self.thermostat = build_thermostat(self.recipe)
         self.control_state = self.thermostat.init() if self.thermostat else None
-        self._knob_range: Any = knob_range(self.recipe) if self.thermostat else None
         self.record = Record(self.args.output_dir)
         self._boundary = boundary(self.args)
         self.samples = Samples(getattr(self.args, "samples_logged", 0))
@@ -339,7 +333,10 @@ class EntropyControlMixin(_Trainer):
     def _report(
         self, step: int, totals: dict[str, float], reading: EntropyReading, before: Any, explained: dict[str, Any]
     ) -> None:
-        row = row_of(self, totals, reading, before, explained)
+        controlled = (self.recipe, self.thermostat, before, self.control_state)
+        row = row_of(totals, reading, self._refused, *controlled) | explained
+        if totals["compared"]:
+            row["theorem2/violated_frac"] = totals["violated"] / totals["compared"]
         for name, value in row.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._metrics["train"][name].append(value)
@@ -381,21 +378,14 @@ class EntropyControlMixin(_Trainer):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
-        path = Path(checkpoint) / CHECKPOINT_FILE
-        if not path.is_file():
-            logger.warning("%s has no %s: the controller starts afresh", checkpoint, CHECKPOINT_FILE)
+        saved = saved_in(checkpoint)
+        if saved is None:
             return
-        saved = json.loads(path.read_text(encoding="utf-8"))
         self._generated = saved["generated"]
         if self.accelerator.is_main_process:
             self.record.rewind(saved["step"])
-        if self.thermostat is None or saved["state"] is None:
-            return
-        changed = [k for k in ("knob", "controller", "target") if saved["recipe"][k] != getattr(self.recipe, k)]
-        if changed:
-            logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
-        else:
-            self.control_state = self.thermostat.restore(saved["state"])
+        if self.thermostat is not None:
+            self.control_state = restored(saved, self.recipe, self.thermostat)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the first Ctrl-C or SIGTERM saves at the end of the generated batch, then stops.

@@ -1,4 +1,4 @@
-"""The sums that a micro-batch adds to the reading of its optimizer step, and the row of metrics.jsonl they become."""
+"""The sums that a micro-batch adds to the reading of its optimizer step in TRL."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from ..dynamics import bound_violations
 from ..terms import wide
-from ..types import EntropyReading, TokenBatch, TokenFacts
+from ..types import TokenBatch, TokenFacts
 
 # TRL's names for what a row carries from the latest generated batch.
 FROM_TRL = {
@@ -58,32 +58,3 @@ def sums_of(trainer: Any, batch: TokenBatch, facts: TokenFacts, native: bool) ->
     if trainer._stop_requested:
         more[1:].fill_(1.0)
     return torch.cat([sums, left.to(wide_dtype), more])
-
-
-def row_of(
-    trainer: Any, totals: dict[str, float], reading: EntropyReading, before: Any, explained: dict[str, Any]
-) -> dict[str, Any]:
-    """The row of an optimizer step, as far as sums and the controller make it."""
-    n = max(totals["tokens"], 1.0)
-    row: dict[str, Any] = {
-        "entropy/mean": reading.mean,
-        "entropy/tokens": reading.count,
-        "entropy/refused": trainer._refused,
-        "clip/low_frac": totals["low"] / n,
-        "clip/high_frac": totals["high"] / n,
-        "ratio/mean": totals["ratio"] / n,
-        "ratio/outside_frac": totals["outside"] / n,
-        "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
-        "adv/mean": totals["adv"] / n,
-    }
-    if trainer.thermostat is not None:
-        level = trainer.thermostat.level(trainer.control_state)
-        row |= {
-            "entropy/target": level,
-            "entropy/error": None if level is None else (reading.mean - level) / level,
-            "knob/value": before.value,
-            "knob/saturated": int(trainer._knob_range.saturated(before.value)),
-        }
-    if totals["compared"]:
-        row["theorem2/violated_frac"] = totals["violated"] / totals["compared"]
-    return row | explained

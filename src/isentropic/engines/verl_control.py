@@ -7,7 +7,6 @@ The native loss is called on rewritten advantages. An objective that it does not
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import time
@@ -25,16 +24,12 @@ from ..record import CHECKPOINT_FILE, Record, write_json
 from ..terms import penalty, selected, wide
 from ..thermostat import to_json
 from ..types import EntropyReading, TokenBatch, TokenFacts, TokenStats
+from .control import MAX_REFUSED, EntropyReadingError, restored, row_of, saved_in
 from .trl_surrogate import weights_of
 from .verl_plugin import AGG_MODES
 
 logger = logging.getLogger("isentropic")
 SUMS = tuple("entropy tokens low high adv logp adv_logp ratio outside change gain".split())
-MAX_REFUSED = 10
-
-
-class EntropyReadingError(RuntimeError):
-    """Ten readings in a row were refused."""
 
 
 def native_mode(recipe: Recipe) -> str | None:
@@ -191,7 +186,9 @@ class Control:
         reading = reading._replace(predicted=scale * totals["change"], gain=scale * totals["gain"], steps=1)
         before, self.step = self.state, self.step + 1
         self._regulate(reading, act)
-        row = self._row(totals, reading, before)
+        row = row_of(totals, reading, self.refused, self.recipe, self.thermostat, before, self.state)
+        if not self.monitors:
+            row |= {"predict/change": reading.predicted, "predict/gain": reading.gain, "predict/moments": 0}
         if self.record is not None and torch.distributed.get_rank() == 0:
             seconds = round(time.monotonic() - self._began, 3)
             self.record.append("metrics", {"step": self.step, "seconds": seconds, "learning_rate": rate, **row})
@@ -212,31 +209,6 @@ class Control:
                 f"{self.refused} entropy readings in a row were refused: {problem}; resume from the last checkpoint"
             )
 
-    def _row(self, totals: dict[str, float], reading: EntropyReading, before: Any) -> dict[str, Any]:
-        n = max(totals["tokens"], 1.0)
-        row: dict[str, Any] = {
-            "entropy/mean": reading.mean,
-            "entropy/tokens": reading.count,
-            "entropy/refused": self.refused,
-            "clip/low_frac": totals["low"] / n,
-            "clip/high_frac": totals["high"] / n,
-            "ratio/mean": totals["ratio"] / n,
-            "ratio/outside_frac": totals["outside"] / n,
-            "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
-            "adv/mean": totals["adv"] / n,
-        }
-        if not self.monitors:
-            row |= {"predict/change": reading.predicted, "predict/gain": reading.gain, "predict/moments": 0}
-        if self.thermostat is not None:
-            level = self.thermostat.level(self.state)
-            row |= {
-                "entropy/target": level,
-                "entropy/error": None if level is None else (reading.mean - level) / level,
-                "knob/value": before.value,
-                "knob/saturated": int(knob_range(self.recipe).saturated(before.value)),
-            }
-        return row
-
     # Checkpoints.
 
     def start(self, config: dict[str, Any]) -> None:
@@ -253,19 +225,12 @@ class Control:
 
     def restore(self, folder: str) -> None:
         """Go on from a checkpoint; where it has no state of ours, or of another knob, say so and start afresh."""
-        path = Path(folder) / CHECKPOINT_FILE
-        if not path.is_file():
-            logger.warning("%s has no %s: the controller starts afresh", folder, CHECKPOINT_FILE)
+        saved = saved_in(folder)
+        if saved is None:
             return
-        saved = json.loads(path.read_text(encoding="utf-8"))
         self.step, self.refused = saved["step"], saved["refused"]
-        if self.thermostat is None or saved["state"] is None:
-            return
-        changed = [k for k in ("knob", "controller", "target") if saved["recipe"][k] != getattr(self.recipe, k)]
-        if changed:
-            logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
-        else:
-            self.state = self.thermostat.restore(saved["state"])
+        if self.thermostat is not None:
+            self.state = restored(saved, self.recipe, self.thermostat)
 
 
 def padded(x: torch.Tensor) -> torch.Tensor:
