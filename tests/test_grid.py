@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from isentropic.cli import main
+from isentropic.compare import line_of
 from isentropic.config import ConfigError
 from isentropic.grid import load_grid
+from isentropic.record import Record
 
 GRID = """
 baseline = "plain"
@@ -108,6 +111,8 @@ pytest.importorskip("trl")
 sys.path.insert(0, str(Path(__file__).parent / "engines"))
 from trl_case import save_model
 
+from isentropic.training import train
+
 
 def run_grid(home, out, **signals):
     """`isentropic compare` in a process of its own; with ``after`` and ``by``, a signal once so many steps are done."""
@@ -127,8 +132,7 @@ def run_grid(home, out, **signals):
     return process.returncode, out, err
 
 
-def figures(out):
-    lines = [json.loads(text) for text in (out / "results.jsonl").read_text().splitlines()]
+def figures(lines):
     kept = {(x["cell"], x["seed"]): {k: v for k, v in x["figures"].items() if k != "seconds"} for x in lines}
     assert len(kept) == len(lines)
     return kept, {(x["cell"], x["seed"]): (x["curve"], x["evaluations"]) for x in lines}
@@ -154,12 +158,12 @@ def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypa
         recipe = "isentropic"
         """
     )
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    code, out, err = run_grid(tmp_path, whole)
-    assert code == 0, err
-    assert "held" in out
-    assert "[2/2] held" in err
-    assert (whole / "compare.csv").exists()
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    cut, whole = tmp_path / "cut", []
+    for cell in load_grid(str(tmp_path / "grid.toml"), {}).cells:
+        run = cell.folder(tmp_path / "whole")
+        train(replace(cell.config, out=str(run)), say=lambda text: None)
+        whole.append(line_of(Record(run), cell.name))
 
     # The first time asked to stop, the second time killed outright: its run is told by the system, and stops too.
     code, _, err = run_grid(tmp_path, cut, after=10, by=signal.SIGTERM)
@@ -168,12 +172,14 @@ def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypa
     code, _, _ = run_grid(tmp_path, cut, after=34, by=signal.SIGKILL)
     assert code == -signal.SIGKILL
     assert len((cut / "results.jsonl").read_text().splitlines()) == 1
-    code, _, err = run_grid(tmp_path, cut)
+    code, out, err = run_grid(tmp_path, cut)
     assert code == 0, err
     assert "[1/1] held" in err  # grpo was not run again
-    assert figures(cut) == figures(whole)
+    assert "held" in out
+    assert (cut / "compare.csv").exists()
+    lines = [json.loads(text) for text in (cut / "results.jsonl").read_text().splitlines()]
+    assert figures(lines) == figures(whole)
 
-    monkeypatch.syspath_prepend(Path(__file__).parent)
     grid = load_grid(str(tmp_path / "grid.toml"), {"out": str(cut)})
     assert grid.missing() == []
     assert [line["cell"] for line in grid.lines()] == ["grpo", "held"]

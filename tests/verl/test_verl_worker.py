@@ -1,16 +1,18 @@
 """verl's own worker, FSDP2 on gloo: the reading, the controller and the loss, in one process and in two."""
 
-import importlib.util
 import json
 import os
 import socket
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 
-if importlib.util.find_spec("verl") is None:
+try:
+    version("verl")  # not by import: this directory would be found as a package of that name
+except PackageNotFoundError:
     pytest.skip("verl has an environment of its own: make test-verl", allow_module_level=True)
 
 HERE = Path(__file__).parent
