@@ -1,6 +1,7 @@
-"""Which method keeps entropy, and what does it buy? Six experiments on the embedded task, one command each.
+"""Which method keeps entropy, and what does it buy? Seven experiments on the embedded task, one command each.
 
-    python bench/methods.py collapse|quality|journey|sequence|offpolicy|targets [--seeds 0 1] [--jobs 2] [--only-table]
+    python bench/methods.py collapse|quality|journey|sequence|offpolicy|targets|rates
+                            [--seeds 0 1] [--jobs 2] [--only-table]
 
 `isentropic compare` runs what the experiment's grid in bench/grids/ lacks; a finished run is a line of
 docs/results/methods.jsonl and never runs again. Then the table and the figure are made from those lines, of as many
@@ -25,6 +26,7 @@ EXPERIMENTS = {
     "sequence": ["sequence", "scratch"],
     "offpolicy": ["offpolicy"],
     "targets": ["targets"],
+    "rates": ["rates"],
 }
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 COLOURS = (
@@ -248,6 +250,35 @@ def targets(grids, plt):
     right.set(title="What does it buy?", xlabel="pass@1, held-out", ylabel="different right answers of 16")
     left.legend(frameon=False, fontsize=6.5)
     return figure, ""
+
+
+def rates(grids, plt):
+    """Reward, entropy and different answers against the learning rate, and each recipe's best rate."""
+    cells = by_cell(grids[0].lines())
+    recipes = list(dict.fromkeys(name.split(", ")[0] for name in cells))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    rows = [
+        "| recipe | best rate | reward at 2.5e-4, 5e-4, 1e-3 | final entropy at its best | pass@1 at its best "
+        "| distinct at its best |",
+        "|---" * 6 + "|",
+    ]
+    for colour, recipe in zip(COLOURS, recipes, strict=False):
+        mine = {name.split(", ")[1]: lines for name, lines in cells.items() if name.split(", ")[0] == recipe}
+        for axis, key in zip(axes, ("reward/end", "entropy/end", "distinct"), strict=True):
+            points = [(float(rate), mean(lines, key)) for rate, lines in mine.items()]
+            axis.plot(*zip(*sorted(points), strict=True), "o-", color=colour, ms=4, lw=1, label=recipe)
+        best = max(mine, key=lambda rate: mean(mine[rate], "reward/end"))
+        told = ", ".join(f"{mean(lines, 'reward/end'):.3f}" for lines in mine.values())
+        ends = (f"{mean(mine[best], key):.3f}" for key in ("entropy/end", "pass@1", "distinct"))
+        rows.append(f"| {recipe} | {best} | {told} | {' | '.join(ends)} |")
+    labels = ("reward, training prompts", "nats a token at the end", "different right answers of 16")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xscale="log", xlabel="learning rate", ylabel=label)
+        axis.set_xticks([2.5e-4, 5e-4, 1e-3], ["2.5e-4", "5e-4", "1e-3"])
+        axis.set_xticks([], minor=True)
+    axes[0].set_title("Which rate is best?")
+    axes[0].legend(frameon=False, fontsize=6.5)
+    return figure, "\n".join(rows)
 
 
 def report(name, grids):
