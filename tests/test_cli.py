@@ -131,7 +131,16 @@ def test_on_policy_recipes_take_one_step_a_batch_unasked():
 def test_recipes_lists_everything(capsys):
     assert main(["recipes"]) == 0
     text = capsys.readouterr().out
-    for name in (*RECIPES, "clip_high", "double_halve", "repo_r_raw", "anneal:FROM:TO:STEPS"):
+    for name in (
+        *RECIPES,
+        "clip_high",
+        "double_halve",
+        "repo_r_raw",
+        "anneal:FROM:TO:STEPS",
+        "clip_cov",
+        "dcpo",
+        "lp_reg",
+    ):
         assert name in text
 
 

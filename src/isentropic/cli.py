@@ -227,7 +227,8 @@ def _dry_run(config: RunConfig) -> int:
 
 def _recipes(args: dict[str, Any]) -> int:
     from .controllers import CONTROLLERS
-    from .recipes import KNOBS, RECIPES, SHAPINGS
+    from .parts import BOUNDS, PENALTIES, SELECTIONS, SHAPINGS
+    from .recipes import KNOBS, RECIPES
     from .targets import TARGETS
 
     print("RECIPES (--recipe)")
@@ -237,9 +238,16 @@ def _recipes(args: dict[str, Any]) -> int:
     print("\nKNOBS (--knob)")
     for name, knob in KNOBS.items():
         print(f"  {name:23} {knob.source}")
-    print("\nSHAPINGS (--shaping), L = log π + H")
-    for name, formula in SHAPINGS.items():
-        print(f"  {name:23} {formula}")
+    parts = {
+        "SELECTIONS (recipe_options.selection), which tokens count": SELECTIONS,
+        "SHAPINGS (--shaping), L = log π + H": SHAPINGS,
+        "BOUNDS (recipe_options.bounds), of the ratio r": BOUNDS,
+        "PENALTIES (recipe_options.penalty), what is added to the loss": PENALTIES,
+    }
+    for title, formulas in parts.items():
+        print(f"\n{title}")
+        for name, formula in formulas.items():
+            print(f"  {name:23} {formula}")
     print("\nCONTROLLERS (--controller NAME[:OPTION=VALUE])")
     for name, function in CONTROLLERS.items():
         print(f"  {name:23} {(function.__doc__ or '').splitlines()[0].replace('`', '')}")
