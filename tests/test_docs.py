@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 OUTPUT = {"text"}
-PROGRAMS = ("isentropic", "make", "python", "pip", "torchrun", "accelerate", "git")
+PROGRAMS = ("isentropic", "make", "python", "pip", "torchrun", "accelerate", "trl", "git")
 NEEDS = {"gpu", "cluster", "network"}
 FENCE = re.compile(r"(?:^<!-- (\w+): (.*?) -->\n)?^(`{3,})(.*?)\n(.*?)^\3 *$", re.MULTILINE | re.DOTALL)
 
@@ -168,7 +168,7 @@ def run_shell(block, names, site):
         if "isentropic" in words and words[0] == "torchrun":
             words = words[words.index("isentropic") :]
         program = words[0].removeprefix(".venv/bin/")
-        if block.marker == "needs" and program in ("torchrun", "accelerate"):
+        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl"):
             continue
         assert program in SHELL, f"{block.page}:{block.line}: no rule for the command {program!r}"
         SHELL[program](words[1:], site)
