@@ -17,7 +17,7 @@ train: $(STAMP) ## train with entropy under control: make train ARGS="..."
 	$(BIN)/isentropic train $(ARGS)
 
 test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-verl: $(VERL) ## run the tests of the verl engine, in .venv-verl
 	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest tests/verl $(ARGS)
