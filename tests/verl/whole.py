@@ -32,7 +32,7 @@ ON_CPU = """
     actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=64
     reward.num_workers=1
     trainer.device=cpu trainer.nnodes=1 trainer.val_before_train=False trainer.test_freq=-1
-    +ray_kwargs.ray_init.include_dashboard=False ray_kwargs.ray_init.num_cpus=32
+    +ray_kwargs.ray_init.include_dashboard=False ray_kwargs.ray_init.num_cpus=8
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
 """.split()
 
@@ -87,6 +87,7 @@ def command(home, out, *more, workers=1):
         "TOKENIZERS_PARALLELISM": "false",
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        "RAY_prestart_worker_first_driver": "0",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",
         "VERL_ENGINE_VENDOR": "nvidia",
