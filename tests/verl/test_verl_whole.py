@@ -1,4 +1,4 @@
-"""The whole of verl on the embedded task: main_ppo with Ray, transfer queue, agent loop, logger, checkpoint and resume."""
+"""The whole of verl on the embedded task: main_ppo with Ray, transfer queue, agent loop, logger, checkpoints."""
 
 import json
 import os

@@ -103,7 +103,9 @@ def start(home, out, *more, workers=1):
     out.mkdir(parents=True, exist_ok=True)
     words, env = command(home, out, *more, workers=workers)
     with (out / "output.txt").open("a") as output:
-        return subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=out, start_new_session=True)
+        return subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=out, start_new_session=True
+        )
 
 
 def lines(path):

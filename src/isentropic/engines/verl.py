@@ -13,8 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from ..recipes import Recipe, check, compose
+from . import verl_fallback as fallback
+from .verl_audit import first_look
 from .verl_control import Control
-from .verl_plugin import AGG_MODES, ESTIMATORS
+from .verl_plugin import AGG_MODES, ESTIMATOR_MODULE, OURS, estimator_of
 
 SUPPORTED = (0, 9)
 
@@ -51,7 +53,8 @@ class PolicyLoss(PolicyLossConfig):
         knob, controller, target: what is turned, how, and to what; None is the recipe's own.
         recipe_options: other fields of a Recipe.
         folder: the run directory that rank 0 writes; None writes none.
-        adv_estimator, norm_adv_by_std, batch_size: what verl is set to, for the checks; None is not checked.
+        adv_estimator, norm_adv_by_std, batch_size, strategy, external_lib: what verl is set to, for the checks; None is
+            not checked.
     """
 
     recipe: str | None = None
@@ -63,9 +66,31 @@ class PolicyLoss(PolicyLossConfig):
     adv_estimator: str | None = None
     norm_adv_by_std: bool | None = None
     batch_size: int | None = None
+    strategy: str | None = None
+    external_lib: Any = None
+
+    fallback = None  # the controller where the engine is not wrapped; no field, so no setting
 
     def __post_init__(self) -> None:
         resolve(self)
+
+    def updates(self, actor: Any) -> int | None:
+        """Optimizer steps that reuse one generated batch, where verl's batch size is known."""
+        if self.batch_size is None:
+            return None
+        return max(1, self.batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
+
+    def checked(self, actor: Any) -> Recipe:
+        """The recipe, held against the actor's settings; without a name it is what they amount to.
+
+        Raises:
+            ValueError: settings that the recipe excludes.
+        """
+        recipe = check(resolve(self), self.updates(actor))
+        if self.recipe is None:
+            return replace(recipe, clip_low=actor.clip_ratio_low, clip_high=actor.clip_ratio_high)
+        _check_actor(actor, recipe, self.recipe)
+        return recipe
 
 
 def resolve(config: PolicyLoss) -> Recipe:
@@ -83,6 +108,11 @@ def resolve(config: PolicyLoss) -> Recipe:
     if config.recipe is None:
         if any(value is not None for value in changes.values()) or options:
             raise ValueError("knob, controller, target and recipe_options need a recipe; name one: +isentropic=NAME")
+        if config.strategy is not None and config.strategy not in BACKENDS:
+            raise ValueError(
+                "monitor reads entropies from the engine, which is not wrapped here, got "
+                f"actor_rollout_ref.actor.strategy={config.strategy}; set it to {' or '.join(BACKENDS)}"
+            )
         return Recipe(formula="verl's own loss", source="the actor's settings")
     if config.controller == "none":
         changes |= {"knob": "none", "controller": None}
@@ -92,44 +122,37 @@ def resolve(config: PolicyLoss) -> Recipe:
 
 
 def _check_verl(config: PolicyLoss, recipe: Recipe) -> None:
-    if recipe.needs_rows:
+    if recipe.dynamic_sampling:
         raise ValueError(
-            f"penalty {recipe.penalty} of recipe {config.recipe} needs whole rows of log-probabilities, which verl's "
-            "engine does not hand on; take another recipe, or train with TRL"
+            "dynamic_sampling is verl's own, got dynamic_sampling=True in recipe_options; set "
+            "algorithm.filter_groups.enable=True instead"
         )
-    if recipe.selection == "erc":
+    if recipe.overlong_buffer:
         raise ValueError(
-            f"recipe {config.recipe} compares entropies with those of sampling time, which verl does not send to its "
-            "workers; take another recipe, or train with TRL"
+            f"the overlong penalty is verl's own, got overlong_buffer={recipe.overlong_buffer} in recipe_options; set "
+            "reward.reward_manager.name=dapo and +reward.reward_kwargs.overlong_buffer_cfg instead"
         )
-    if recipe.dynamic_sampling or recipe.overlong_buffer:
-        raise ValueError("dynamic_sampling and overlong_buffer are settings of verl's own; set them there")
-    wanted = ESTIMATORS.get(str(recipe.baseline))
-    if wanted is None:
-        raise ValueError(
-            f"baseline {recipe.baseline} of recipe {config.recipe} is not among verl's advantage estimators; set "
-            f"recipe_options.baseline to one of {', '.join(ESTIMATORS)}"
-        )
+    if config.strategy is not None and config.strategy not in BACKENDS:
+        fallback.check(recipe, config.strategy)
+    wanted = estimator_of(recipe)
     got = (str(getattr(config.adv_estimator, "value", config.adv_estimator)), config.norm_adv_by_std)
-    if config.adv_estimator is not None and (got[0] != wanted[0] or wanted[1] not in (None, got[1])):
-        norm = "" if wanted[1] is None else f" algorithm.norm_adv_by_std_in_grpo={wanted[1]}"
+    if config.adv_estimator is None:
+        return
+    norm = "" if wanted[1] is None else f" algorithm.norm_adv_by_std_in_grpo={wanted[1]}"
+    if got[0] != wanted[0] or wanted[1] not in (None, got[1]):
         raise ValueError(
             f"recipe {config.recipe} needs algorithm.adv_estimator={wanted[0]}{norm}, got adv_estimator={got[0]} "
             f"norm_adv_by_std_in_grpo={got[1]}; leave them out of the command, or set them so"
         )
+    libraries = [config.external_lib] if isinstance(config.external_lib, str) else list(config.external_lib or ())
+    if wanted[0] == OURS and ESTIMATOR_MODULE not in libraries:
+        raise ValueError(
+            f"baseline {recipe.baseline} is an estimator of isentropic's, which verl must be told to import, got "
+            f"actor_rollout_ref.model.external_lib={config.external_lib}; add {ESTIMATOR_MODULE} to it"
+        )
 
 
-@register_policy_loss("isentropic")
-def unwrapped(*args: Any, **kwargs: Any) -> Any:
-    """What verl calls where no engine of ours stands around the loss.
-
-    Raises:
-        RuntimeError: always.
-    """
-    raise RuntimeError(
-        "the actor's engine is not isentropic's, so that its loss cannot be controlled; set "
-        f"actor_rollout_ref.actor.strategy to one of {', '.join(BACKENDS)}"
-    )
+register_policy_loss("isentropic")(fallback.by_loss)
 
 
 # To a type checker the mixin is an engine of verl's; at run time it stands before one.
@@ -151,15 +174,11 @@ class EntropyControl(_Engine):
         if not isinstance(chosen, PolicyLoss):
             return None
         if self.control is None:
-            recipe = resolve(chosen)
-            updates = None
-            if chosen.batch_size is not None:
-                updates = max(1, chosen.batch_size // config.ppo_mini_batch_size) * config.ppo_epochs
-            check(recipe, updates)
-            if chosen.recipe is None:
-                recipe = replace(recipe, clip_low=config.clip_ratio_low, clip_high=config.clip_ratio_high)
-            _check_actor(config, recipe, chosen)
+            recipe = chosen.checked(config)
             self.control = Control(recipe, chosen.recipe is None, chosen.folder)
+            self.control.logits.wanted = recipe.needs_rows
+            if torch.distributed.get_rank() == 0:
+                first_look(self, self.control)
             if self._resumed is not None:
                 self.control.restore(self._resumed)
             self.control.start({"recipe": chosen.recipe or "verl", "out": chosen.folder})
@@ -172,7 +191,8 @@ class EntropyControl(_Engine):
             return super().train_batch(data, loss_function)
         tu.assign_non_tensor(data, calculate_entropy=True)
         rate = self.optimizer.param_groups[0]["lr"]
-        output = super().train_batch(data, control.wrap(loss_function))
+        with control.logits.watching():
+            output = super().train_batch(data, control.wrap(loss_function))
         act = bool(tu.get_non_tensor_data(data, "update_lr_scheduler", default=True))
         temperature = tu.get_non_tensor_data(data, "temperature", default=1.0)
         temperature = float(temperature) if isinstance(temperature, int | float) else 1.0
@@ -180,6 +200,12 @@ class EntropyControl(_Engine):
         if self.is_mp_src_rank_with_outputs():
             output["metrics"].update({name: [value] for name, value in row.items()})
         return output
+
+    def prepare_model_outputs(self, output: Any, output_args: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """As verl's; what the head gave is kept for the loss, where the loss asks for it."""
+        if self.control is not None:
+            self.control.logits.keep(self, output, micro_batch)
+        return super().prepare_model_outputs(output, output_args, micro_batch, *args, **kwargs)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """As verl's, and the controller beside it."""
@@ -195,19 +221,17 @@ class EntropyControl(_Engine):
             self.control.restore(local_path)
 
 
-def _check_actor(config: Any, recipe: Recipe, chosen: PolicyLoss) -> None:
+def _check_actor(config: Any, recipe: Recipe, name: str) -> None:
     """Refuse settings of the actor that a recipe excludes."""
-    if chosen.recipe is None:
-        return
     mode = AGG_MODES[recipe.reduction]
     if config.loss_agg_mode != mode:
         raise ValueError(
-            f"recipe {chosen.recipe} needs actor_rollout_ref.actor.loss_agg_mode={mode}, got {config.loss_agg_mode}; "
+            f"recipe {name} needs actor_rollout_ref.actor.loss_agg_mode={mode}, got {config.loss_agg_mode}; "
             "leave it out, or set it so"
         )
     if config.entropy_coeff:
         raise ValueError(
-            f"recipe {chosen.recipe} sets the entropy bonus, got actor_rollout_ref.actor.entropy_coeff="
+            f"recipe {name} sets the entropy bonus, got actor_rollout_ref.actor.entropy_coeff="
             f"{config.entropy_coeff}; leave it out, or set entropy_coef in recipe_options"
         )
 

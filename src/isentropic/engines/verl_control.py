@@ -27,8 +27,13 @@ from ..types import EntropyReading, TokenBatch, TokenFacts, TokenStats
 from .control import MAX_REFUSED, EntropyReadingError, restored, row_of, saved_in
 from .trl_surrogate import weights_of
 from .verl_plugin import AGG_MODES
+from .verl_rows import Logits, aligned, rows_of
 
 logger = logging.getLogger("isentropic")
+NO_OLD_ENTROPY = (
+    "selection erc compares entropies with those of sampling time, which verl leaves out where it takes the sampler's "
+    "log-probs for the old ones, got algorithm.rollout_correction.bypass_mode=True; set it to False"
+)
 SUMS = tuple("entropy tokens low high adv logp adv_logp ratio outside change gain".split())
 
 
@@ -37,6 +42,25 @@ def native_mode(recipe: Recipe) -> str | None:
     modes = {"clipped": "vanilla", "cispo": "cispo"}
     known = isinstance(recipe.objective, str) and recipe.bounds in ("additive", "reciprocal")
     return modes.get(str(recipe.objective)) if known else None
+
+
+def native_config(recipe: Recipe, given: Any) -> Any:
+    """verl's actor config as the native loss reads it under a recipe with its knob in force."""
+    native, policy_loss = copy.copy(given), copy.copy(given.policy_loss)
+    object.__setattr__(policy_loss, "loss_mode", native_mode(recipe) or "vanilla")
+    low = recipe.clip_low if recipe.bounds == "additive" else 1 - 1 / (1 + recipe.clip_low)
+    low = 1.0 if recipe.objective == "cispo" else low
+    changes = {
+        "policy_loss": policy_loss,
+        "clip_ratio_low": low,
+        "clip_ratio_high": recipe.clip_high,
+        "loss_agg_mode": AGG_MODES[recipe.reduction],
+        "entropy_coeff": recipe.entropy_coef,
+    }
+    for name, value in changes.items():
+        # The fields of verl's configs are frozen; this copy is ours.
+        object.__setattr__(native, name, value)
+    return native
 
 
 class Control:
@@ -55,43 +79,32 @@ class Control:
         self.step = self.refused = 0
         self.window: torch.Tensor | None = None
         self.record = Record(folder) if folder else None
+        self.logits = Logits()
+        self.audit: Callable[..., None] | None = None
         self._began = time.monotonic()
 
     def now(self) -> Recipe:
         """The recipe with its knob in force."""
         return with_knob(self.recipe, self.state.value if self.state else None)
 
-    def config(self, given: Any) -> Any:
-        """verl's actor config as the native loss reads it in this optimizer step."""
-        if self.monitors:
-            return given
-        recipe, native = self.now(), copy.copy(given)
-        policy_loss = copy.copy(given.policy_loss)
-        object.__setattr__(policy_loss, "loss_mode", native_mode(recipe) or "vanilla")
-        low = recipe.clip_low if recipe.bounds == "additive" else 1 - 1 / (1 + recipe.clip_low)
-        low = 1.0 if recipe.objective == "cispo" else low
-        changes = {
-            "policy_loss": policy_loss,
-            "clip_ratio_low": low,
-            "clip_ratio_high": recipe.clip_high,
-            "loss_agg_mode": AGG_MODES[recipe.reduction],
-            "entropy_coeff": recipe.entropy_coef,
-        }
-        for name, value in changes.items():
-            # The fields of verl's configs are frozen; this copy is ours.
-            object.__setattr__(native, name, value)
-        return native
-
     def wrap(self, loss_function: Any) -> Callable[..., Any]:
         """The loss function that the engine calls on each micro-batch, around verl's own."""
-        config = self.config(loss_function.keywords["config"])
+        config = loss_function.keywords["config"]
+        config = config if self.monitors else native_config(self.now(), config)
         keywords = {**loss_function.keywords, "config": config}
         native = loss_function if self.monitors else partial(loss_function.func, *loss_function.args, **keywords)
 
         def wrapped(model_output: Any, data: Any, dp_group: Any = None) -> Any:
-            batch = read_batch(model_output, data)
+            batch, logits = read_batch(model_output, data), self.logits.take()
+            if self.recipe.selection == "erc" and batch.entropy_old is None:
+                raise ValueError(NO_OLD_ENTROPY)
+            if self.audit is not None:
+                self.audit(batch, logits, data)
+                self.audit = None
             usable = torch.where(batch.entropy.isfinite(), batch.entropy, -batch.logp)
             recipe, still = self.now(), batch._replace(entropy=usable)
+            rows = rows_of(logits, data) if recipe.needs_rows else None
+            still = still if rows is None else still._replace(logp_rows=rows.detach())
             chosen = select(recipe, still)
             weights, facts = weights_of(recipe, still, chosen)
             handed = data if self.monitors else self._hand(recipe, still, weights, chosen, data)
@@ -99,8 +112,9 @@ class Control:
                 model_output = {**model_output, "entropy": model_output["entropy"].detach()}
             loss, metrics = native(model_output=model_output, data=handed, dp_group=dp_group)
             if recipe.penalty != "none" and not self.monitors:
+                still = still._replace(logp_rows=rows)
                 loss = loss + self._penalty(recipe, still, model_output, data, config)
-            self._count(still, batch.entropy, facts, weights, chosen, config)
+            self._count(still._replace(logp_rows=None), batch.entropy, facts, weights, chosen, config)
             return loss, metrics
 
         return wrapped
@@ -233,11 +247,6 @@ class Control:
             self.state = restored(saved, self.recipe, self.thermostat)
 
 
-def padded(x: torch.Tensor) -> torch.Tensor:
-    """``[b t]``, whether it came padded or jagged."""
-    return x.to_padded_tensor(0) if x.is_nested else x
-
-
 def like(x: torch.Tensor, given: torch.Tensor, data: Any) -> torch.Tensor:
     """``[b t]`` in the layout of what it replaces."""
     from verl.workers.utils.padding import response_to_nested
@@ -255,11 +264,10 @@ def read_batch(model_output: Any, data: Any) -> Any:
             "actor_rollout_ref.actor.use_prefix_grouper out"
         )
     logp, entropy = (no_padding_2_padding(model_output[k].detach(), data).float() for k in ("log_probs", "entropy"))
-    old, adv, mask = (padded(data[k]) for k in ("old_log_probs", "advantages", "response_mask"))
     length = logp.shape[1]
-    short = [torch.nn.functional.pad(x, (0, length - x.shape[1])) for x in (old, adv, mask)]
-    old, adv, mask = (x[:, :length] for x in short)
-    return TokenBatch(logp, old.float(), adv.float(), mask, entropy)
+    old, adv, mask = (aligned(data[k], length) for k in ("old_log_probs", "advantages", "response_mask"))
+    before = aligned(data["entropy"], length).float() if "entropy" in data.keys() else None  # noqa: SIM118
+    return TokenBatch(logp, old.float(), adv.float(), mask, entropy, before)
 
 
 def normaliser(mask: torch.Tensor, config: Any) -> torch.Tensor:

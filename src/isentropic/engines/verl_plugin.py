@@ -14,8 +14,21 @@ ESTIMATORS: dict[str, tuple[str, bool | None]] = {
     "mean": ("grpo", False),
     "leave_one_out": ("rloo", None),
 }
+# Every other baseline is an estimator of ours, in a module that verl is told to import where advantages are made.
+OURS = "isentropic"
+ESTIMATOR_MODULE = "isentropic.engines.verl_estimator"
 AGG_MODES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}
 MONITOR = "monitor"
+
+
+def estimator_of(recipe: Recipe) -> tuple[str, bool | None]:
+    """verl's ``adv_estimator`` and ``norm_adv_by_std_in_grpo`` for the recipe's baseline; None where it has no effect.
+
+    Example:
+        >>> estimator_of(RECIPES["grpo"]), estimator_of(RECIPES["qae"])
+        (('grpo', True), ('isentropic', None))
+    """
+    return ESTIMATORS.get(str(recipe.baseline), (OURS, None))
 
 
 def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
@@ -23,8 +36,8 @@ def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
 
     Example:
         >>> entry = group_entry(RECIPES["repo-r-loop"], "repo-r-loop")
-        >>> entry["algorithm"], entry["actor_rollout_ref"]["actor"]["loss_agg_mode"]
-        ({'adv_estimator': 'rloo'}, 'token-mean')
+        >>> entry["algorithm"]["adv_estimator"], entry["actor_rollout_ref"]["actor"]["loss_agg_mode"]
+        ('rloo', 'token-mean')
     """
     policy_loss = {
         "_target_": "isentropic.engines.verl.PolicyLoss",
@@ -37,21 +50,26 @@ def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
         "adv_estimator": "${algorithm.adv_estimator}",
         "norm_adv_by_std": "${algorithm.norm_adv_by_std_in_grpo}",
         "batch_size": "${data.train_batch_size}",
+        "strategy": "${actor_rollout_ref.actor.strategy}",
+        "external_lib": "${actor_rollout_ref.model.external_lib}",
     }
     actor: dict[str, Any] = {"policy_loss": policy_loss, "calculate_entropy": True}
-    algorithm: dict[str, Any] = {}
     entry: dict[str, Any] = {"actor_rollout_ref": {"actor": actor}}
     if recipe is None:
         return entry
     actor["loss_agg_mode"] = AGG_MODES[recipe.reduction]
+    if recipe.reduction == "constant":
+        # verl would divide by the longest answer of each micro-batch, which is not a constant.
+        actor["loss_scale_factor"] = "${data.max_response_length}"
     policy_loss["loss_mode"] = "isentropic"
-    if isinstance(recipe.baseline, str) and recipe.baseline in ESTIMATORS:
-        estimator, norm = ESTIMATORS[recipe.baseline]
-        entry["algorithm"] = algorithm
-        algorithm["adv_estimator"] = estimator
-        if norm is not None:
-            algorithm["norm_adv_by_std_in_grpo"] = norm
-    return entry
+    estimator, norm = estimator_of(recipe)
+    algorithm: dict[str, Any] = {"adv_estimator": estimator}
+    if norm is not None:
+        algorithm["norm_adv_by_std_in_grpo"] = norm
+    algorithm[OURS] = {"recipe": name, "recipe_options": "${actor_rollout_ref.actor.policy_loss.recipe_options}"}
+    if estimator == OURS:
+        entry["actor_rollout_ref"]["model"] = {"external_lib": ESTIMATOR_MODULE}
+    return {**entry, "algorithm": algorithm}
 
 
 def register() -> None:

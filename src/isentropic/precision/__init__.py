@@ -34,7 +34,7 @@ from .checks import (
     sampler_findings,
     truncation_findings,
 )
-from .probe import AuditBatch, Scored, audit
+from .probe import AuditBatch, Scored, audit, audit_rows
 
 __all__ = [
     "GSPO_BAND",
@@ -48,6 +48,7 @@ __all__ = [
     "Scored",
     "SequenceError",
     "audit",
+    "audit_rows",
     "cast_effect",
     "entropy_findings",
     "fitted_temperature",

@@ -151,7 +151,7 @@ def _look(model: Any, batch: AuditBatch) -> _Look:
     return _Look(seen["exact"], seen.get("noisy"), dtypes)
 
 
-def _output_dtype(model: Any) -> torch.dtype | None:
+def output_dtype(model: Any) -> torch.dtype | None:
     """What FSDP2 casts the outputs of the whole model to; None where it does not, or there is no FSDP2."""
     state = getattr(model, "_get_fsdp_state", None)
     policy = getattr(state(), "_mp_policy", None) if callable(state) else None
@@ -322,7 +322,7 @@ def audit(
         "logp": held_in(calm.logp),
         "entropy": None if calm.entropy is None else held_in(calm.entropy),
     }
-    casts = _dtype_findings(case, calm, dtypes, _output_dtype(model), not plain)
+    casts = _dtype_findings(case, calm, dtypes, output_dtype(model), not plain)
     explained = max((f.nats or 0.0 for f in casts), default=0.0)
     found += casts + _score_findings(case, calm, explained, where)
     old = None if batch.logp_old is None else batch.logp_old[keep]
@@ -330,9 +330,67 @@ def audit(
     found += _sampling_findings(case, batch, keep, calm.logp)
     return Report(
         sorted(found, key=lambda f: _ORDER.index(f.severity)),
-        _checked(dtypes, _output_dtype(model), batch, int(keep.sum())),
+        _checked(dtypes, output_dtype(model), batch, int(keep.sum())),
         _figures(case, calm, first.logp[keep], old, batch, keep),
     )
+
+
+def audit_rows(
+    logits: Tensor,
+    ids: Tensor,
+    scored: Scored,
+    dtypes: dict[str, torch.dtype | None],
+    temperature: float = 1.0,
+    clip: Clip = CLIP,
+    logp_old: Tensor | None = None,
+    logp_sampler: Tensor | None = None,
+    where: str = "trainer",
+) -> tuple[list[Finding], dict[str, float]]:
+    """The checks of :func:`audit` that rows of a forward pass allow, where an engine cannot be asked for another pass.
+
+    Args:
+        logits: ``[n v]`` of counted tokens, as the head gave them. Bits that a low precision has lost are drawn at
+            random, so that what the cast costs can be measured.
+        ids: ``[n]`` sampled tokens.
+        scored: ``[n]`` what the loss was handed, nats.
+        dtypes: ``head``, ``autocast`` and ``output`` (of FSDP2's outputs); None where there is none.
+        temperature: the sampling temperature.
+        clip: what errors are held against.
+        logp_old, logp_sampler: ``[n]`` nats; no update may lie between the tokens and this pass.
+        where: for the findings.
+
+    Returns:
+        Findings, gravest first, and measured figures.
+    """
+    given, dtype = logits.double(), logits.dtype
+    full = given
+    if dtype in LOW:
+        generator = torch.Generator(logits.device).manual_seed(0)
+        step = torch.ldexp(torch.ones_like(given), given.float().frexp().exponent - 1) * torch.finfo(dtype).eps
+        full = given + (torch.rand(given.shape, generator=generator, device=given.device) - 0.5) * step
+    exact = from_logits(given, ids, temperature=temperature)
+    case = _Case(full, None, ids, (exact[0], exact[1]), temperature, clip)
+    known: dict[str, torch.dtype | None] = {
+        "head": dtypes.get("head"),
+        "autocast": dtypes.get("autocast"),
+        "logits": dtype,
+        "head_out": dtype,
+        "logp": held_in(scored.logp),
+        "entropy": None if scored.entropy is None else held_in(scored.entropy),
+    }
+    found = _dtype_findings(case, scored, known, dtypes.get("output"), True)
+    explained = max((f.nats or 0.0 for f in found), default=0.0)
+    found += _score_findings(case, scored, explained, where)
+    found += ratio_findings(scored.logp, scored.logp, logp_old, clip, where)
+    figures = {"entropy/mean": exact[1].mean().item(), "logp_error": rms(scored.logp - exact[0])}
+    if scored.entropy is not None:
+        figures["entropy_error"] = rms(scored.entropy - exact[1])
+    if logp_old is not None:
+        figures["ratio_error"] = rms(scored.logp - logp_old)
+    if logp_sampler is not None:
+        found += sampler_findings(given, ids, scored.logp, logp_sampler.to(scored.logp.dtype), temperature, None, clip)
+        figures["sampler_error"] = rms((scored.logp - logp_sampler)[logp_sampler.isfinite()])
+    return sorted(found, key=lambda f: _ORDER.index(f.severity)), figures
 
 
 def _sampling_findings(case: _Case, batch: AuditBatch, keep: Tensor, logp: Tensor) -> list[Finding]:
