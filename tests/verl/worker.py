@@ -60,6 +60,7 @@ def batch_of(seed, rank, world):
 def make(model, options):
     packed = options.get("packed", False)
     exact = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+    exact["param_dtype"] = options.get("param_dtype", "fp32")
     model_config = HFModelConfig(
         path=model,
         use_remove_padding=packed,
@@ -101,16 +102,38 @@ def make(model, options):
     return worker
 
 
-def train(worker, seed, rank, world):
+def train(worker, seed, rank, world, noise=None):
+    """One batch; with ``noise`` the sampler's log-probs come with it, off by so many nats."""
     data, adv = batch_of(seed, rank, world)
     scored = left_right_2_no_padding(data.to_tensordict())
-    tu.assign_non_tensor(scored, micro_batch_size_per_gpu=8, use_dynamic_bsz=False)
-    logp = no_padding_2_padding(tu.get(worker.infer_batch(scored), "log_probs"), scored)
-    data.batch["old_log_probs"], data.batch["advantages"] = logp, adv
+    tu.assign_non_tensor(scored, micro_batch_size_per_gpu=8, use_dynamic_bsz=False, calculate_entropy=True)
+    found = worker.infer_batch(scored)
+    logp, entropy = (no_padding_2_padding(tu.get(found, name), scored).float() for name in ("log_probs", "entropy"))
+    data.batch["old_log_probs"], data.batch["entropy"], data.batch["advantages"] = logp, entropy, adv
+    if noise is not None:
+        generator = torch.Generator().manual_seed(seed)
+        data.batch["rollout_log_probs"] = logp + noise * torch.randn(logp.shape, generator=generator)
     given = left_right_2_no_padding(data.to_tensordict())
     settings = {"global_batch_size": STEP, "mini_batch_size": STEP, "epochs": 1, "seed": 1, "temperature": 1.0}
     tu.assign_non_tensor(given, **settings, calculate_entropy=True, dataloader_kwargs={"shuffle": False})
     return tu.get(worker.train_mini_batch(given), "metrics")
+
+
+def train_recipe(worker, name, rank, world):
+    """A batch of this recipe, on the weights that the one before left: what it logged, how far it moved them."""
+    from isentropic.engines.verl import PolicyLoss
+    from isentropic.engines.verl_plugin import AGG_MODES
+    from isentropic.recipes import RECIPES
+
+    worker.engine.control = None
+    mode = AGG_MODES[RECIPES[name].reduction]
+    actor = {"strategy": "fsdp2", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 4, "loss_agg_mode": mode}
+    worker.set_loss_fn(partial(ppo_loss, config=ActorConfig(**actor, policy_loss=PolicyLoss(recipe=name))))
+    before = [p.detach().clone() for p in worker.engine.module.parameters()]
+    metrics = train(worker, 0, rank, world)
+    after = list(worker.engine.module.parameters())
+    moved = sum((a - b).full_tensor().abs().sum().item() for a, b in zip(after, before, strict=True))
+    return {"moved": moved, **{k: metrics[k] for k in ("entropy/mean", "clip/high_frac", "loss", "grad_norm")}}
 
 
 def main(model, out, options):
@@ -118,11 +141,15 @@ def main(model, out, options):
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     assert world == int(options["world"]), "torchrun made another number of processes"
     worker, logged = make(model, options), []
+    if "recipes" in options:
+        found = {name: train_recipe(worker, name, rank, world) for name in options["recipes"]}
+        Path(out, f"rank-{rank}.json").write_text(json.dumps(found))
+        return
     if options.get("resume"):
         worker.load_checkpoint(options["resume"])
     first = options.get("first", 0)
     for seed in range(first, first + options.get("batches", 2)):
-        metrics = train(worker, seed, rank, world)
+        metrics = train(worker, seed, rank, world, options.get("noise"))
         logged.append({k: v for k, v in metrics.items() if isinstance(v, list) and isinstance(v[0], float)})
     if options.get("save"):
         worker.save_checkpoint(options["save"], global_step=1)

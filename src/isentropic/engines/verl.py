@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..recipes import Recipe, check, compose
 from . import verl_fallback as fallback
@@ -69,7 +69,7 @@ class PolicyLoss(PolicyLossConfig):
     strategy: str | None = None
     external_lib: Any = None
 
-    fallback = None  # the controller where the engine is not wrapped; no field, so no setting
+    fallback: ClassVar[Any] = None  # the controller where the engine is not wrapped; no field, so no setting
 
     def __post_init__(self) -> None:
         resolve(self)

@@ -6,7 +6,6 @@ optimizer step is seen by a hook of torch, and nothing goes into checkpoints. Th
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from typing import Any
@@ -133,8 +132,10 @@ def by_loss(
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """What verl calls as its loss ``isentropic`` where no engine of ours stands around it."""
     chosen = config.policy_loss
-    if chosen.fallback is None:
-        updates = chosen.updates(config)
-        object.__setattr__(chosen, "fallback", ByLoss(chosen.checked(config), config, updates))
+    behind: ByLoss | None = chosen.fallback
+    if behind is None:
+        behind = ByLoss(chosen.checked(config), config, chosen.updates(config))
+        # The fields of verl's configs are frozen, and this one lives as long as the worker's loss does.
+        object.__setattr__(chosen, "fallback", behind)
     batch = TokenBatch(log_prob.detach().float(), old_log_prob.float(), advantages.float(), response_mask)
-    return chosen.fallback.loss(log_prob, batch, copy.copy(config), loss_agg_mode, rollout_is_weights)
+    return behind.loss(log_prob, batch, config, loss_agg_mode, rollout_is_weights)

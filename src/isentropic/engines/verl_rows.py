@@ -21,7 +21,8 @@ class Logits:
 
     def __init__(self) -> None:
         self.wanted = self.once = False
-        self._open, self._seen = False, None
+        self._open = False
+        self._seen: torch.Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -59,7 +60,7 @@ class Logits:
         return seen
 
 
-def packed(logits: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def packed(logits: Any, input_ids: Any) -> torch.Tensor:
     """``[tokens v]``, whether the batch came packed, ``[1 tokens v]``, or padded on the right, ``[b s v]``."""
     logits = logits.full_tensor() if hasattr(logits, "full_tensor") else logits
     lengths = input_ids.offsets().diff()

@@ -1,0 +1,29 @@
+#!/bin/sh
+# Qwen/Qwen3-8B on GSM8K, 4 nodes of 8 GPUs, entropy under control. Composed by hydra in the tests; not run.
+# Data: examples/data_preprocess/gsm8k.py of verl's repository writes train.parquet and test.parquet.
+DATA=${DATA:-$HOME/data/gsm8k}
+
+# Before: `ray start --head` on the first of 4 nodes, `ray start --address=HEAD:6379` on each other one. Then, on the
+# first: CHECKPOINTS names a directory that every node sees.
+exec python -m verl.trainer.main_ppo \
+  "+isentropic=${RECIPE:-isentropic}" \
+  "actor_rollout_ref.actor.policy_loss.target=${TARGET:-75%}" \
+  actor_rollout_ref.rollout.calculate_log_probs=True \
+  "data.train_files=$DATA/train.parquet" "data.val_files=$DATA/test.parquet" \
+  data.train_batch_size=1024 data.max_prompt_length=512 data.max_response_length=1024 \
+  data.filter_overlong_prompts=True data.truncation=error \
+  actor_rollout_ref.model.path=Qwen/Qwen3-8B \
+  actor_rollout_ref.model.use_remove_padding=True \
+  actor_rollout_ref.model.enable_gradient_checkpointing=True \
+  actor_rollout_ref.actor.strategy=fsdp2 \
+  actor_rollout_ref.actor.ppo_mini_batch_size=256 \
+  actor_rollout_ref.actor.use_dynamic_bsz=True \
+  actor_rollout_ref.actor.ppo_max_token_len_per_gpu=8192 \
+  actor_rollout_ref.actor.optim.lr=1e-6 \
+  actor_rollout_ref.rollout.name=vllm actor_rollout_ref.rollout.n=8 \
+  actor_rollout_ref.rollout.tensor_model_parallel_size=2 \
+  actor_rollout_ref.rollout.gpu_memory_utilization=0.5 \
+  "trainer.logger=[console,file]" trainer.project_name=isentropic trainer.experiment_name=qwen3-8b-nodes \
+  "trainer.default_local_dir=${CHECKPOINTS:?a directory that every node sees}" \
+  trainer.n_gpus_per_node=8 trainer.nnodes=4 trainer.save_freq=20 trainer.test_freq=10 trainer.total_epochs=5 \
+  "$@"
