@@ -48,5 +48,5 @@ $(VERL): pyproject.toml constraints-verl.txt
 	@echo 'building .venv-verl from constraints-verl.txt: a few minutes'
 	@$(PYTHON) -m venv .venv-verl
 	@.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt \
-	  -e . 'verl[verl-core]==0.9.1' pytest beartype
+	  -e '.[verl]' pytest beartype
 	@touch $@

@@ -167,8 +167,10 @@ def run_shell(block, names, site):
             continue
         if "isentropic" in words and words[0] == "torchrun":
             words = words[words.index("isentropic") :]
+        while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
         program = words[0].removeprefix(".venv/bin/")
-        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl"):
+        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl", "ray"):
             continue
         assert program in SHELL, f"{block.page}:{block.line}: no rule for the command {program!r}"
         SHELL[program](words[1:], site)
@@ -222,7 +224,35 @@ def shell_tail(args, site):
     subprocess.run(["tail", *args], check=True, capture_output=True)
 
 
-SHELL = {"isentropic": shell_isentropic, "make": shell_make, "pip": shell_pip, "tail": shell_tail}
+def shell_python(args, site):
+    """A command of verl's: its recipe is one, and the settings of ours that it names are there and hold."""
+    from isentropic.engines.verl_plugin import MONITOR, group_entry
+    from isentropic.recipes import RECIPES, compose
+
+    assert args[:2] == ["-m", "verl.trainer.main_ppo"]
+    given = dict(word.split("=", 1) for word in args[2:] if "=" in word)
+    name, prefix = given.pop("+isentropic"), "actor_rollout_ref.actor.policy_loss."
+    ours = {key.removeprefix(prefix): value for key, value in given.items()}
+    if name == MONITOR:
+        assert not ours
+        return
+    known = group_entry(RECIPES[name], name)["actor_rollout_ref"]["actor"]["policy_loss"]
+    assert set(ours) <= set(known)
+    compose(name, **ours)
+
+
+def shell_sh(args, site):
+    subprocess.run(["sh", "-n", str(ROOT / args[0])], check=True, capture_output=True)
+
+
+SHELL = {
+    "isentropic": shell_isentropic,
+    "make": shell_make,
+    "pip": shell_pip,
+    "python": shell_python,
+    "sh": shell_sh,
+    "tail": shell_tail,
+}
 
 
 def trl_names(home, line, **changes):

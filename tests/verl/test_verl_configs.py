@@ -83,6 +83,18 @@ def test_a_recipe_composes_by_one_flag(name, tmp_path):
     assert config.actor_rollout_ref.model.external_lib == ours
 
 
+def test_other_fields_of_a_recipe_are_one_flag(tmp_path):
+    rest = [flag for flag in flags_of(SCRIPTS[0], tmp_path) if "target=" not in flag]
+    options = "actor_rollout_ref.actor.policy_loss.recipe_options={every: 2, zeta: 0.01, reduction: sequence}"
+    _, actor = composed([*rest, options])
+    with pytest.raises(
+        ValueError, match=r"needs actor_rollout_ref\.actor\.loss_agg_mode=seq-mean-token-mean, got token"
+    ):
+        actor.policy_loss.checked(actor)
+    _, actor = composed([*rest, options, "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"])
+    assert actor.policy_loss.checked(actor).every == 2
+
+
 def test_main_ppo_itself_composes(tmp_path):
     """``--cfg job`` prints what a run would be started with."""
     flags = flags_of(SCRIPTS[0], tmp_path)
