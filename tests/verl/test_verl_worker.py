@@ -118,14 +118,14 @@ def test_every_recipe_trains(model, tmp_path):
     """One worker, all recipes after another; those that read whole rows and old entropies also on packed rows."""
     from isentropic.recipes import RECIPES
 
-    found = run(model, tmp_path / "padded", recipes=list(RECIPES))[0]
+    found = run(model, tmp_path / "padded", recipes=list(RECIPES), policy_loss={})[0]
     assert set(found) == set(RECIPES)
     for name, recipe in found.items():
         assert all(0 < x < 5 for x in recipe["entropy/mean"]), name
         assert recipe["moved"] > 0, name
     rows = ["aent", "lp-reg", "erc"]
-    padded = run(model, tmp_path / "few", recipes=rows)[0]
-    packed = run(model, tmp_path / "packed", recipes=rows, packed=True)[0]
+    padded = run(model, tmp_path / "few", recipes=rows, policy_loss={})[0]
+    packed = run(model, tmp_path / "packed", recipes=rows, policy_loss={}, packed=True)[0]
     for name in rows:
         assert packed[name]["loss"] == pytest.approx(padded[name]["loss"], rel=1e-4, abs=1e-6), name
         assert packed[name]["grad_norm"] == pytest.approx(padded[name]["grad_norm"], rel=1e-3), name
