@@ -163,14 +163,14 @@ def run_toml(block, names, site):
 def run_shell(block, names, site):
     for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words = words[1:]
         if not words:
             continue
         if "isentropic" in words and words[0] == "torchrun":
             words = words[words.index("isentropic") :]
-        while re.fullmatch(r"[A-Z_]+=.*", words[0]):
-            words = words[1:]
         program = words[0].removeprefix(".venv/bin/")
-        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl", "ray"):
+        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl"):
             continue
         assert program in SHELL, f"{block.page}:{block.line}: no rule for the command {program!r}"
         SHELL[program](words[1:], site)
@@ -241,6 +241,11 @@ def shell_python(args, site):
     compose(name, **ours)
 
 
+def shell_ray(args, site):
+    assert args[0] == "start"
+    assert args[1] == "--head" or args[1].startswith("--address=")
+
+
 def shell_sh(args, site):
     subprocess.run(["sh", "-n", str(ROOT / args[0])], check=True, capture_output=True)
 
@@ -250,6 +255,7 @@ SHELL = {
     "make": shell_make,
     "pip": shell_pip,
     "python": shell_python,
+    "ray": shell_ray,
     "sh": shell_sh,
     "tail": shell_tail,
 }
