@@ -150,6 +150,21 @@ def test_the_first_micro_batch_is_audited_once(alone, model, tmp_path):
     assert len(warnings) == report["serious"] >= 2
 
 
+def test_without_our_engine_the_loss_alone_holds_by_sampled_entropies(model, tmp_path):
+    loss = {"recipe": "adapo", "recipe_options": {"every": 1}, "target": "3.0", "loss_mode": "isentropic"}
+    found = run(model, tmp_path, 2, policy_loss=loss, foreign=True)
+    assert found[0]["engine"] == "FSDPEngineWithLMHead"
+    (first, second) = (batch["knob/value"] for batch in found[0]["logged"])
+    assert [*first, *second] == [batch for rank in found[1]["logged"] for batch in rank["knob/value"]]
+    assert first[0] == 0.28
+    assert len({*first, *second}) == 4
+    sampled = [x for batch in found[0]["logged"] for x in batch["entropy/sampled"]]
+    assert len(sampled) == 3  # the reading of a step is there in the next one
+    assert all(2 < x < 5 for x in sampled)
+    said = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if "is not wrapped" in line]
+    assert len(said) == 1
+
+
 def test_what_cannot_work_is_refused_with_the_remedy(model, tmp_path):
     loss = {"recipe": "loop", "adv_estimator": "grpo"}
     run(model, tmp_path, policy_loss=loss, fails="needs algorithm.adv_estimator=rloo")

@@ -28,6 +28,7 @@ from verl.workers.config import (
     PolicyLossConfig,
     TrainingWorkerConfig,
 )
+from verl.workers.engine import EngineRegistry
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
@@ -88,6 +89,9 @@ def make(model, options):
         actor["policy_loss"] = PolicyLoss(**options["policy_loss"])
     else:
         actor["policy_loss"] = PolicyLossConfig()
+    if options.get("foreign"):
+        # As with a backend that is not wrapped: verl's own engine, and our loss behind verl's.
+        del EngineRegistry._engines["language_model"]["fsdp2"]["cuda", "nvidia"]
     worker = TrainingWorker(
         TrainingWorkerConfig(
             model_type="language_model",

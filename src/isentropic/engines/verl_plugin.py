@@ -66,7 +66,8 @@ def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"adv_estimator": estimator}
     if norm is not None:
         algorithm["norm_adv_by_std_in_grpo"] = norm
-    algorithm[OURS] = {"recipe": name, "recipe_options": "${actor_rollout_ref.actor.policy_loss.recipe_options}"}
+    chosen = "actor_rollout_ref.actor.policy_loss"
+    algorithm[OURS] = {"recipe": f"${{{chosen}.recipe}}", "recipe_options": f"${{{chosen}.recipe_options}}"}
     if estimator == OURS:
         entry["actor_rollout_ref"]["model"] = {"external_lib": ESTIMATOR_MODULE}
     return {**entry, "algorithm": algorithm}
