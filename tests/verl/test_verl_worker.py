@@ -160,7 +160,8 @@ def test_without_our_engine_the_loss_alone_holds_by_sampled_entropies(model, tmp
     assert len({*first, *second}) == 4
     sampled = [x for batch in found[0]["logged"] for x in batch["entropy/sampled"]]
     assert len(sampled) == 3  # the reading of a step is there in the next one
-    assert all(2 < x < 5 for x in sampled)
+    # The tokens of these tests are drawn at random, not by the policy, so that −log π lies above its entropy of 2.7.
+    assert all(6 < x < 7.5 for x in sampled)
     said = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if "is not wrapped" in line]
     assert len(said) == 1
 
