@@ -14,6 +14,7 @@ from isentropic.precision import (
     Report,
     Scored,
     audit,
+    audit_rows,
     cast_effect,
     entropy_findings,
     fitted_temperature,
@@ -421,3 +422,45 @@ def test_a_batch_that_does_not_fit_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             audit(model, good._replace(**change))
+
+
+def scored_rows(logits, temperature=1.0):
+    """Sampled ids, and the log-probs and entropies that fp32 arithmetic makes of these logits."""
+    ids = torch.distributions.Categorical(logits=logits.float() / temperature).sample()
+    rows = (logits.float() / temperature).log_softmax(-1)
+    return ids, Scored(rows.gather(1, ids[:, None])[:, 0], -(rows.exp() * rows).sum(-1))
+
+
+def test_rows_of_a_forward_pass_are_audited_without_another_one():
+    torch.manual_seed(0)
+    logits = 4 * torch.randn(256, 40)
+    ids, scored = scored_rows(logits)
+    none = {"head": torch.float32, "autocast": None, "output": None}
+    found, figures = audit_rows(logits, ids, scored, none, logp_old=scored.logp, logp_sampler=scored.logp)
+    assert found == []
+    assert figures["entropy/mean"] == pytest.approx(scored.entropy.mean().item(), abs=1e-6)
+    # Half an ulp of a bf16 logit between 4 and 8 is 2⁻⁶: a serious error, though nothing but the dtype gives it away.
+    low = logits.bfloat16()
+    ids, scored = scored_rows(low)
+    found, _ = audit_rows(low, ids, scored, {**none, "autocast": torch.bfloat16})
+    assert [(f.code, f.severity) for f in found] == [("logits_dtype", "serious")]
+    assert 1e-3 < found[0].nats < 2**-6
+    assert "under autocast to bfloat16" in found[0].where
+
+
+def test_rows_whose_scores_are_off_say_by_how_much():
+    torch.manual_seed(0)
+    logits = torch.randn(256, 40)
+    ids, scored = scored_rows(logits)
+    dtypes = {"head": torch.float32, "autocast": None, "output": None}
+    shifted = {"logp_old": scored.logp - 0.01, "logp_sampler": scored.logp + 0.02 * torch.randn(256)}
+    found, figures = audit_rows(logits, ids, scored, dtypes, **shifted)
+    assert {f.code for f in found} == {"stale_logp", "sampler_mismatch"}
+    assert figures["ratio_error"] == pytest.approx(0.01, rel=1e-3)
+    assert figures["sampler_error"] == pytest.approx(0.02, rel=0.1)
+    (found,) = audit_rows(logits, ids, scored._replace(entropy=torch.zeros(256)), dtypes)[0]
+    assert found.code == "entropy_zero"
+    cold = Scored((logits / 0.7).log_softmax(-1).gather(1, ids[:, None])[:, 0], scored.entropy)
+    (found,) = audit_rows(logits, ids, cold, dtypes)[0]
+    assert found.code == "temperature"
+    assert found.what == "tokens are scored at temperature 0.7 and sampled at 1"
