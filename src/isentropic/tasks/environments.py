@@ -1,0 +1,218 @@
+"""Interactive environments: text in, text out, many turns, one reward at the end.
+
+An environment is any object with two methods::
+
+    class Guess:
+        def reset(self, low, high, number, **row):
+            self.number = number
+            return f"Guess a number from {low} to {high}."
+
+        def step(self, action):
+            right = action == str(self.number)
+            return ("right" if right else "wrong"), float(right), right
+
+``reset`` gets the columns of the task's row by name (take ``**row``: it gets all of them) and returns the first
+observation. ``step`` gets one line, what the policy wrote before the line break, and returns (observation, reward,
+done). Rewards of an episode add up; a policy that runs out of turns or tokens ends it early, with what it has so far.
+An environment that is deterministic given its row makes the samples of a group comparable. One object plays many
+episodes, one after the other, and several objects are alive at once: keep state in the object, none in the module.
+
+An `EnvironmentTask` is a `Task` with a factory of such objects. It is loaded by name as every task:
+``textworld:coin_collector:level=104``, ``textarena:FrozenLake-v0``, or ``package.module:attribute`` of your own.
+
+What the policy reads is the row's prompt, the first observation and ``>``; then its own line, the next observation and
+``>``, and so on. Importing this file imports no torch.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from isentropic.tasks import Task
+
+MARK = ">"
+
+
+class Environment(Protocol):
+    """What plays: see the module's docstring."""
+
+    def reset(self, **row: Any) -> str:
+        """Begin an episode; return the first observation."""
+        ...
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        """Act by one line of text; return (observation, reward, done)."""
+        ...
+
+
+def _won(completion: str, episode_return: float) -> bool:
+    return episode_return >= 1.0
+
+
+def _actions(text: str) -> str:
+    """Two winning episodes are distinct when their actions differ."""
+    return " ".join(text.lower().split())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvironmentTask(Task):
+    """A task that is played, not answered; see the module's docstring for the environment itself.
+
+    Args:
+        make: () -> a fresh :class:`Environment`; as many are made as episodes are played at once.
+        max_turns: actions an episode may take.
+        max_action_tokens: tokens of one action, its line break included; what is longer is cut.
+        max_completion_length: tokens of an episode after the first observation, actions and observations together.
+        win_at: an episode is won where its rewards add up to at least this.
+        parallel: episodes played at once at most; None for all of a batch. An environment behind a server has few.
+        expert: row -> the actions of a demonstration, for supervised warm-up; None where nobody knows them.
+        words: () -> words that may occur in observations, for a word-level vocabulary; None to learn them from
+            demonstrations.
+        verify, normalise: as for every task; the defaults read the return of the episode, and compare its actions.
+
+    Example:
+        >>> class Echo:
+        ...     def reset(self, word, **row):
+        ...         self.word = word
+        ...         return f"say {word}"
+        ...
+        ...     def step(self, action):
+        ...         return "", float(action == self.word), True
+        >>> echo = EnvironmentTask(
+        ...     name="echo",
+        ...     description="Repeat the word.",
+        ...     make=Echo,
+        ...     train=lambda seed: [{"prompt": "A game. ", "word": "a"}],
+        ...     heldout=lambda: [{"prompt": "A game. ", "word": "b"}],
+        ...     max_turns=1,
+        ...     max_action_tokens=4,
+        ...     max_completion_length=4,
+        ... )
+        >>> echo.opening("A game. ", "say a"), echo.reply("say it again")
+        ('A game. say a\\n>', 'say it again\\n>')
+        >>> echo.reward(["a", "c"], episode_return=[1.0, 0.0])
+        [1.0, 0.0]
+    """
+
+    make: Callable[[], Environment]
+    max_turns: int
+    max_action_tokens: int
+    max_completion_length: int
+    win_at: float = 1.0
+    parallel: int | None = None
+    expert: Callable[[dict[str, Any]], list[str]] | None = None
+    words: Callable[[], Iterable[str]] | None = None
+    verify: Callable[..., bool] = _won
+    normalise: Callable[[str], str] = _actions
+
+    def __post_init__(self) -> None:
+        for name in ("max_turns", "max_action_tokens", "max_completion_length", "parallel"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"task {self.name!r}: {name} must be at least 1, got {value}")
+        if self.max_action_tokens > self.max_completion_length:
+            raise ValueError(
+                f"task {self.name!r}: max_action_tokens must be <= max_completion_length, got "
+                f"{self.max_action_tokens} > {self.max_completion_length}; an episode needs room for one action"
+            )
+
+    def reward(
+        self, completions: Sequence[Any], *, prompts: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        """Return the returns of the episodes, which whoever played them hands over as a column.
+
+        Raises:
+            ValueError: there is no column ``episode_return``.
+        """
+        found = columns.get("episode_return")
+        if found is None or len(found) != len(completions):
+            raise ValueError(
+                f"task {self.name!r} is played, and its reward is the column episode_return, got {sorted(columns)}; "
+                "train it by `isentropic train`, or give the trainer a rollout_func"
+            )
+        return [float(x) for x in found]
+
+    def opening(self, prompt: str, observation: str) -> str:
+        """What the policy reads before its first action."""
+        return f"{prompt}{observation}\n{MARK}"
+
+    def reply(self, observation: str) -> str:
+        """What the policy reads after an action."""
+        return f"{observation}\n{MARK}"
+
+
+def demonstrate(task: EnvironmentTask, row: dict[str, Any]) -> tuple[list[tuple[str, bool]], float]:
+    """Play a row by the task's expert.
+
+    Returns:
+        The episode as (text, whether the policy should write it), and the sum of its rewards.
+
+    Raises:
+        ValueError: the task has no expert.
+
+    Example:
+        >>> class Door:
+        ...     def reset(self, **row):
+        ...         return "A door."
+        ...
+        ...     def step(self, action):
+        ...         return "It opens.", 1.0, True
+        >>> door = EnvironmentTask(
+        ...     name="door", description="", make=Door, train=lambda seed: [], heldout=lambda: [], max_turns=2,
+        ...     max_action_tokens=4, max_completion_length=8, expert=lambda row: ["open door"],
+        ... )
+        >>> demonstrate(door, {"prompt": ""})
+        ([('A door.\\n>', False), ('open door\\n', True)], 1.0)
+    """
+    if task.expert is None:
+        raise ValueError(f"task {task.name!r} has no expert to learn from; give it one, or start from another model")
+    environment = task.make()
+    parts, total = [(task.opening(row["prompt"], environment.reset(**row)), False)], 0.0
+    for action in task.expert(row)[: task.max_turns]:
+        observation, reward, done = environment.step(action)
+        total += reward
+        parts.append((f"{action}\n", True))
+        if done:
+            break
+        parts.append((task.reply(observation), False))
+    return parts, total
+
+
+def options_of(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
+    """Read ``a=1:b=yes`` against the defaults in ``known``, which say the types.
+
+    Args:
+        name: of the task, for messages.
+        text: options, separated by colons; empty for none.
+        known: option -> default; a default that is None takes a whole number.
+
+    Raises:
+        ValueError: an unknown option, or a value of another type.
+
+    Example:
+        >>> options_of("game", "level=3:hard=yes", {"level": 1, "hard": False, "text": "full"})
+        {'level': 3, 'hard': True, 'text': 'full'}
+    """
+    found = dict(known)
+    for part in text.split(":") if text else []:
+        key, equals, value = part.partition("=")
+        key = key.replace("-", "_")
+        if not equals or key not in known:
+            raise ValueError(f"task {name!r}: no option {part!r}; options are {', '.join(f'{k}=' for k in known)}")
+        kind = int if known[key] is None else type(known[key])
+        words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
+        try:
+            found[key] = words[value.lower()] if kind is bool else kind(value)
+        except (ValueError, KeyError):
+            wanted = "yes or no" if kind is bool else f"of type {kind.__name__}"
+            raise ValueError(f"task {name!r}: option {key} must be {wanted}, got {value!r}") from None
+    return found
+
+
+def takes(function: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The part of a row that a ``reset`` without ``**row`` can take."""
+    params = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in params):
+        return row
+    return {p.name: row[p.name] for p in params if p.name in row}

@@ -1,0 +1,283 @@
+"""TextWorld games by name: ``textworld:coin_collector:level=104``, generated on this machine.
+
+A game is generated from a seed once and kept in the cache. Training games are seeds from 0 on, held-out games seeds from
+1,000,000 on. Two seeds may give one game: games are told apart by a hash of their map (which room leads where, and what
+lies in it) and their walkthrough, names left out. No held-out game has the hash of a training game, and no hash occurs
+twice; how many seeds were passed over stands in the index of the cache. Different maps may share a walkthrough: at
+low levels there are few.
+
+Needs the extra ``textworld``; importing this file does not. The reward is 1 where the game is won.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isentropic.tasks.environments import EnvironmentTask, options_of
+
+# Options of a game's own, with their defaults; the names are TextWorld's.
+GAMES: dict[str, dict[str, Any]] = {
+    "coin_collector": {"level": 1},
+    "treasure_hunter": {"level": 1},
+    "simple": {"rewards": "sparse", "goal": "brief", "test": False},
+    "cooking": {
+        "recipe": 1,
+        "take": 0,
+        "go": 1,
+        "open": False,
+        "cook": False,
+        "cut": False,
+        "drop": False,
+        "recipe_seed": 0,
+        "split": "",
+    },
+}
+# Options of ours: how many games, how long an episode, and what is shown.
+OURS: dict[str, Any] = {
+    "train": 40,
+    "test": 40,
+    "turns": 20,
+    "text": "full",
+    "commands": 20,
+    "tokens": 1024,
+    "action_tokens": 12,
+}
+HELD_OUT_FROM = 1_000_000
+PROMPT = "A text game. Write one command a line.\n"
+# Count it up when a game of the same name and seed changes.
+VERSION = 1
+
+
+def task_of(rest: str) -> EnvironmentTask:
+    """The task ``textworld:REST``; games are generated when its rows are asked for.
+
+    Raises:
+        ValueError: no such game or option; TextWorld is not installed.
+
+    Example:
+        >>> task_of("coin_collector:level=300000")
+        Traceback (most recent call last):
+            ...
+        ValueError: task 'textworld:coin_collector:level=300000': level must be from 1 to 300, got 300000
+    """
+    game, _, options = rest.partition(":")
+    name = f"textworld:{rest}"
+    if game not in GAMES:
+        raise ValueError(f"task {name!r}: game must be one of {', '.join(GAMES)}, got {game!r}")
+    values = options_of(name, options, GAMES[game] | OURS)
+    top = {"coin_collector": 300, "treasure_hunter": 30}.get(game)
+    if top and not 1 <= values["level"] <= top:
+        raise ValueError(f"task {name!r}: level must be from 1 to {top}, got {values['level']}")
+    if values["text"] not in ("full", "brief"):
+        raise ValueError(f"task {name!r}: text must be full or brief, got {values['text']!r}")
+    for key in ("train", "test", "commands"):
+        if values[key] < 1:
+            raise ValueError(f"task {name!r}: {key} must be at least 1, got {values[key]}")
+    if importlib.util.find_spec("textworld") is None:
+        raise ValueError(f"task {name!r} needs TextWorld, which is not installed; pip install 'isentropic[textworld]'")
+    store = Games(game, {key: values[key] for key in GAMES[game]})
+    brief, commands = values["text"] == "brief", values["commands"]
+    return EnvironmentTask(
+        name=name,
+        description=f"Win a TextWorld game of {game}.",
+        make=lambda: TextWorld(brief=brief, commands=commands),
+        train=lambda seed: store.rows("train", values["train"], values["test"]),
+        heldout=lambda: store.rows("test", values["train"], values["test"]),
+        max_turns=values["turns"],
+        max_action_tokens=values["action_tokens"],
+        max_completion_length=values["tokens"],
+        expert=lambda row: list(row["walkthrough"]),
+        words=words,
+    )
+
+
+@dataclass
+class Games:
+    """The games of one setting in the cache, made as they are asked for.
+
+    Attributes:
+        game, settings: which generator, and its options.
+        root: where games of all settings lie: `textworld` in `$ISENTROPIC_CACHE`, `$XDG_CACHE_HOME/isentropic`, or
+            `~/.cache/isentropic`.
+    """
+
+    game: str
+    settings: dict[str, Any]
+    root: Path | None = None
+    _found: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Path:
+        """Where the games of this setting lie."""
+        given = os.environ.get("ISENTROPIC_CACHE")
+        base = Path(given or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/isentropic").expanduser()
+        text = json.dumps([VERSION, self.game, self.settings], sort_keys=True)
+        return (self.root or base / "textworld") / f"{self.game}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
+
+    def rows(self, split: str, num_train: int, num_test: int) -> list[dict[str, Any]]:
+        """Rows of ``train`` or ``test``: prompt, seed, file of the game, walkthrough.
+
+        Held-out games are chosen first, so that how many one trains on does not change what is asked.
+
+        Raises:
+            ValueError: the setting has fewer different games than are asked for.
+        """
+        test = self._take(HELD_OUT_FROM, num_test, set())
+        chosen = test if split == "test" else self._take(0, num_train, {g["hash"] for g in test})
+        return [
+            {
+                "prompt": PROMPT,
+                "game": str(self.home / f"{g['seed']}.z8"),
+                "seed": g["seed"],
+                "walkthrough": g["walkthrough"],
+            }
+            for g in chosen
+        ]
+
+    def _take(self, first: int, num: int, taken: set[str]) -> list[dict[str, Any]]:
+        """The first ``num`` seeds from ``first`` on whose games are new."""
+        found, taken, seed = [], set(taken), first
+        began = last = time.monotonic()
+        while len(found) < num:
+            if seed - first >= 20 * num + 100:
+                raise ValueError(
+                    f"{self.game} with {self.settings}: only {len(found)} of {num} different games in "
+                    f"{seed - first} seeds; ask for fewer, or for a higher level"
+                )
+            game = self._game(seed)
+            if game["hash"] not in taken:
+                taken.add(game["hash"])
+                found.append(game)
+            seed += 1
+            if time.monotonic() - last > 10:
+                last = time.monotonic()
+                print(f"textworld: {len(found)} of {num} games, {last - began:.0f} s", file=sys.stderr)
+        return found
+
+    def _game(self, seed: int) -> dict[str, Any]:
+        """What is known of a game: generated once, and then read from its file."""
+        if seed not in self._found:
+            path = self.home / f"{seed}.facts.json"
+            if not path.is_file():
+                self._generate(seed, path)
+            self._found[seed] = json.loads(path.read_text(encoding="utf-8"))
+        return self._found[seed]
+
+    def _generate(self, seed: int, path: Path) -> None:
+        """Write the game beside its place, then move it there; the facts come last, and mean that it is whole."""
+        from textworld import EnvInfos, GameOptions, start
+        from textworld.challenges import CHALLENGES
+        from textworld.generator import compile_game
+
+        options = GameOptions()
+        options.seeds = seed
+        options.file_ext = ".z8"
+        # The objective names the goal; with the whole path in it there would be nothing to find out.
+        options.grammar.only_last_action = True
+        settings = {**self.settings, **({"split": None} if self.settings.get("split") == "" else {})}
+        made = CHALLENGES[f"tw-{self.game}"][1](settings, options)
+        self.home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.home, prefix=".making-") as room:
+            options.path = f"{room}/{seed}.z8"
+            compile_game(made, options)
+            environment = start(options.path, EnvInfos(policy_commands=True))
+            walkthrough = list(environment.reset().policy_commands)
+            environment.close()
+            facts = {"seed": seed, "hash": content_hash(made, walkthrough), "walkthrough": walkthrough}
+            Path(room, path.name).write_text(json.dumps(facts), encoding="utf-8")
+            for suffix in (".json", ".z8", ".facts.json"):
+                Path(room, f"{seed}{suffix}").replace(self.home / f"{seed}{suffix}")
+
+
+def content_hash(game: Any, walkthrough: list[str]) -> str:
+    """What tells two games apart: map, things and walkthrough, whatever the rooms are called."""
+    facts = sorted(str(fact) for fact in game.world.facts)
+    return hashlib.sha256(json.dumps([facts, walkthrough]).encode()).hexdigest()[:16]
+
+
+class TextWorld:
+    """One player of TextWorld games; ``reset`` takes the file of a game.
+
+    An observation ends with the commands that the game would take, which is a bounded list. Another command is refused
+    without reaching the game: a game also knows `quit`, `restart` and `save`, which are no moves.
+
+    Args:
+        brief: show the room's name in place of its description.
+        commands: how many commands are listed at most.
+    """
+
+    def __init__(self, brief: bool = False, commands: int = 20):
+        self.brief, self.commands = brief, commands
+        self._file: str | None = None
+        self._game: Any = None
+        self._possible: list[str] = []
+
+    def reset(self, game: str, **row: Any) -> str:
+        """Begin the game in the file ``game``."""
+        import textworld
+
+        if game != self._file:
+            self.close()
+            wanted = textworld.EnvInfos(
+                feedback=True, description=True, objective=True, admissible_commands=True, won=True
+            )
+            self._game, self._file = textworld.start(game, wanted), game
+        state = self._game.reset()
+        self._possible = state.admissible_commands
+        return f"{tidy(state.objective)}\n{self._shown(state.description)}"
+
+    def step(self, action: str) -> tuple[str, float, bool]:
+        """One command."""
+        wanted = " ".join(action.lower().split())
+        command = next((c for c in self._possible if c.lower() == wanted), None)
+        if command is None:
+            return f"You can't do that.\n{self._listed()}", 0.0, False
+        state, _, done = self._game.step(command)
+        self._possible = state.admissible_commands
+        return self._shown(state.feedback), float(bool(state.won)), bool(done)
+
+    def close(self) -> None:
+        """Let the game go."""
+        if self._game is not None:
+            self._game.close()
+            self._game = self._file = None
+
+    def _shown(self, text: str) -> str:
+        text = tidy(text)
+        room = re.search(r"-= (.*?) =-", text) if self.brief else None
+        return f"{room[1] if room else text}\n{self._listed()}"
+
+    def _listed(self) -> str:
+        more = len(self._possible) - self.commands
+        shown = ", ".join(self._possible[: self.commands])
+        return f"Commands: {shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def tidy(text: str) -> str:
+    """The game's words alone: no prompt, no status line, no blank lines.
+
+    Example:
+        >>> tidy("-= Attic =-\\n\\n  You are in an attic.\\n\\n>        -= Attic =-0/1")
+        '-= Attic =-\\nYou are in an attic.'
+    """
+    body = re.split(r"^>", text or "", maxsplit=1, flags=re.MULTILINE)[0]
+    lines = (" ".join(line.split()) for line in body.splitlines())
+    return "\n".join(line for line in lines if line)
+
+
+def words() -> set[str]:
+    """All words of TextWorld's own grammars and rules: the vocabulary of its games is closed."""
+    import textworld
+
+    home = Path(str(textworld.__file__)).parent
+    files = [*home.glob("**/*.twg"), *home.glob("**/*.twl")]
+    text = "\n".join(path.read_text(encoding="utf-8", errors="replace") for path in files)
+    return set(re.findall(r"[a-z][a-z'\-]*", text.lower()))
