@@ -25,12 +25,14 @@ from .config import ConfigError, RunConfig, as_dict, recipe_of, total_steps
 from .engines.trl import IsentropicConfig, IsentropicTrainer
 from .engines.trl_audit import StartAudit, audit_trainer
 from .engines.trl_guard import EntropyGuard, bound_of
+from .engines.trl_rollout import Rollout, Sampling, wins
 from .evaluation import pass_at_k, rms_relative_error
 from .models import resolve_model
 from .precision import Report
 from .record import Record, write_json
 from .sequence import SequentialTrainer, Switch, in_order
 from .tasks import Task, load_task
+from .tasks.environments import EnvironmentTask
 
 SETTLED = 20  # optimizer steps before the entropy error counts
 EVAL_ROWS = 180
@@ -185,12 +187,29 @@ def _trainer(
         processing_class=tokenizer,
         peft_config=peft,
         callbacks=[StepLines(say)],
+        rollout_func=_rollout(config, tasks),
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
     if isinstance(trainer, SequentialTrainer):
         trainer.switch = config.steps
     return trainer
+
+
+def _rollout(config: RunConfig, tasks: list[Task]) -> Rollout | None:
+    """Who plays, where the task is an environment."""
+    if not any(isinstance(task, EnvironmentTask) for task in tasks):
+        return None
+    if len(tasks) > 1:
+        raise ConfigError(
+            f"then: got {config.then!r} beside {config.task!r}, of which one is an environment; train them one after "
+            "the other, the second from a checkpoint of the first by --model"
+        )
+    return Rollout(_limited(tasks[0], config))
+
+
+def _limited(task: Any, config: RunConfig) -> EnvironmentTask:
+    return replace(task, max_completion_length=config.max_completion_length or task.max_completion_length)
 
 
 def _trl_config(config: RunConfig, task: Task, in_turn: bool, ranks: int) -> IsentropicConfig:
@@ -310,6 +329,13 @@ def evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig, step: in
     was_training = model.training
     model.eval()
     limit = config.max_completion_length or task.max_completion_length
+    if isinstance(task, EnvironmentTask):
+        with _own_randomness(config.seed):
+            counted = wins(
+                model, tokenizer, _limited(task, config), rows, config.eval_k, Sampling(config.temperature)
+            )
+        model.train(was_training)
+        return _evaluation(task, config, step, [row.get("seed", row["prompt"]) for row in rows], *counted)
     with _own_randomness(config.seed):
         answers = sample(model, tokenizer, [r["prompt"] for r in rows], config.eval_k, limit, config.temperature)
     model.train(was_training)
@@ -323,14 +349,21 @@ def evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig, step: in
         ]
         correct.append(len(right))
         distinct.append(len({task.normalise(t) for t in right}))
+    return _evaluation(task, config, step, [row["prompt"] for row in rows], correct, distinct)
+
+
+def _evaluation(
+    task: Task, config: RunConfig, step: int, prompts: list[Any], correct: list[int], distinct: list[int]
+) -> dict[str, Any]:
+    """A row of evaluations.jsonl from its counts by prompt."""
     result: dict[str, Any] = {"step": step, "task": task.name, "k": config.eval_k, "temperature": config.temperature}
     for k in sorted({1, *(2**i for i in range(1, 10) if 2**i < config.eval_k), config.eval_k}):
-        result[f"pass@{k}"] = float(np.mean(pass_at_k([config.eval_k] * len(rows), correct, k)))
-    result["distinct"] = sum(distinct) / len(rows)
+        result[f"pass@{k}"] = float(np.mean(pass_at_k([config.eval_k] * len(prompts), correct, k)))
+    result["distinct"] = sum(distinct) / len(prompts)
     return {
         **result,
-        "prompts": [row["prompt"] for row in rows],
-        "num_samples": [config.eval_k] * len(rows),
+        "prompts": [str(prompt) for prompt in prompts],
+        "num_samples": [config.eval_k] * len(prompts),
         "num_correct": correct,
         "num_distinct": distinct,
     }

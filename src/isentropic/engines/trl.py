@@ -30,7 +30,7 @@ from ..types import EntropyReading, TokenBatch
 from .control import MAX_REFUSED, EntropyReadingError, restored, row_of, saved_in
 from .trl_explain import Explainer, check_explain
 from .trl_head import install
-from .trl_rows import FROM_TRL, SUMS, native_facts, native_ratio, sums_of
+from .trl_rows import FROM_TRL, SUMS, TURN_SUMS, by_turn, native_facts, native_ratio, sums_of, turn_sums
 from .trl_samples import Samples
 from .trl_sampling import local_advantages, resample
 from .trl_settings import (
@@ -145,6 +145,8 @@ class EntropyControlMixin(_Trainer):
         self._rows = Rows(self) if self.recipe.needs_rows else None
         # The batch that the loss under way is computed from, with gradients, and what it was handed.
         self._seen: tuple[TokenBatch, Handed] | None = None
+        # The rows of the batch that is being generated: TRL gives a rollout_func their prompts alone.
+        self.rollout_rows: list[dict[str, Any]] | None = None
         self._scored: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._window: torch.Tensor | None = None
         self._rewards: torch.Tensor | None = None
@@ -181,6 +183,7 @@ class EntropyControlMixin(_Trainer):
         return per_function
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        self.rollout_rows = inputs
         if not self.model.training:
             return super()._generate_and_score_completions(inputs)
         output = local_advantages(self, self._roll_out(inputs))
@@ -194,7 +197,7 @@ class EntropyControlMixin(_Trainer):
 
     def _roll_out(self, inputs: Any) -> dict[str, Any]:
         """TRL's generation, with the entropies that its pass for the old log-probs computes and drops."""
-        self._scored = []
+        self._scored, self.rollout_rows = [], inputs
         try:
             output = super()._generate_and_score_completions(inputs)
             old = output.get("old_per_token_logps")
@@ -238,7 +241,8 @@ class EntropyControlMixin(_Trainer):
         usable = torch.where(entropy.isfinite(), entropy.detach(), -batch.logp)
         handed = hand(self._recipe_now(), batch._replace(entropy=usable), ratio, self.native)
         self._seen = (batch._replace(logp=logp, entropy=entropy, logp_rows=rows), handed)
-        sums = sums_of(self, batch, handed.facts or native_facts(self, ratio, wide(batch.adv, ratio)), self.native)
+        facts = handed.facts or native_facts(self, ratio, wide(batch.adv, ratio))
+        sums = torch.cat([sums_of(self, batch, facts, self.native), turn_sums(batch, "tool_mask" in inputs)])
         self._window = sums if self._window is None else self._window + sums
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             self.samples.keep(inputs, batch, entropy.detach())
@@ -290,7 +294,7 @@ class EntropyControlMixin(_Trainer):
 
     def _close_window(self) -> None:
         totals: dict[str, float] = dict(
-            zip(SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True)
+            zip(SUMS + TURN_SUMS, self.accelerator.reduce(self._window, reduction="sum").tolist(), strict=True)
         )
         self._window = None
         step = self.state.global_step + 1
@@ -334,7 +338,7 @@ class EntropyControlMixin(_Trainer):
         self, step: int, totals: dict[str, float], reading: EntropyReading, before: Any, explained: dict[str, Any]
     ) -> None:
         controlled = (self.recipe, self.thermostat, before, self.control_state)
-        row = row_of(totals, reading, self._refused, *controlled) | explained
+        row = row_of(totals, reading, self._refused, *controlled) | explained | by_turn(totals)
         if totals["compared"]:
             row["theorem2/violated_frac"] = totals["violated"] / totals["compared"]
         for name, value in row.items():

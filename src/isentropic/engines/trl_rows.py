@@ -17,8 +17,12 @@ FROM_TRL = {
     "frac_reward_zero_std": "reward/zero_std_frac",
     "completions/mean_length": "length/mean",
     "completions/clipped_ratio": "length/truncated_frac",
+    # Of episodes with an environment, by the names that trl_rollout.py gives them.
+    **{f"episode/{name}": f"episode/{name}" for name in ("win_frac", "return", "turns", "calls", "truncated_frac")},
 }
 SUMS = tuple("entropy tokens low high adv logp adv_logp ratio outside violated compared loss stop".split())
+TURNS = 8  # the last of them holds all that come after it
+TURN_SUMS = tuple(f"turn_{kind}_{i}" for kind in ("entropy", "tokens") for i in range(1, TURNS + 1))
 
 
 def native_ratio(trainer: Any, batch: TokenBatch) -> torch.Tensor:
@@ -58,3 +62,28 @@ def sums_of(trainer: Any, batch: TokenBatch, facts: TokenFacts, native: bool) ->
     if trainer._stop_requested:
         more[1:].fill_(1.0)
     return torch.cat([sums, left.to(wide_dtype), more])
+
+
+def turn_sums(batch: TokenBatch, has_turns: bool) -> torch.Tensor:
+    """Entropy and tokens by turn, in the order of ``TURN_SUMS``: a turn is a run of tokens that the policy wrote."""
+    wide_dtype = torch.float32 if batch.logp.device.type == "mps" else torch.float64
+    if not has_turns:
+        return torch.zeros(2 * TURNS, dtype=wide_dtype, device=batch.logp.device)
+    assert batch.entropy is not None
+    inside = batch.mask.bool()
+    begins = inside & ~torch.nn.functional.pad(inside, (1, 0))[:, :-1]
+    turn = (begins.cumsum(1) - 1).clamp(0, TURNS - 1)
+    of = torch.nn.functional.one_hot(turn, TURNS).to(wide_dtype) * inside[..., None]
+    entropy = torch.where(inside, batch.entropy, 0.0).to(wide_dtype)
+    return torch.cat([(of * entropy[..., None]).sum((0, 1)), of.sum((0, 1))])
+
+
+def by_turn(totals: dict[str, float]) -> dict[str, float]:
+    """``entropy/turn_1`` and on, as far as there were turns; nothing where a completion is one turn.
+
+    Example:
+        >>> by_turn(dict.fromkeys(TURN_SUMS, 0.0) | {"turn_entropy_1": 3.0, "turn_tokens_1": 2.0})
+        {'entropy/turn_1': 1.5}
+    """
+    pairs = ((i, totals[f"turn_entropy_{i}"], totals[f"turn_tokens_{i}"]) for i in range(1, TURNS + 1))
+    return {f"entropy/turn_{i}": entropy / tokens for i, entropy, tokens in pairs if tokens}

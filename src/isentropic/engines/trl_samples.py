@@ -9,7 +9,7 @@ import torch
 
 from ..types import TokenBatch
 
-_KEPT = ("prompt_ids", "prompt_mask", "completion_ids", "advantages", "rewards")
+_KEPT = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "rewards")
 
 
 class Samples:
@@ -44,11 +44,13 @@ class Samples:
 def _row(sample: dict[str, torch.Tensor], step: int, decode: Callable[..., str]) -> dict[str, Any]:
     keep = sample["mask"].bool()
     ids = sample["completion_ids"][keep].tolist()
+    # The environment's words belong to the text, but have no surprisal.
+    whole = sample["completion_ids"][sample["completion_mask"].bool()].tolist()
     prompt = sample["prompt_ids"][sample["prompt_mask"].bool()].tolist()
     return {
         "step": step,
         "prompt": decode(prompt, skip_special_tokens=True),
-        "completion": decode(ids, skip_special_tokens=True),
+        "completion": decode(whole, skip_special_tokens=True),
         "reward": sample["rewards"].item() if "rewards" in sample else None,
         "advantage": sample["advantages"].mean().item(),
         "tokens": [decode([i]) for i in ids],

@@ -15,6 +15,11 @@ TASKS: dict[str, str] = {
     "expr": "isentropic.tasks.expressions:expr",
     "expr-digit": "isentropic.tasks.expressions:expr_digit",
 }
+# Environments of a kind: the module whose `task_of` reads what stands behind the colon.
+FAMILIES: dict[str, str] = {
+    "textworld": "isentropic.tasks.textworld",
+    "textarena": "isentropic.tasks.textarena",
+}
 
 
 @dataclass(frozen=True)
@@ -111,6 +116,9 @@ def load_task(name: str) -> Task:
         >>> load_task("expr").max_completion_length
         8
     """
+    family, _, rest = name.partition(":")
+    if family in FAMILIES and rest:
+        return importlib.import_module(FAMILIES[family]).task_of(rest)
     if name not in TASKS and ":" not in name:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {near[0]!r}? Or" if near else "use one of these, or"
