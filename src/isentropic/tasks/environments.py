@@ -17,6 +17,9 @@ done). Rewards of an episode add up; a policy that runs out of turns or tokens e
 An environment that is deterministic given its row makes the samples of a group comparable. One object plays many
 episodes, one after the other, and several objects are alive at once: keep state in the object, none in the module.
 
+For supervised warm-up an environment may have two methods more: ``advice()``, the next action of one who knows the way,
+from wherever the episode stands, and ``choices()``, a list of actions that make sense now.
+
 An `EnvironmentTask` is a `Task` with a factory of such objects. It is loaded by name as every task:
 ``textworld:coin_collector:level=104``, ``textarena:FrozenLake-v0``, or ``package.module:attribute`` of your own.
 
@@ -24,7 +27,7 @@ What the policy reads is the row's prompt, the first observation and ``>``; then
 ``>``, and so on. Importing this file imports no torch.
 """
 
-import inspect
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -66,7 +69,6 @@ class EnvironmentTask(Task):
         max_completion_length: tokens of an episode after the first observation, actions and observations together.
         win_at: an episode is won where its rewards add up to at least this.
         parallel: episodes played at once at most; None for all of a batch. An environment behind a server has few.
-        expert: row -> the actions of a demonstration, for supervised warm-up; None where nobody knows them.
         words: () -> words that may occur in observations, for a word-level vocabulary; None to learn them from
             demonstrations.
         verify, normalise: as for every task; the defaults read the return of the episode, and compare its actions.
@@ -101,7 +103,6 @@ class EnvironmentTask(Task):
     max_completion_length: int
     win_at: float = 1.0
     parallel: int | None = None
-    expert: Callable[[dict[str, Any]], list[str]] | None = None
     words: Callable[[], Iterable[str]] | None = None
     verify: Callable[..., bool] = _won
     normalise: Callable[[str], str] = _actions
@@ -142,14 +143,23 @@ class EnvironmentTask(Task):
         return f"{observation}\n{MARK}"
 
 
-def demonstrate(task: EnvironmentTask, row: dict[str, Any]) -> tuple[list[tuple[str, bool]], float]:
-    """Play a row by the task's expert.
+def demonstrate(
+    task: EnvironmentTask, row: dict[str, Any], environment: Any = None, noise: float = 0.0, seed: int = 0
+) -> tuple[list[tuple[str, bool]], float]:
+    """Play a row by its environment's own advice.
+
+    Args:
+        task: what is played.
+        row: which episode of it.
+        environment: one to use again; None makes one.
+        noise: share of actions in [0, 1] that are drawn from ``choices()`` in place of the advice.
+        seed: of the noise.
 
     Returns:
         The episode as (text, whether the policy should write it), and the sum of its rewards.
 
     Raises:
-        ValueError: the task has no expert.
+        ValueError: the environment gives no advice.
 
     Example:
         >>> class Door:
@@ -158,22 +168,30 @@ def demonstrate(task: EnvironmentTask, row: dict[str, Any]) -> tuple[list[tuple[
         ...
         ...     def step(self, action):
         ...         return "It opens.", 1.0, True
+        ...
+        ...     def advice(self):
+        ...         return "open door"
         >>> door = EnvironmentTask(
         ...     name="door", description="", make=Door, train=lambda seed: [], heldout=lambda: [], max_turns=2,
-        ...     max_action_tokens=4, max_completion_length=8, expert=lambda row: ["open door"],
+        ...     max_action_tokens=4, max_completion_length=8,
         ... )
         >>> demonstrate(door, {"prompt": ""})
         ([('A door.\\n>', False), ('open door\\n', True)], 1.0)
     """
-    if task.expert is None:
-        raise ValueError(f"task {task.name!r} has no expert to learn from; give it one, or start from another model")
-    environment = task.make()
-    parts, total = [(task.opening(row["prompt"], environment.reset(**row)), False)], 0.0
-    for action in task.expert(row)[: task.max_turns]:
-        observation, reward, done = environment.step(action)
+    played: Any = task.make() if environment is None else environment
+    if not hasattr(played, "advice"):
+        raise ValueError(
+            f"task {task.name!r} cannot show how it is won; give its environment a method advice(), or start from a "
+            "model that wins now and then"
+        )
+    draw = random.Random(f"{seed}/{sorted((k, str(v)) for k, v in row.items())}")
+    parts, total = [(task.opening(row["prompt"], played.reset(**row)), False)], 0.0
+    for turn in range(task.max_turns):
+        action = draw.choice(played.choices()) if draw.random() < noise else played.advice()
+        observation, reward, done = played.step(action)
         total += reward
         parts.append((f"{action}\n", True))
-        if done:
+        if done or turn + 1 == task.max_turns:
             break
         parts.append((task.reply(observation), False))
     return parts, total
@@ -209,10 +227,3 @@ def options_of(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"task {name!r}: option {key} must be {wanted}, got {value!r}") from None
     return found
 
-
-def takes(function: Callable[..., Any], row: dict[str, Any]) -> dict[str, Any]:
-    """The part of a row that a ``reset`` without ``**row`` can take."""
-    params = inspect.signature(function).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in params):
-        return row
-    return {p.name: row[p.name] for p in params if p.name in row}

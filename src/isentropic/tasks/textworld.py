@@ -94,7 +94,6 @@ def task_of(rest: str) -> EnvironmentTask:
         max_turns=values["turns"],
         max_action_tokens=values["action_tokens"],
         max_completion_length=values["tokens"],
-        expert=lambda row: list(row["walkthrough"]),
         words=words,
     )
 
@@ -123,7 +122,7 @@ class Games:
         return (self.root or base / "textworld") / f"{self.game}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def rows(self, split: str, num_train: int, num_test: int) -> list[dict[str, Any]]:
-        """Rows of ``train`` or ``test``: prompt, seed, file of the game, walkthrough.
+        """Rows of ``train`` or ``test``: prompt, file of the game, seed.
 
         Held-out games are chosen first, so that how many one trains on does not change what is asked.
 
@@ -132,15 +131,7 @@ class Games:
         """
         test = self._take(HELD_OUT_FROM, num_test, set())
         chosen = test if split == "test" else self._take(0, num_train, {g["hash"] for g in test})
-        return [
-            {
-                "prompt": PROMPT,
-                "game": str(self.home / f"{g['seed']}.z8"),
-                "seed": g["seed"],
-                "walkthrough": g["walkthrough"],
-            }
-            for g in chosen
-        ]
+        return [{"prompt": PROMPT, "game": str(self.home / f"{g['seed']}.z8"), "seed": g["seed"]} for g in chosen]
 
     def _take(self, first: int, num: int, taken: set[str]) -> list[dict[str, Any]]:
         """The first ``num`` seeds from ``first`` on whose games are new."""
@@ -219,6 +210,7 @@ class TextWorld:
         self._file: str | None = None
         self._game: Any = None
         self._possible: list[str] = []
+        self._way: list[str] = []
 
     def reset(self, game: str, **row: Any) -> str:
         """Begin the game in the file ``game``."""
@@ -226,12 +218,10 @@ class TextWorld:
 
         if game != self._file:
             self.close()
-            wanted = textworld.EnvInfos(
-                feedback=True, description=True, objective=True, admissible_commands=True, won=True
-            )
+            names = "feedback description objective admissible_commands policy_commands won"
+            wanted = textworld.EnvInfos(**dict.fromkeys(names.split(), True))
             self._game, self._file = textworld.start(game, wanted), game
-        state = self._game.reset()
-        self._possible = state.admissible_commands
+        state = self._seen(self._game.reset())
         return f"{tidy(state.objective)}\n{self._shown(state.description)}"
 
     def step(self, action: str) -> tuple[str, float, bool]:
@@ -241,8 +231,20 @@ class TextWorld:
         if command is None:
             return f"You can't do that.\n{self._listed()}", 0.0, False
         state, _, done = self._game.step(command)
-        self._possible = state.admissible_commands
+        self._seen(state)
         return self._shown(state.feedback), float(bool(state.won)), bool(done)
+
+    def advice(self) -> str:
+        """The first command of a shortest way to win from here."""
+        return self._way[0]
+
+    def choices(self) -> list[str]:
+        """What the game would take."""
+        return self._possible
+
+    def _seen(self, state: Any) -> Any:
+        self._possible, self._way = state.admissible_commands, state.policy_commands
+        return state
 
     def close(self) -> None:
         """Let the game go."""

@@ -1,0 +1,94 @@
+"""A small model of whole words, made for one environment and trained on the spot: no pretrained weights, no download.
+
+A Qwen3 causal language model with random weights and one token a word, for worlds whose vocabulary is closed. It knows
+nothing until :func:`isentropic.models.warmup.warm_up` has shown it demonstrations.
+"""
+
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from isentropic.tasks.environments import EnvironmentTask, demonstrate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+SPECIAL = ("<pad>", "<eos>", "<unk>")
+PUNCTUATION = ["\n", *(c for c in map(chr, range(33, 127)) if not c.isalpha())]
+# A line break, a word or a number, or one sign; blanks are left out.
+PIECE = r"\n|[A-Za-z][A-Za-z'\-]*|[0-9]|[^\sA-Za-z0-9]"
+
+
+def word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
+    """Return a tokenizer with one token a word, small and capital letters alike; an unknown word is `<unk>`.
+
+    Example:
+        >>> tokenizer = word_tokenizer(["go", "north"])
+        >>> tokenizer.decode(tokenizer("Go north\\n>")["input_ids"])
+        'go north \\n >'
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    known = sorted({word.lower() for word in words} - set(PUNCTUATION))
+    ids = {token: i for i, token in enumerate([*SPECIAL, *PUNCTUATION, *known])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+
+
+def words_of(task: EnvironmentTask, seed: int = 0) -> set[str]:
+    """The words of a task: its own list where it has one, and those of its demonstrations on training rows."""
+    found = set(task.words()) if task.words else set()
+    for row in task.train(seed):
+        text = "".join(part for part, _ in demonstrate(task, row)[0]).lower()
+        found |= set(re.findall(PIECE, text))
+    return found
+
+
+def word_model(
+    task: EnvironmentTask, *, hidden: int = 64, layers: int = 3, heads: int = 4, seed: int = 0
+) -> tuple["Qwen3ForCausalLM", "PreTrainedTokenizerFast"]:
+    """Return a model with random weights, and the tokenizer of a task's words.
+
+    Args:
+        task: an environment that gives advice.
+        hidden: width d, a multiple of twice the heads.
+        layers, heads: depth, and attention heads a layer.
+        seed: of the weights.
+
+    Raises:
+        ImportError: there is no transformers.
+    """
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    tokenizer = word_tokenizer(words_of(task))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            head_dim=hidden // heads,
+            max_position_embeddings=4096,
+            tie_word_embeddings=True,
+            rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        return Qwen3ForCausalLM(config).float(), tokenizer
