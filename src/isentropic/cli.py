@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--step", type=int, help="checkpoint after this optimizer step [the last]")
     evaluation.add_argument("--k", type=int, help="samples a prompt [as the run]")
     evaluation.add_argument("--task", help="another task than the run's")
+    _add_warmup(commands)
     _add_compare(commands)
     why = commands.add_parser("explain", help="what moved the entropy of a run", allow_abbrev=False)
     why.add_argument("run", metavar="RUN", help="run directory, which may be going on")
@@ -74,6 +75,27 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--serve", action="store_true", help="the report on this machine, refreshed as the run goes on")
     watch.add_argument("--port", type=int, help="of --serve [a free one]")
     return parser
+
+
+def _add_warmup(commands: Any) -> None:
+    parser = commands.add_parser(
+        "warmup",
+        help="imitate an environment's own advice, so that RL has something to start from",
+        description="Supervised learning on demonstrations of the training rows, into a model directory for train.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="words", help="words (made here, random), or any model of train [words]")
+    parser.add_argument("--task", required=True, help="an environment that gives advice, such as textworld:...")
+    parser.add_argument("--out", required=True, help="the model directory")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps [200]")
+    parser.add_argument("--batch", type=int, default=16, help="demonstrations a step [16]")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW at its peak [0.003]")
+    parser.add_argument("--noise", type=float, default=0.3, help="share of actions drawn at random [0.3]")
+    parser.add_argument("--variants", type=int, default=16, help="demonstrations of each training row [16]")
+    parser.add_argument("--rows", type=int, help="training rows that are shown: the first so many [all]")
+    parser.add_argument("--eval-k", type=int, default=4, help="episodes of each held-out row at the end [4]")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and order [0]")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights [float32]")
 
 
 def _add_compare(commands: Any) -> None:
@@ -157,6 +179,30 @@ def _train(args: dict[str, Any]) -> int:
         return 130
     print(training.table(result, str(config.out)))
     return 1 if result.get("stopped") else 0
+
+
+def _warmup(args: dict[str, Any]) -> int:
+    from .models import resolve_model
+    from .tasks import load_task
+
+    task_name, out, start, num = args["task"], Path(args["out"]), args["model"], args["eval_k"]
+    if (out / "config.json").exists():
+        raise ConfigError(f"--out: {out} already holds a model; name another directory")
+    try:
+        task = load_task(task_name)
+        training = _heavy("training")
+        training.quiet()
+        from .models import warmup
+
+        settings = warmup.WarmUp(**{f.name: args[f.name] for f in fields(warmup.WarmUp)})
+        given = None if start == "words" else training.load_model(resolve_model(start), args["dtype"])
+        figures = warmup.make(task, out, settings, given, num)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for name, value in figures.items():
+        print(f"{name:15} {value:.3f}" if isinstance(value, float) else f"{name:15} {value}")
+    print(f"model: {out}")
+    return 0
 
 
 def _audit(args: dict[str, Any]) -> int:
@@ -426,7 +472,7 @@ def _watch(args: dict[str, Any]) -> int:
     return 0
 
 
-_SHOW = {"compare": _compare, "explain": _explain, "report": _report, "watch": _watch}
+_SHOW = {"warmup": _warmup, "compare": _compare, "explain": _explain, "report": _report, "watch": _watch}
 
 
 if __name__ == "__main__":

@@ -331,9 +331,7 @@ def evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig, step: in
     limit = config.max_completion_length or task.max_completion_length
     if isinstance(task, EnvironmentTask):
         with _own_randomness(config.seed):
-            counted = wins(
-                model, tokenizer, _limited(task, config), rows, config.eval_k, Sampling(config.temperature)
-            )
+            counted = wins(model, tokenizer, _limited(task, config), rows, config.eval_k, Sampling(config.temperature))
         model.train(was_training)
         return _evaluation(task, config, step, [row.get("seed", row["prompt"]) for row in rows], *counted)
     with _own_randomness(config.seed):

@@ -136,7 +136,10 @@ def _scores(trainer: Any) -> Iterator[list[torch.Tensor]]:
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     native, seen = model.generate, []
 
-    def generate(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if "generation_config" not in kwargs:
+            # A rollout_func's own call, which hands over the log-probs itself.
+            return native(*args, **kwargs)
         config = copy.deepcopy(kwargs["generation_config"])
         config.output_scores = config.return_dict_in_generate = True
         out = native(*args, **{**kwargs, "generation_config": config})

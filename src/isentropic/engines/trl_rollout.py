@@ -58,6 +58,9 @@ class Sampling(NamedTuple):
     more: dict[str, Any] = {}  # noqa: RUF012  (read only)
 
 
+PLAIN = Sampling()
+
+
 def ends_of_line(tokenizer: Any) -> list[int]:
     """The tokens that end an action: all that hold a line break, and the end of the sequence."""
     size = len(tokenizer)
@@ -131,7 +134,7 @@ def play(
     tokenizer: Any,
     task: Any,
     rows: list[dict[str, Any]],
-    how: Sampling = Sampling(),
+    how: Sampling = PLAIN,
     pool: list[Any] | None = None,
 ) -> list[Episode]:
     """Play one episode a row.
@@ -210,7 +213,7 @@ def wins(
     task: Any,
     rows: list[dict[str, Any]],
     num: int,
-    how: Sampling = Sampling(),
+    how: Sampling = PLAIN,
     batch: int = 256,
 ) -> tuple[list[int], list[int]]:
     """Play every row ``num`` times, ``batch`` episodes at once.

@@ -1,9 +1,9 @@
 """Supervised warm-up on demonstrations: what gives reinforcement learning something to start from.
 
 A policy that never wins learns nothing from rewards. Here it imitates, on the training rows, one who knows the way and
-errs now and then: cross-entropy of the tokens that the policy would have to write, given everything before them, in the
-very text and token layout of the episodes that it plays afterwards. Errors are imitated too. They show what the way alone
-never shows, how to come back, and what cannot be foretold keeps the policy from learning rows by heart.
+errs now and then: cross-entropy of the tokens that the policy would have to write, given everything before them, in
+the very text and token layout of the episodes that it plays afterwards. Errors are imitated too. They show what the way
+alone never shows, how to come back, and what cannot be foretold keeps the policy from learning rows by heart.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from isentropic.engines.trl_rollout import Sampling, wins
+from isentropic.evaluation import bootstrap_interval
 from isentropic.tasks.environments import EnvironmentTask, demonstrate
 
 IGNORED = -100
@@ -33,7 +34,9 @@ class WarmUp:
         steps, batch: optimizer steps, and demonstrations in each.
         learning_rate: of AdamW at its peak; it rises over a tenth of the steps and falls linearly to 0.
         noise: share of actions in [0, 1] that the demonstrator draws from what is possible.
-        variants: demonstrations of each training row, with noise of their own; those that fail are left out.
+        variants: demonstrations of each row, with noise of their own; those that fail are left out.
+        rows: how many training rows are shown, from the first; None for all. A small model may learn what it is shown
+            by heart, and the rows that it has not seen are where rewards have most to teach.
         seed: of noise and order.
     """
 
@@ -42,6 +45,7 @@ class WarmUp:
     learning_rate: float = 3e-3
     noise: float = 0.3
     variants: int = 16
+    rows: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,7 +81,7 @@ def demonstrations(task: EnvironmentTask, tokenizer: Any, settings: WarmUp) -> l
     """
     environment, shown = task.make(), []
     variants = settings.variants if settings.noise else 1
-    for row in task.train(settings.seed):
+    for row in task.train(settings.seed)[: settings.rows]:
         for i in range(variants):
             parts, total = demonstrate(task, row, environment, settings.noise, settings.seed * variants + i)
             if total >= task.win_at:
@@ -151,9 +155,45 @@ def win_rate(model: Any, tokenizer: Any, task: EnvironmentTask, num: int, seed: 
     return [w / num for w in won]
 
 
-def save(model: Any, tokenizer: Any, out: str | Path, facts: dict[str, Any], settings: WarmUp) -> None:
-    """Write a model directory, with what was done to it in warmup.json."""
+def make(
+    task: Any,
+    out: str | Path,
+    settings: WarmUp = WarmUp(),
+    given: tuple[Any, Any] | None = None,
+    num: int = 4,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Warm a model up, see how often it wins, and write it as a model directory that ``train --model`` takes.
+
+    Args:
+        task: an environment that gives advice.
+        out: the directory; warmup.json in it holds settings and figures.
+        settings: how to imitate.
+        given: model and tokenizer to start from; None makes a model of the task's words, with random weights.
+        num: episodes of each held-out row; 0 for none.
+        say: gets a line now and then.
+
+    Returns:
+        ``loss``, ``demonstrations``, ``seconds``, and where episodes were played ``win_frac`` with its ``interval``
+        over rows (bootstrap, 95 %).
+
+    Raises:
+        ValueError: a task that is no environment, or one without advice.
+    """
+    if not isinstance(task, EnvironmentTask):
+        raise ValueError(f"task {task.name!r} is answered, not played; warm-up needs an environment")
+    if given is None:
+        from isentropic.models.words import word_model
+
+        given = word_model(task, seed=settings.seed)
+    model, tokenizer = given
+    figures: dict[str, Any] = warm_up(model, tokenizer, task, settings, say)
+    if num:
+        shares = win_rate(model, tokenizer, task, num, settings.seed)
+        figures |= {"win_frac": sum(shares) / len(shares), "interval": bootstrap_interval(shares)}
     home = Path(out)
     model.save_pretrained(home)
     tokenizer.save_pretrained(home)
-    (home / "warmup.json").write_text(json.dumps({"settings": asdict(settings), **facts}, indent=2) + "\n")
+    facts = {"task": task.name, "settings": asdict(settings), "figures": figures}
+    (home / "warmup.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return figures

@@ -49,11 +49,13 @@ def word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
 
 
 def words_of(task: EnvironmentTask, seed: int = 0) -> set[str]:
-    """The words of a task: its own list where it has one, and those of its demonstrations on training rows."""
+    """The words of a task: its own list where it has one, and those of demonstrations, straight and erring ones."""
     found = set(task.words()) if task.words else set()
+    environment = task.make()
     for row in task.train(seed):
-        text = "".join(part for part, _ in demonstrate(task, row)[0]).lower()
-        found |= set(re.findall(PIECE, text))
+        for noise in (0.0, 0.5, 0.9):
+            parts, _ = demonstrate(task, row, environment, noise, seed)
+            found |= set(re.findall(PIECE, "".join(text for text, _ in parts).lower()))
     return found
 
 

@@ -15,10 +15,15 @@ TASKS: dict[str, str] = {
     "expr": "isentropic.tasks.expressions:expr",
     "expr-digit": "isentropic.tasks.expressions:expr_digit",
 }
-# Environments of a kind: the module whose `task_of` reads what stands behind the colon.
-FAMILIES: dict[str, str] = {
-    "textworld": "isentropic.tasks.textworld",
-    "textarena": "isentropic.tasks.textarena",
+# kind: (who makes the task of what follows the first colon, how such a name is written, what it is).
+KINDS: dict[str, tuple[str, str, str]] = {
+    "textworld": ("isentropic.tasks.textworld:load", "textworld:GAME[:option=value...]", "text adventures, generated"),
+    "textarena": ("isentropic.tasks.textarena:load", "textarena:GAME[:option=value...]", "games for one player"),
+    "appworld": (
+        "isentropic.tasks.appworld:load",
+        "appworld:train=FILE:test=FILE:ports=8000-8007",
+        "apps behind a server",
+    ),
 }
 
 
@@ -116,9 +121,10 @@ def load_task(name: str) -> Task:
         >>> load_task("expr").max_completion_length
         8
     """
-    family, _, rest = name.partition(":")
-    if family in FAMILIES and rest:
-        return importlib.import_module(FAMILIES[family]).task_of(rest)
+    kind, colon, rest = name.partition(":")
+    if kind in KINDS and colon:
+        module_name, _, attribute = KINDS[kind][0].partition(":")
+        return getattr(importlib.import_module(module_name), attribute)(rest, name)
     if name not in TASKS and ":" not in name:
         near = difflib.get_close_matches(name, TASKS, n=1)
         hint = f"did you mean {near[0]!r}? Or" if near else "use one of these, or"

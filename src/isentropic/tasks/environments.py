@@ -40,8 +40,8 @@ MARK = ">"
 class Environment(Protocol):
     """What plays: see the module's docstring."""
 
-    def reset(self, **row: Any) -> str:
-        """Begin an episode; return the first observation."""
+    def reset(self, *args: Any, **row: Any) -> str:
+        """Begin an episode from the row's columns, by name; return the first observation."""
         ...
 
     def step(self, action: str) -> tuple[str, float, bool]:
@@ -226,4 +226,3 @@ def options_of(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
             wanted = "yes or no" if kind is bool else f"of type {kind.__name__}"
             raise ValueError(f"task {name!r}: option {key} must be {wanted}, got {value!r}") from None
     return found
-

@@ -1,10 +1,10 @@
 """TextWorld games by name: ``textworld:coin_collector:level=104``, generated on this machine.
 
-A game is generated from a seed once and kept in the cache. Training games are seeds from 0 on, held-out games seeds from
-1,000,000 on. Two seeds may give one game: games are told apart by a hash of their map (which room leads where, and what
-lies in it) and their walkthrough, names left out. No held-out game has the hash of a training game, and no hash occurs
-twice; how many seeds were passed over stands in the index of the cache. Different maps may share a walkthrough: at
-low levels there are few.
+A game is generated from a seed once and kept in the cache. Training games are seeds from 0 on, held-out games seeds
+from 1,000,000 on. Two seeds may give one game: games are told apart by a hash of their map (which room leads where, and
+what lies in it) and their walkthrough, names left out. No held-out game has the hash of a training game, and no hash
+occurs twice; a seed whose game is not new is passed over. Different maps may share a walkthrough: at low levels there
+are few.
 
 Needs the extra ``textworld``; importing this file does not. The reward is 1 where the game is won.
 """
@@ -17,6 +17,7 @@ import re
 import sys
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,20 +57,19 @@ PROMPT = "A text game. Write one command a line.\n"
 VERSION = 1
 
 
-def task_of(rest: str) -> EnvironmentTask:
-    """The task ``textworld:REST``; games are generated when its rows are asked for.
+def load(rest: str, name: str) -> EnvironmentTask:
+    """The task that ``textworld:REST`` names; games are generated when its rows are asked for.
 
     Raises:
         ValueError: no such game or option; TextWorld is not installed.
 
     Example:
-        >>> task_of("coin_collector:level=300000")
+        >>> load("coin_collector:level=300000", "textworld:coin_collector:level=300000")
         Traceback (most recent call last):
             ...
         ValueError: task 'textworld:coin_collector:level=300000': level must be from 1 to 300, got 300000
     """
     game, _, options = rest.partition(":")
-    name = f"textworld:{rest}"
     if game not in GAMES:
         raise ValueError(f"task {name!r}: game must be one of {', '.join(GAMES)}, got {game!r}")
     values = options_of(name, options, GAMES[game] | OURS)
@@ -164,7 +164,7 @@ class Games:
 
     def _generate(self, seed: int, path: Path) -> None:
         """Write the game beside its place, then move it there; the facts come last, and mean that it is whole."""
-        from textworld import EnvInfos, GameOptions, start
+        from textworld import GameOptions
         from textworld.challenges import CHALLENGES
         from textworld.generator import compile_game
 
@@ -174,18 +174,31 @@ class Games:
         # The objective names the goal; with the whole path in it there would be nothing to find out.
         options.grammar.only_last_action = True
         settings = {**self.settings, **({"split": None} if self.settings.get("split") == "" else {})}
-        made = CHALLENGES[f"tw-{self.game}"][1](settings, options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = CHALLENGES[f"tw-{self.game}"][1](settings, options)
         self.home.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.home, prefix=".making-") as room:
             options.path = f"{room}/{seed}.z8"
             compile_game(made, options)
-            environment = start(options.path, EnvInfos(policy_commands=True))
-            walkthrough = list(environment.reset().policy_commands)
-            environment.close()
+            player = _start(options.path)
+            walkthrough = list(player.reset().policy_commands)
+            player.close()
             facts = {"seed": seed, "hash": content_hash(made, walkthrough), "walkthrough": walkthrough}
             Path(room, path.name).write_text(json.dumps(facts), encoding="utf-8")
             for suffix in (".json", ".z8", ".facts.json"):
                 Path(room, f"{seed}{suffix}").replace(self.home / f"{seed}{suffix}")
+
+
+def _start(path: str) -> Any:
+    """A game that tells what an observation is made of."""
+    import textworld
+
+    names = "feedback description objective admissible_commands policy_commands won"
+    with warnings.catch_warnings():
+        # The machine beneath does not know the game, and says so; what it cannot tell then, TextWorld tells.
+        warnings.simplefilter("ignore")
+        return textworld.start(path, textworld.EnvInfos(**dict.fromkeys(names.split(), True)))
 
 
 def content_hash(game: Any, walkthrough: list[str]) -> str:
@@ -214,13 +227,9 @@ class TextWorld:
 
     def reset(self, game: str, **row: Any) -> str:
         """Begin the game in the file ``game``."""
-        import textworld
-
         if game != self._file:
             self.close()
-            names = "feedback description objective admissible_commands policy_commands won"
-            wanted = textworld.EnvInfos(**dict.fromkeys(names.split(), True))
-            self._game, self._file = textworld.start(game, wanted), game
+            self._game, self._file = _start(game), game
         state = self._seen(self._game.reset())
         return f"{tidy(state.objective)}\n{self._shown(state.description)}"
 
