@@ -1,9 +1,9 @@
-"""Does control help an agent? Warm-up, then RL in TextWorld, with and without a hold on entropy: win rate on unseen games.
+"""Does control help an agent? Warm-up, then RL in TextWorld with and without a hold on entropy: games won, unseen ones.
 
     python bench/textworld.py [--seeds 0 1 2] [--out runs/textworld] [--only-table]
 
-One small model of whole words is made and warmed up on the first 32 of 96 training games. From it, each recipe trains on
-all 96, and 40 other games are played before and after, 4 episodes each at temperature 1. A finished run is a line of
+One small model of whole words is made and warmed up on the first 32 of 96 training games. From it, each recipe trains
+on all 96, and 40 other games are played before and after, 4 episodes each at temperature 1. A finished run is a line of
 docs/results/textworld.jsonl and never runs again; the table and the figure are made of the lines that there are.
 Needs the extra textworld; the games are generated once, in some minutes.
 """
