@@ -2,8 +2,8 @@
 
     python bench/textworld.py [--seeds 0 1 2] [--out runs/textworld] [--only-table]
 
-One small model of whole words is made and warmed up on the first 32 of 96 training games. From it, each recipe trains
-on all 96, and 40 other games are played before and after, 4 episodes each at temperature 1. A finished run is a line of
+One small model of whole words is made and warmed up on the first 32 of 64 training games. From it, each recipe trains
+on all 64, and 40 other games are played before and after, 4 episodes each at temperature 1. A finished run is a line of
 docs/results/textworld.jsonl and never runs again; the table and the figure are made of the lines that there are.
 Needs the extra textworld; the games are generated once, in some minutes.
 """
@@ -20,7 +20,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
 LINES = RESULTS / "textworld.jsonl"
-TASK = "textworld:coin_collector:level=103:train=96:test=40:text=brief:turns=12"
+TASK = "textworld:coin_collector:level=103:train=64:test=40:text=brief:turns=12"
 WARM_UP = {"steps": 400, "rows": 32}
 RECIPES = {"grpo": "#d55e00", "isentropic": "#0072b2"}
 SETTINGS = {

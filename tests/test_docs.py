@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -170,7 +171,7 @@ def run_shell(block, names, site):
         if "isentropic" in words and words[0] == "torchrun":
             words = words[words.index("isentropic") :]
         program = words[0].removeprefix(".venv/bin/")
-        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl"):
+        if block.marker == "needs" and program in ("torchrun", "accelerate", "trl", "appworld"):
             continue
         assert program in SHELL, f"{block.page}:{block.line}: no rule for the command {program!r}"
         SHELL[program](words[1:], site)
@@ -179,6 +180,7 @@ def run_shell(block, names, site):
 def shell_isentropic(args, site):
     from isentropic.cli import _parser, main
     from isentropic.config import load
+    from isentropic.tasks import load_task
 
     (site.home / "run.toml").touch()
     args = [site.model if word == "PATH" else word for word in args]
@@ -187,6 +189,11 @@ def shell_isentropic(args, site):
         if "--resume" in args:
             site.run_dir("runs/expr-isentropic-s0")
         assert main(args if "--dry-run" in args else [*args, "--dry-run"]) == 0
+    elif command == "warmup":
+        given = _parser().parse_args(args)
+        if not given.task.startswith("textworld:") or find_spec("textworld"):
+            load_task(given.task)
+        shutil.copytree(site.model, site.home / given.out)
     elif command == "audit" and site.model not in args:
         given = vars(_parser().parse_args(args))
         load(given["config"], {k: v for k, v in given.items() if k not in ("config", "command", "json")})
@@ -214,6 +221,10 @@ def shell_pip(args, site):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert args[0] == "install"
     for word in args[1:]:
+        if "==" in word:
+            # The one package that no extra brings: it lives in an environment of its own.
+            assert word == "appworld==0.1.3"
+            continue
         name, _, rest = word.partition("[")
         assert name == "isentropic"
         assert all(extra in extras for extra in rest.rstrip("]").split(",") if extra)
@@ -251,6 +262,7 @@ def shell_sh(args, site):
 
 
 SHELL = {
+    "appworld": lambda args, site: None,
     "isentropic": shell_isentropic,
     "make": shell_make,
     "pip": shell_pip,
@@ -312,6 +324,7 @@ NAMES = {
     "resume": lambda home, line: {},
     "audit-trainer": trainer_names,
     "audit-model": model_names,
+    "play": lambda home, line: trl_names(home, line, max_completion_length=96),
     "core": lambda home, line: torch.manual_seed(0) and {},
 }
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import isentropic
 
+ENVIRONMENTS = ("environments", "textworld", "textarena", "appworld")
 # Each room with the modules shown on its page; a package that lists __all__ shows what it lists.
 ROOMS = {
     "types": ["types"],
@@ -36,9 +37,9 @@ ROOMS = {
     "explain": ["explain"],
     "lab": ["lab"],
     "compare": ["compare"],
-    "engines": ["engines.trl", "engines.trl_audit", "engines.trl_settings"],
-    "tasks": ["tasks", "tasks.expressions"],
-    "models": ["models", "models.tiny"],
+    "engines": ["engines.trl", "engines.trl_audit", "engines.trl_rollout", "engines.trl_settings"],
+    "tasks": ["tasks", "tasks.expressions", *(f"tasks.{kind}" for kind in ENVIRONMENTS)],
+    "models": ["models", "models.tiny", "models.words", "models.warmup"],
     "report": ["report"],
     "watch": ["watch"],
     "config": ["config"],

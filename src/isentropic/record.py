@@ -39,6 +39,11 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch
 ``length/mean``             tokens a completion, and ``length/truncated_frac``
 ``samples/total``           completions generated so far
+``episode/win_frac``        of the latest batch of episodes with an environment: share won; ``episode/return``, mean sum
+                            of rewards; ``episode/turns``, actions an episode; ``episode/calls``, resets and steps of
+                            the batch; ``episode/truncated_frac``, share that turns or tokens ended
+``entropy/turn_1``          to ``entropy/turn_8``: as ``entropy/mean``, over the tokens of an episode's first turn and
+                            on, as far as there were turns; the eighth holds the later ones too
 ``task``                    name of the task, where tasks follow one another; another name than before is a switch
 ==========================  ==========================================================================================
 
@@ -69,7 +74,8 @@ audit.json (missing with ``--audit off``): ``findings``, gravest first, each wit
 serious ones; ``checked``, by name, as text; ``figures``, by name, in nats.
 
 A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``advantage``, and, aligned by token,
-``tokens``, ``surprisal`` (nats, current policy) and ``entropy``.
+``tokens``, ``surprisal`` (nats, current policy) and ``entropy``. Of an episode, ``completion`` is all that was said,
+and the tokens are those that the policy wrote.
 
 A row of evaluations.jsonl: ``step``, ``task``, ``k``, ``temperature``, ``pass@1``, ``pass@k`` under its own number,
 ``distinct`` (mean number of different right answers among k), ``entropy`` (sampled estimate, nats per token), and by

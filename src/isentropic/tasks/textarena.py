@@ -2,8 +2,10 @@
 
 A row is a seed; training seeds are counted from 0, held-out seeds from 1,000,000. Whether two seeds give two games is
 up to the game: some, such as TowerOfHanoi, have one start alone, and their held-out rows are those trained on.
-The reward is the game's own, between 0 and 1 in most; 1 is a win. textarena is not among the extras:
-``pip install textarena==0.7.4``. It asks for a few data sets of words as it is imported, and goes on without them.
+The reward is the game's own, between 0 and 1 in most; 1 is a win.
+
+Needs the extra ``textarena``; importing this file does not. textarena asks for data sets of words over the network as
+some of its games are imported; without them those games are refused, and the others go on.
 """
 
 import contextlib
@@ -31,7 +33,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
     game, _, options = rest.partition(":")
     values = options_of(name, options, OURS)
     if importlib.util.find_spec("textarena") is None:
-        raise ValueError(f"task {name!r} needs textarena, which is not installed; pip install textarena==0.7.4")
+        raise ValueError(f"task {name!r} needs textarena, which is not installed; pip install 'isentropic[textarena]'")
     return EnvironmentTask(
         name=name,
         description=f"Win {game}.",
