@@ -18,6 +18,8 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROOT = Path(__file__).resolve().parent.parent
+# In this folder the package textworld would be this file.
+sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
 RESULTS = ROOT / "docs" / "results"
 LINES = RESULTS / "textworld.jsonl"
 TASK = "textworld:coin_collector:level=103:train=64:test=40:text=brief:turns=12"
