@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("trl")
 sys.path.insert(0, str(Path(__file__).parent))
-from trl_case import BASE, parts
+from trl_case import BASE, parts, same, weights
 
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.engines.trl_rollout import Episode, Rollout, Sampling, ends_of_line, play
@@ -102,8 +102,11 @@ def test_turns_and_tokens_run_out():
 
 
 def test_a_line_ends_at_every_token_that_holds_a_break():
-    _, tokenizer = a_model()
-    assert ends_of_line(tokenizer) == sorted([tokenizer.convert_tokens_to_ids("\n"), tokenizer.eos_token_id])
+    model, tokenizer = a_model()
+    known = [tokenizer.convert_tokens_to_ids("\n"), tokenizer.eos_token_id]
+    assert ends_of_line(tokenizer, model) == sorted(known)
+    model.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
+    assert ends_of_line(tokenizer, model) == sorted([7, *known])
 
 
 def trainer_of(home, head, **settings):
@@ -111,9 +114,8 @@ def trainer_of(home, head, **settings):
 
     model, tokenizer = a_model()
     chosen = task()
-    args = IsentropicConfig(
-        output_dir=str(home), max_steps=2, head=head, **{**BASE, "max_completion_length": 60, **settings}
-    )
+    settings = {**BASE, "max_steps": 2, "max_completion_length": 60, **settings}
+    args = IsentropicConfig(output_dir=str(home), head=head, **settings)
     return IsentropicTrainer(
         model,
         chosen.reward,
@@ -211,3 +213,28 @@ def test_an_episode_s_parts_stay_aligned():
     episode.wrote([3, 4], [-0.5, -0.25])
     episode.read([5])
     assert (episode.ids, episode.mask, episode.logp) == ([3, 4, 5], [1, 1, 0], [-0.5, -0.25, 0.0])
+
+
+def test_a_resumed_run_of_episodes_equals_an_uninterrupted_one(tmp_path):
+    settings = {"recipe": "dapo", "knob": "zeta", "target": "90%", "save_strategy": "steps", "save_steps": 4}
+    whole = trainer_of(tmp_path / "whole", "auto", **settings, max_steps=8)
+    whole.train()
+    half = trainer_of(tmp_path / "half", "auto", **settings, max_steps=8)
+    half.add_callback(stop_at(4))
+    half.train()
+    again = trainer_of(tmp_path / "half", "auto", **settings, max_steps=8)
+    again.train(resume_from_checkpoint=True)
+    rows = [Record(tmp_path / name).rows("metrics") for name in ("whole", "half")]
+    assert len(rows[0]) == len(rows[1]) == 8
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+    assert same(weights(whole), weights(again))
+
+
+def stop_at(step):
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == step
+
+    return Stop()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -61,12 +62,18 @@ class Sampling(NamedTuple):
 PLAIN = Sampling()
 
 
-def ends_of_line(tokenizer: Any) -> list[int]:
-    """The tokens that end an action: all that hold a line break, and the end of the sequence."""
-    size = len(tokenizer)
-    texts = tokenizer.batch_decode([[i] for i in range(size)], clean_up_tokenization_spaces=False)
-    found = {i for i, text in enumerate(texts) if "\n" in text} | {tokenizer.eos_token_id}
-    return sorted(i for i in found if i is not None)
+@lru_cache(maxsize=4)
+def line_breaks(tokenizer: Any) -> tuple[int, ...]:
+    """All tokens that hold a line break."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return tuple(i for i, text in enumerate(texts) if "\n" in text)
+
+
+def ends_of_line(tokenizer: Any, model: Any) -> list[int]:
+    """The tokens that end an action: all that hold a line break, and every end of a sequence."""
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+    return sorted({*line_breaks(tokenizer), *ends} - {None})
 
 
 class _Table:
@@ -152,7 +159,7 @@ def play(
     """
     pool = [] if pool is None else pool
     at_once = task.parallel or len(rows)
-    stop, episodes = ends_of_line(tokenizer), []
+    stop, episodes = ends_of_line(tokenizer, model), []
     for first in range(0, len(rows), at_once):
         some = rows[first : first + at_once]
         while len(pool) < len(some):
