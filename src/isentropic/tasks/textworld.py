@@ -2,9 +2,9 @@
 
 A game is generated from a seed once and kept in the cache. Training games are seeds from 0 on, held-out games seeds
 from 1,000,000 on. Two seeds may give one game: games are told apart by a hash of their map (which room leads where, and
-what lies in it) and their walkthrough, names left out. No held-out game has the hash of a training game, and no hash
-occurs twice; a seed whose game is not new is passed over. Different maps may share a walkthrough: at low levels there
-are few.
+what lies in it) and their walkthrough, whatever the rooms are called. No held-out game has the hash of a training game,
+and no hash occurs twice; a seed whose game is not new is passed over. Different maps may share a walkthrough: at low
+levels there are few.
 
 Needs the extra ``textworld``; importing this file does not. The reward is 1 where the game is won.
 """
@@ -244,15 +244,15 @@ class TextWorld:
         return self._shown(state.feedback), float(bool(state.won)), bool(done)
 
     def advice(self) -> str:
-        """The first command of a shortest way to win from here."""
-        return self._way[0]
+        """The first command of a way to win from here; in a game that cannot be won any more, a look around."""
+        return self._way[0] if self._way else "look"
 
     def choices(self) -> list[str]:
         """What the game would take."""
         return self._possible
 
     def _seen(self, state: Any) -> Any:
-        self._possible, self._way = state.admissible_commands, state.policy_commands
+        self._possible, self._way = state.admissible_commands, state.policy_commands or []
         return state
 
     def close(self) -> None:
