@@ -14,7 +14,7 @@ SRC = Path(__file__).parents[1] / "src" / "isentropic"
 # A room imports only the rooms above it.
 ORDER = """types reduce advantages selection penalties shaping bounds objectives kernels entropy dynamics controllers
     targets thermostat parts terms catalogue recipes precision evaluation record explain lab engines tasks models report
-    watch config compare grid sequence training cli""".split()
+    watch config compare grid sequence assess training measure cli""".split()
 CORE = set(ORDER[: ORDER.index("evaluation") + 1])
 SEPARATE = {"engines", "tasks", "report"}
 TORCHLESS = set(

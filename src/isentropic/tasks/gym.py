@@ -25,6 +25,7 @@ OPTIONS: dict[str, Any] = {
     "tokens": 0,
 }
 RIGHT = 0.99
+MAX_ANSWER = 20_000  # characters
 SECONDS = 5.0
 # Item i of a generator is drawn by seed + i: the ranges that these start must not meet, for any training seed.
 HELDOUT_SEED, SHOTS_SEED, TRAIN_SEED = 0, 500_000, 1_000_000
@@ -79,30 +80,31 @@ def _check(name: str, generator: str, config: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=64)
-def _dataset(generator: str, config: str, seed: int) -> Any:
+def _dataset(generator: str, config: str, seed: int, size: int) -> Any:
     import reasoning_gym
 
-    return reasoning_gym.create_dataset(generator, seed=seed, size=MAX_ROWS, **json.loads(config))
+    return reasoning_gym.create_dataset(generator, seed=seed, size=size, **json.loads(config))
 
 
 @lru_cache(maxsize=100_000)
-def _item(generator: str, config: str, seed: int, at: int) -> Any:
-    return _dataset(generator, config, seed)[at]
+def _item(generator: str, config: str, seed: int, size: int, at: int) -> Any:
+    return _dataset(generator, config, seed, size)[at]
 
 
-def score(generator: str, config: str, seed: int, at: int, answer: str) -> float:
+def score(generator: str, config: str, seed: int, size: int, at: int, answer: str) -> float:
     """Return the generator's score of an answer to its item; called in a worker.
 
     Args:
-        generator, config, seed, at: which item.
+        generator, config, seed, size, at: which item. Some generators draw all ``size`` of them at once.
         answer: stripped; a space more and some generators give half.
     """
-    return float(_dataset(generator, config, seed).score_answer(answer, _item(generator, config, seed, at)))
+    dataset = _dataset(generator, config, seed, size)
+    return float(dataset.score_answer(answer, _item(generator, config, seed, size, at)))
 
 
 def _task(name: str, generator: str, config: str, ours: dict[str, Any]) -> Task:
     chat = ours["prompt"] == "chat"
-    items = [_item(generator, config, SHOTS_SEED, i) for i in range(0 if chat else ours["shots"])]
+    items = [_item(generator, config, SHOTS_SEED, ours["shots"], i) for i in range(0 if chat else ours["shots"])]
     for item in items:
         if "\n" in str(item["answer"]):
             raise ValueError(
@@ -115,17 +117,17 @@ def _task(name: str, generator: str, config: str, ours: dict[str, Any]) -> Task:
     def rows(seed: int, num: int) -> list[dict[str, Any]]:
         found = []
         for at in range(num):
-            item = _item(generator, config, seed, at)
+            item = _item(generator, config, seed, num, at)
             if item["question"] not in asked:
                 prompt = _chat(item["question"]) if chat else f"{shown}Question: {item['question']}\nAnswer:"
-                found.append({"prompt": prompt, "answer": str(item["answer"]), "item_seed": seed, "item": at})
+                found.append({"prompt": prompt, "answer": str(item["answer"]), "item": [seed, num, at]})
         return found
 
-    def verify(completion: str, item_seed: int, item: int) -> bool:
+    def verify(completion: str, item: list[int]) -> bool:
         stated = _stated(completion, chat)
-        if not stated or len(stated) > 20_000:
+        if not stated or len(stated) > MAX_ANSWER:
             return False
-        value = ask("isentropic.tasks.gym:score", generator, config, item_seed, item, stated, seconds=SECONDS)
+        value = ask("isentropic.tasks.gym:score", generator, config, *item, stated, seconds=SECONDS)
         return value is not None and value >= RIGHT
 
     return Task(

@@ -84,7 +84,7 @@ def exact(completion: str, answer: str) -> bool:
 def numeric(completion: str, answer: str) -> bool:
     r"""Return whether the number that the completion ends on has the value of the answer.
 
-    The answer is where `answer_in` finds it. If that is not a number alone, or there is no mark, the last number counts.
+    The answer is where `answer_in` finds it. If that is no number alone, the last number in it counts.
 
     Example:
         >>> numeric(r"6 eggs make \$12, so \boxed{12.00}", "12"), numeric("12 or 13", "12")
