@@ -36,7 +36,7 @@ def eval_models(args: dict[str, Any], found: Sequence[Candidate], say: Callable[
         ConfigError: anything that cannot work, before the first model is loaded.
     """
     runs = [each.config for each in found if each.config is not None]
-    usual = {"task": None, "eval_k": 16, "seed": 0, "temperature": 1.0, **(runs[0] if runs else {})}
+    usual: dict[str, Any] = {"task": None, "eval_k": 16, "seed": 0, "temperature": 1.0, **(runs[0] if runs else {})}
     if args["task"] is None and usual["task"] is None:
         raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")
     try:
