@@ -10,7 +10,6 @@ import json
 import re
 from dataclasses import fields
 from difflib import get_close_matches
-from functools import lru_cache
 from typing import Any
 
 from . import Task
@@ -26,7 +25,6 @@ OPTIONS: dict[str, Any] = {
 }
 RIGHT = 0.99
 MAX_ANSWER = 20_000  # characters
-SECONDS = 5.0
 # Item i of a generator is drawn by seed + i: the ranges that these start must not meet, for any training seed.
 HELDOUT_SEED, SHOTS_SEED, TRAIN_SEED = 0, 500_000, 1_000_000
 MAX_ROWS = 400_000
@@ -57,8 +55,7 @@ def load(rest: str, name: str) -> Task:
 
 
 def _check(name: str, generator: str, config: dict[str, Any]) -> None:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    from reasoning_gym.factory import DATASETS, create_dataset
 
     if generator not in DATASETS:
         near = get_close_matches(generator, DATASETS, n=1)
@@ -74,37 +71,16 @@ def _check(name: str, generator: str, config: dict[str, Any]) -> None:
                 f"of the task: {', '.join(OPTIONS)}"
             )
     try:
-        reasoning_gym.create_dataset(generator, seed=0, size=1, **config)[0]
+        create_dataset(generator, seed=0, size=1, **config)[0]
     except (AssertionError, ValueError, TypeError) as error:
         raise ValueError(f"task {name!r}: the generator refuses its options: {error}") from error
 
 
-@lru_cache(maxsize=64)
-def _dataset(generator: str, config: str, seed: int, size: int) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(generator, seed=seed, size=size, **json.loads(config))
-
-
-@lru_cache(maxsize=100_000)
-def _item(generator: str, config: str, seed: int, size: int, at: int) -> Any:
-    return _dataset(generator, config, seed, size)[at]
-
-
-def score(generator: str, config: str, seed: int, size: int, at: int, answer: str) -> float:
-    """Return the generator's score of an answer to its item; called in a worker.
-
-    Args:
-        generator, config, seed, size, at: which item. Some generators draw all ``size`` of them at once.
-        answer: stripped; a space more and some generators give half.
-    """
-    dataset = _dataset(generator, config, seed, size)
-    return float(dataset.score_answer(answer, _item(generator, config, seed, size, at)))
-
-
 def _task(name: str, generator: str, config: str, ours: dict[str, Any]) -> Task:
+    from .items import item_of
+
     chat = ours["prompt"] == "chat"
-    items = [_item(generator, config, SHOTS_SEED, ours["shots"], i) for i in range(0 if chat else ours["shots"])]
+    items = [item_of(generator, config, SHOTS_SEED, ours["shots"], i) for i in range(0 if chat else ours["shots"])]
     for item in items:
         if "\n" in str(item["answer"]):
             raise ValueError(
@@ -117,7 +93,7 @@ def _task(name: str, generator: str, config: str, ours: dict[str, Any]) -> Task:
     def rows(seed: int, num: int) -> list[dict[str, Any]]:
         found = []
         for at in range(num):
-            item = _item(generator, config, seed, num, at)
+            item = item_of(generator, config, seed, num, at)
             if item["question"] not in asked:
                 prompt = _chat(item["question"]) if chat else f"{shown}Question: {item['question']}\nAnswer:"
                 found.append({"prompt": prompt, "answer": str(item["answer"]), "item": [seed, num, at]})
@@ -127,7 +103,7 @@ def _task(name: str, generator: str, config: str, ours: dict[str, Any]) -> Task:
         stated = _stated(completion, chat)
         if not stated or len(stated) > MAX_ANSWER:
             return False
-        value = ask("isentropic.tasks.gym:score", generator, config, *item, stated, seconds=SECONDS)
+        value = ask("isentropic.tasks.items:score", generator, config, *item, stated)
         return value is not None and value >= RIGHT
 
     return Task(

@@ -14,7 +14,7 @@ MAX_NUMBER = 64
 MAX_TEXT = 100_000
 _MARKS = re.compile(r"(?:####|answer\s+is\s*:?|answer\s*:)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?:/[0-9]+)?")
-_LAST_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?")
+_ANY_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?")
 
 
 def boxed(text: str) -> str | None:
@@ -42,16 +42,19 @@ def answer_in(text: str) -> str | None:
         >>> answer_in("It is 3. The answer is: 4."), answer_in(" 17\n"), answer_in("first\nsecond")
         ('4.', '17', None)
     """
+    return _answer_in(text)[0]
+
+
+def _answer_in(text: str) -> tuple[str | None, bool]:
+    """The answer, and whether it was marked as one."""
     text = text[-MAX_TEXT:]
-    found = boxed(text)
+    found, marked = boxed(text), True
     if found is None:
         marks = [m.end() for m in _MARKS.finditer(text)]
-        if marks:
-            lines = text[marks[-1] :].strip().splitlines()
-            found = lines[0].strip() if lines else None
-        else:
-            found = text.strip() if len(text.strip().splitlines()) == 1 else None
-    return found if found and len(found) <= MAX_ANSWER else None
+        lines = text[marks[-1] if marks else 0 :].strip().splitlines()
+        marked = bool(marks)
+        found = lines[0].strip() if lines and (marked or len(lines) == 1) else None
+    return (found, marked) if found and len(found) <= MAX_ANSWER else (None, marked)
 
 
 def number(text: str) -> Fraction | None:
@@ -82,12 +85,13 @@ def exact(completion: str, answer: str) -> bool:
 
 
 def numeric(completion: str, answer: str) -> bool:
-    r"""Return whether the number that the completion ends on has the value of the answer.
+    r"""Return whether the number that the completion gives has the value of the answer.
 
-    The answer is where `answer_in` finds it. If that is no number alone, the last number in it counts.
+    The answer is where `answer_in` finds it. It is a number alone; boxed or marked, it may have words beside it, such
+    as a unit, but no second number.
 
     Example:
-        >>> numeric(r"6 eggs make \$12, so \boxed{12.00}", "12"), numeric("12 or 13", "12")
+        >>> numeric(r"6 eggs make \$12, so \boxed{12.00}", "12"), numeric("the answer is 12 or 13", "12")
         (True, False)
     """
     wanted = number(answer)
@@ -97,20 +101,19 @@ def numeric(completion: str, answer: str) -> bool:
 def _stated_number(completion: str) -> Fraction | None:
     if len(completion) > MAX_TEXT:
         return None
-    stated = answer_in(completion)
-    if stated is not None and (value := number(stated)) is not None:
-        return value
-    if boxed(completion) is not None and stated is None:
+    stated, marked = _answer_in(completion)
+    if stated is None:
         return None
-    numbers = _LAST_NUMBER.findall(completion[-MAX_ANSWER:] if stated is None else stated)
-    return number(numbers[-1].rstrip(",")) if numbers else None
+    value = number(stated)
+    numbers = _ANY_NUMBER.findall(stated) if value is None and marked else []
+    return number(numbers[0].rstrip(",")) if len(numbers) == 1 else value
 
 
 def math(completion: str, answer: str) -> bool:
     r"""Return whether the answer that the completion gives equals the right one, by math-verify.
 
     The answer is where `answer_in` finds it; a completion in several lines without box or mark is wrong. One answer has
-    three seconds; what takes longer is wrong, and only that.
+    three seconds of processor time; what takes longer is wrong, and only that.
 
     Example:
         >>> math(r"\boxed{\frac{2}{4}}", r"\frac12")  # doctest: +SKIP
@@ -154,7 +157,7 @@ def normal(verifier: str, completion: str) -> str:
         The text; empty where there is no answer.
 
     Example:
-        >>> normal("numeric", "so 1,200"), normal("exact", " a  b ")
+        >>> normal("numeric", "#### 1,200"), normal("exact", " a  b ")
         ('1200', 'a b')
     """
     if verifier == "exact":

@@ -2,7 +2,8 @@
 
 A verifier that computes with what a model wrote can run for ever, take all memory, or end the process. Here it does so
 elsewhere: `ask` sends one call to a worker and waits; a worker that is late or dies is replaced, and the call has no
-result. A worker ends when its parent closes the pipe, and by an alarm of the system's if it hangs without a parent.
+result. What ends a late one is the system's clock of its own processor time, so that a busy machine marks nobody wrong;
+a clock on the wall stands behind that. A worker without a parent ends too.
 
 Importing this file imports no torch; a worker imports what it is asked for.
 """
@@ -20,7 +21,8 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-SECONDS = 3.0  # an answer may take
+SECONDS = 3.0  # of processor time that an answer may take
+PATIENCE = 10  # times as long on the wall
 START_SECONDS = 120.0  # a worker may take to import its library
 WORKERS = 4
 MEMORY = 4 << 30  # bytes of address space
@@ -47,7 +49,7 @@ class Worker:
             # What the library takes to import is not the answer's fault.
             self._exchange({"module": module}, START_SECONDS)
             self.known.add(module)
-        return self._exchange({"function": function, "args": args, "seconds": seconds}, seconds)
+        return self._exchange({"function": function, "args": args, "seconds": seconds}, PATIENCE * seconds)
 
     def _exchange(self, message: dict[str, Any], seconds: float) -> Any:
         assert self.process.stdin is not None
@@ -85,7 +87,7 @@ class Pool:
         self.idle: list[Worker] = []
         self.every: list[Worker] = []
 
-    def ask(self, function: str, *args: Any, seconds: float = SECONDS) -> Any:
+    def ask(self, function: str, *args: Any, seconds: float | None = None) -> Any:
         """The result of ``module:function`` on plain values, or None where it raised, died or was late."""
         with self.turns:
             with self.lock:
@@ -93,7 +95,7 @@ class Pool:
                 if worker not in self.every:
                     self.every.append(worker)
             try:
-                result = worker.call(function, args, seconds)
+                result = worker.call(function, args, SECONDS if seconds is None else seconds)
             except BaseException as error:
                 worker.kill()
                 with self.lock:
@@ -119,13 +121,13 @@ _pools: list[Pool] = []
 _pools_lock = threading.Lock()
 
 
-def ask(function: str, *args: Any, seconds: float = SECONDS) -> Any:
+def ask(function: str, *args: Any, seconds: float | None = None) -> Any:
     """Call ``module:function`` in a worker of this process's pool.
 
     Args:
         function: importable by a new process; module-level.
         args: plain values, as JSON has them.
-        seconds: wall clock that the call may take, imports aside.
+        seconds: processor time that the call may take, imports aside; None is `SECONDS`.
 
     Returns:
         What the function returned, as JSON has it; None where it raised, was late, or took its process down.
@@ -166,14 +168,13 @@ def serve() -> None:
                 import_module(message["module"])
             else:
                 module, _, name = message["function"].partition(":")
-                # By the system and not by Python: it ends a worker that is deep in C code and has lost its parent.
-                signal.setitimer(signal.ITIMER_REAL, 2 * message["seconds"] + 1)
+                _clocks(message["seconds"])
                 reply["value"] = getattr(import_module(module), name)(*message["args"])
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                _clocks(0.0)
         except ModuleNotFoundError as error:
             reply = {"missing": error.name}
         except Exception as error:
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            _clocks(0.0)
             reply = {"error": type(error).__name__}
         try:
             text = json.dumps(reply)
@@ -182,10 +183,17 @@ def serve() -> None:
         os.write(answers, text.encode() + b"\n")
 
 
+def _clocks(seconds: float) -> None:
+    """Let the system end this process, deep in C code as it may be; 0 stops the clocks."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_REAL, (PATIENCE + 1) * seconds)
+
+
 def _limit() -> None:
     """No core files, no more memory than a verifier needs; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
         import resource
 
