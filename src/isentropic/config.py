@@ -72,6 +72,7 @@ class RunConfig:
         "who generates: the model itself, vLLM beside it, or a vLLM server",
         choices=("off", "colocate", "server"),
     )
+    vllm_server: str = _setting("http://localhost:8000", "address of the vLLM server")
     vllm_memory: float = _setting(0.3, "share of a GPU's memory that vLLM takes beside the model", low=0.0)
     lora_rank: int = _setting(0, "rank of a LoRA adapter; 0 trains all weights", low=0)
     save_every: int = _setting(200, "optimizer steps between checkpoints; 0 keeps only the last", low=0)

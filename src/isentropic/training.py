@@ -330,6 +330,7 @@ def _trl_config(config: RunConfig, task: Task, in_turn: bool, ranks: int) -> Ise
         steps_per_generation=config.updates * (a_step // at_once),
         use_vllm=config.vllm != "off",
         vllm_mode="server" if config.vllm == "server" else "colocate",
+        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
         vllm_gpu_memory_utilization=config.vllm_memory,
         num_generations=config.generations,
         temperature=config.temperature,
