@@ -216,7 +216,7 @@ def held(prompt: Any) -> bool:
 
     Example:
         >>> sum(held(f"question {i}") for i in range(1000))
-        101
+        115
     """
     return int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % SHARE == 0
 
