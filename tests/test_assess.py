@@ -155,23 +155,9 @@ def test_trl_ends_masks_and_counts_by_our_stops(tmp_path):
 
 def test_micro_batches_add_up_to_the_same_run(tmp_path):
     model = save_model(tmp_path / "model")
-    flags = [
-        "--model",
-        model,
-        "--steps",
-        "4",
-        "--prompts",
-        "4",
-        "--generations",
-        "8",
-        "--updates",
-        "2",
-        "--eval-k",
-        "0",
-    ]
-    flags += ["--audit", "off", "--learning-rate", "1e-3", "--warmup", "0"]
+    flags = "--steps 4 --prompts 4 --generations 8 --updates 2 --eval-k 0 --audit off --warmup 0".split()
     for name, more in (("whole", []), ("parts", ["--micro-batch", "4"])):
-        assert main(["train", "--model", model, *flags.split(), *more, "--out", str(tmp_path / name)]) == 0
+        assert main(["train", "--model", model, *flags, *more, "--out", str(tmp_path / name)]) == 0
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         for name in ("whole", "parts")

@@ -170,11 +170,9 @@ def evaluate(
     model.eval()
     limit = max_tokens or task.max_completion_length
     stop = line_breaks(tokenizer) if task.stop == "\n" else []
-    began = time.monotonic()
     with own_randomness(seed):
         prompts = [row["prompt"] for row in rows]
         got = sample(model, tokenizer, prompts, k, limit, temperature, stop, progress)
-    seconds = time.monotonic() - began
     model.train(was_training)
     correct, distinct, majority = [], [], []
     for row, group in zip(rows, got.texts, strict=True):
@@ -193,7 +191,7 @@ def evaluate(
     result["truncated_frac"] = sum(map(sum, got.truncated)) / (len(rows) * k)
     return {
         **result,
-        "tokens_per_second": round(got.num_tokens / max(seconds, 1e-9), 1),
+        "num_tokens": got.num_tokens,
         "prompts": [shown(row["prompt"]) for row in rows],
         "num_samples": [k] * len(rows),
         "num_correct": correct,
@@ -227,9 +225,11 @@ class Progress:
     def __init__(self, title: str, say: Callable[[str], None], every: float = 20.0):
         self.title, self.say, self.every = title, say, every
         self.began = self.told = time.monotonic()
+        self.speed = 0.0  # tokens a second
 
     def __call__(self, done: int, num: int, tokens: int) -> None:
         now = time.monotonic()
+        self.speed = round(tokens / max(now - self.began, 1e-9), 1)
         if now - self.told < self.every and done < num:
             return
         self.told, spent = now, max(now - self.began, 1e-9)

@@ -83,8 +83,10 @@ def _one(
     model = load_weights(resolve_model("tiny") if each.path == "tiny" else each.path, each.dtype)
     if torch.cuda.is_available():
         model.to("cuda")
-    row = {"model": each.name, "step": each.step, "dtype": str(model.dtype).removeprefix("torch.")}
-    row |= evaluate(model, tokenizer, task, progress=Progress(each.name, say), **settings)
+    row: dict[str, Any] = {"model": each.name, "step": each.step, "dtype": str(model.dtype).removeprefix("torch.")}
+    progress = Progress(each.name, say)
+    row |= evaluate(model, tokenizer, task, progress=progress, **settings)
+    row["tokens_per_second"] = progress.speed
     if greedy:
         one: dict[str, Any] = {
             **settings,
@@ -110,6 +112,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     figures = [*(name for name in first if name.startswith("pass@")), *(name for name in FIGURES if name in first)]
     lines = [["model", *(_called(row) for row in rows)]]
     lines += [[name, *(_cell(row, name) for row in rows)] for name in figures]
+    if len(rows) == 1:
+        # A word and a value a line, as short as it was asked.
+        head = [["task", first["task"]], ["prompts", str(len(first["prompts"]))], ["k", str(first["k"])]]
+        lines = [lines[0], *head, *lines[1:]]
+        return "\n".join(f"{name:10} {value}" for name, value in lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [f"task {first['task']}, {len(first['prompts'])} prompts, k = {first['k']}"]
     text += ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]

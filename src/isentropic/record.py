@@ -73,9 +73,9 @@ A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``adva
 
 A row of evaluations.jsonl: ``step``, ``task``, ``k``, ``temperature``, ``pass@1``, ``pass@k`` under its own number,
 ``distinct`` (mean number of different right answers among k), ``majority`` (share of prompts whose most frequent answer
-is right), ``truncated_frac`` (share of completions that met the limit of tokens), ``tokens_per_second`` of sampling,
-``entropy`` (sampled estimate, nats per token), and by prompt ``prompts``, ``num_samples``, ``num_correct``,
-``num_distinct``, ``num_truncated``.
+is right), ``truncated_frac`` (share of completions that met the limit of tokens), ``num_tokens`` sampled, ``entropy``
+(sampled estimate, nats per token), and by prompt ``prompts``, ``num_samples``, ``num_correct``, ``num_distinct``,
+``num_truncated``.
 """
 
 from __future__ import annotations
