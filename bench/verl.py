@@ -105,7 +105,9 @@ def main():
     where = f"{date.today()}; {platform.machine()}, {os.cpu_count()} cores, one thread a process; {versions}."
     table = "\n".join([TABLE, "|---" * 7 + "|", *(line(cell, rows) for cell, rows in found.items())])
     (RESULTS / "verl-table.md").write_text(f"{table}\n\n{where}\n")
-    (RESULTS / "verl.json").write_text(json.dumps({"where": where, "flags": SHARED, "cells": {cell: CELLS[cell] for cell in found}, "rows": found}))
+    (RESULTS / "verl.json").write_text(
+        json.dumps({"where": where, "flags": SHARED, "cells": {cell: CELLS[cell] for cell in found}, "rows": found})
+    )
     print(table)
 
 

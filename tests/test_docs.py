@@ -199,6 +199,8 @@ def shell_isentropic(args, site):
         load(given["config"], {k: v for k, v in given.items() if k not in ("config", "command", "json")})
     elif command == "compare" and not any(word.startswith("runs/") for word in args):
         assert main(args if "--dry-run" in args else [*args, "--dry-run"]) == 0
+    elif command == "model" or (command == "eval" and "smollm2" in args):
+        _parser().parse_args(args)  # what would be fetched, or was
     elif command in ("explain", "watch", "report", "eval", "compare"):
         for i, word in reversed(list(enumerate(args))):
             if word.startswith("runs/") or word == "my-run":

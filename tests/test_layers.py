@@ -13,13 +13,13 @@ SRC = Path(__file__).parents[1] / "src" / "isentropic"
 
 # A room imports only the rooms above it.
 ORDER = """types reduce advantages selection penalties shaping bounds objectives kernels entropy dynamics controllers
-    targets thermostat parts terms catalogue recipes precision evaluation record explain lab engines tasks models report
-    watch config compare grid sequence training cli""".split()
+    targets thermostat parts terms catalogue recipes precision evaluation record explain lab engines tasks models
+    listing report watch config compare grid sequence assess training measure cli""".split()
 CORE = set(ORDER[: ORDER.index("evaluation") + 1])
 SEPARATE = {"engines", "tasks", "report"}
 TORCHLESS = set(
-    """__init__ controllers targets thermostat parts catalogue recipes record explain tasks models config compare grid
-    cli""".split()
+    """__init__ controllers targets thermostat parts catalogue recipes record explain tasks models listing config
+    compare grid cli""".split()
 )
 ONLY_IN = {"argparse": {"config", "cli"}, "tomllib": {"config", "cli", "grid"}}
 EXTRAS = {"verl", "ray", "triton", "reasoning_gym", "math_verify", "textworld"}

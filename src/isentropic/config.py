@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from .models import MODELS
+from .models import check_saved
 from .recipes import Recipe, check, compose
-from .tasks import TASKS, load_task
+from .tasks import KINDS, TASKS, load_task
 
 
 class ConfigError(ValueError):
@@ -25,8 +25,8 @@ def _setting(default: Any, help: str, *, low: float | None = None, choices: tupl
 class RunConfig:
     """Everything `isentropic train` can be told; field names are the TOML keys, with dashes the flags."""
 
-    model: str = _setting("tiny", "tiny (built here), a local path, or a hub id")
-    task: str = _setting("expr", "a built-in task, or package.module:attribute of your own")
+    model: str = _setting("tiny", "tiny (built here), smollm2 (see `isentropic model`), a local path, or a hub id")
+    task: str = _setting("expr", "a name of `isentropic tasks`, or FILE.py:NAME of your own")
     recipe: str = _setting("isentropic", "a named algorithm; see `isentropic recipes`")
     knob: str | None = _setting(None, "what is turned: clip_high, clip_low, beta, zeta, entropy_coef, or none")
     controller: str | None = _setting(
@@ -48,7 +48,11 @@ class RunConfig:
     seed: int = _setting(0, "seed of data, sampling and optimisation", low=0)
     out: str | None = _setting(None, "the run directory [runs/TASK-RECIPE-sSEED]")
     device: str = _setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    dtype: str = _setting("float32", "dtype of weights and arithmetic", choices=("float32", "bfloat16"))
+    dtype: str = _setting(
+        "float32",
+        "dtype of weights and arithmetic; mixed keeps weights and AdamW in float32 and computes in bfloat16",
+        choices=("float32", "bfloat16", "mixed"),
+    )
     learning_rate: float = _setting(5e-4, "AdamW learning rate at its peak", low=0.0)
     schedule: str = _setting("linear", "of the learning rate, after warm-up", choices=("linear", "constant", "cosine"))
     warmup: int = _setting(50, "optimizer steps over which the learning rate rises to its peak", low=0)
@@ -57,6 +61,19 @@ class RunConfig:
     updates: int = _setting(4, "optimizer steps a generated batch; 1 is on-policy", low=1)
     temperature: float = _setting(1.0, "sampling temperature", low=0.0)
     max_completion_length: int | None = _setting(None, "token limit of a completion [the task's]", low=1)
+    micro_batch: int | None = _setting(
+        None, "completions a device scores at a time; gradients add up to the same step [all of a step]", low=1
+    )
+    checkpointing: str = _setting(
+        "off", "compute activations again in the backward pass, to save memory", choices=("on", "off")
+    )
+    vllm: str = _setting(
+        "off",
+        "who generates: the model itself, vLLM beside it, or a vLLM server",
+        choices=("off", "colocate", "server"),
+    )
+    vllm_server: str = _setting("http://localhost:8000", "address of the vLLM server")
+    vllm_memory: float = _setting(0.3, "share of a GPU's memory that vLLM takes beside the model", low=0.0)
     lora_rank: int = _setting(0, "rank of a LoRA adapter; 0 trains all weights", low=0)
     save_every: int = _setting(200, "optimizer steps between checkpoints; 0 keeps only the last", low=0)
     keep: int = _setting(2, "checkpoints kept", low=1)
@@ -67,6 +84,7 @@ class RunConfig:
         None, "steps between two whose entropy change is explained; 0 never [1, or 10 with TRL's head]", low=0
     )
     eval_k: int = _setting(16, "samples a held-out prompt in the evaluations at start and end; 0 skips them", low=0)
+    eval_rows: int = _setting(180, "held-out prompts of those evaluations: the first so many", low=1)
     audit: str = _setting("on", "check precision and sampling as the run starts, and warn", choices=("on", "off"))
     recipe_options: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "other fields of a recipe (TOML table)"}
@@ -173,6 +191,13 @@ def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig
             f"{where}updates: got {config.updates}, which does not divide the {batch} completions of a generated batch "
             f"(prompts {config.prompts} x generations {config.generations}); choose a divisor"
         )
+    if config.micro_batch is not None and batch // config.updates % config.micro_batch:
+        raise ConfigError(
+            f"{where}micro_batch: got {config.micro_batch}, which does not divide the {batch // config.updates} "
+            "completions of an optimizer step; choose a divisor"
+        )
+    if not 0 < config.vllm_memory < 1:
+        raise ConfigError(f"{where}vllm_memory: got {config.vllm_memory}, must be a share above 0 and below 1")
     if config.explain_every == 0 and recipe.controller.startswith("predictive"):
         raise ConfigError(
             f"{where}explain_every: got 0, and controller predictive needs explained steps; leave it out, or choose pi"
@@ -205,31 +230,23 @@ def _check_then(config: RunConfig, where: str) -> None:
 
 
 def _check_names(config: RunConfig, where: str) -> None:
-    """The task is loaded, which is light; a model is judged by its name and its directory."""
+    """A task is loaded, which reads no rows; a model is judged by its name and its directory. Nothing asks the hub."""
     for key, task in (("task", config.task), ("then", config.then)):
         if task is None:
             continue
-        if ":" not in task and task not in TASKS:
+        if ":" not in task and task not in [*TASKS, *KINDS]:
             raise ConfigError(
-                f"{where}{key}: got {task!r}{suggest(task, list(TASKS))}; allowed: {', '.join(TASKS)}, "
-                "or package.module:attribute of your own"
+                f"{where}{key}: got {task!r}{suggest(task, [*TASKS, *KINDS])}; allowed: {', '.join([*TASKS, *KINDS])}, "
+                "or FILE.py:NAME of your own; see `isentropic tasks`"
             )
         try:
             load_task(task)
         except ValueError as error:
             raise ConfigError(f"{where}{error}") from None
-    if config.model in MODELS:
-        return
-    looks_local = config.model.startswith((".", "/", "~")) or Path(config.model).exists()
-    if looks_local and not (Path(config.model).expanduser() / "config.json").is_file():
-        raise ConfigError(
-            f"{where}model: {config.model} has no config.json; name a saved model's directory or a hub id"
-        )
-    if not looks_local and "/" not in config.model:
-        raise ConfigError(
-            f"{where}model: got {config.model!r}{suggest(config.model, list(MODELS))}; allowed: {', '.join(MODELS)}, "
-            "a local directory, or a hub id such as ORG/NAME"
-        )
+    try:
+        check_saved(config.model)
+    except ValueError as error:
+        raise ConfigError(f"{where}{error}") from None
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

@@ -14,7 +14,9 @@ import torch
 from transformers import TrainerCallback, get_scheduler
 
 from .engines.trl import IsentropicTrainer
+from .engines.trl_stop import stop_at
 from .tasks import Task
+from .tasks.checks import training_rows
 
 
 def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
@@ -27,14 +29,21 @@ def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
         num_first, num_then: prompts of each; the caller's generated batches must not straddle the switch.
 
     Raises:
-        ValueError: two tasks of one name.
+        ValueError: two tasks of one name, prompts of two forms, or no row that is not held out by one of them.
     """
     if first.name == then.name:
         raise ValueError(f"tasks that follow one another need different names, got {first.name!r} twice; rename one")
     tasks = {task.name: task for task in (first, then)}
 
     def train(seed: int) -> list[dict[str, Any]]:
-        parts = [_repeat(task, num, seed) for task, num in ((first, num_first), (then, num_then))]
+        parts = [
+            _repeat(task, num, seed, other) for task, num, other in ((first, num_first, then), (then, num_then, first))
+        ]
+        if len({isinstance(part[0]["prompt"], str) for part in parts}) > 1:
+            raise ValueError(
+                f"{first.name} and {then.name} need prompts of one form, got texts and conversations; "
+                "choose the same prompt= or format= in both names"
+            )
         names = dict.fromkeys(name for part in parts for row in part for name in row)
         return [{name: row.get(name) for name in names} for part in parts for row in part]
 
@@ -53,8 +62,8 @@ def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
     )
 
 
-def _repeat(task: Task, num: int, seed: int) -> list[dict[str, Any]]:
-    rows, found, generator = task.train(seed), list[dict[str, Any]](), random.Random(seed)
+def _repeat(task: Task, num: int, seed: int, other: Task) -> list[dict[str, Any]]:
+    rows, found, generator = training_rows(task, seed, [other]), list[dict[str, Any]](), random.Random(seed)
     while len(found) < num:
         found += generator.sample(rows, len(rows))
     return [{**row, "task": task.name} for row in found[:num]]
@@ -65,9 +74,11 @@ class SequentialTrainer(IsentropicTrainer):
 
     Attributes:
         switch: optimizer steps on the first task.
+        stops: tokens that end a completion of the first task, and of the second.
     """
 
     switch: int
+    stops: tuple[list[int], list[int]] = ([], [])
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -99,6 +110,7 @@ class Switch(TrainerCallback):
         self.trainer, self.then = trainer, then
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        stop_at(self.trainer, self.trainer.stops[state.global_step >= self.trainer.switch])
         if state.global_step == self.trainer.switch:
             optimizer: Any = self.trainer.optimizer
             optimizer.state.clear()

@@ -16,26 +16,34 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+)
 
+from .assess import check_prompts, evaluate
 from .config import ConfigError, RunConfig, as_dict, recipe_of, total_steps
 from .engines.trl import IsentropicConfig, IsentropicTrainer
 from .engines.trl_audit import StartAudit, audit_trainer
 from .engines.trl_guard import EntropyGuard, bound_of
-from .engines.trl_rollout import Rollout, Sampling, wins
-from .evaluation import pass_at_k, rms_relative_error
-from .models import resolve_model
+from .engines.trl_rollout import Rollout, limited
+from .engines.trl_stop import line_breaks, stop_at
+from .evaluation import rms_relative_error
+from .models import check_head, resolve_model
 from .precision import Report
 from .record import Record, write_json
 from .sequence import SequentialTrainer, Switch, in_order
 from .tasks import Task, load_task
+from .tasks.checks import constant_line, training_rows
 from .tasks.environments import EnvironmentTask
 
 SETTLED = 20  # optimizer steps before the entropy error counts
-EVAL_ROWS = 180
 SMALL_MODEL = 10_000_000  # parameters
 
 
@@ -50,7 +58,7 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     record = Record(str(config.out))
     task = load_task(config.task)
     tasks = [task, *([load_task(config.then)] if config.then else [])]
-    model, tokenizer = load_model(resolve_model(config.model), config.dtype)
+    model, tokenizer = load_checked(config, tasks)
     checkpoint = _checkpoint_to_resume(record, main) if resume else None
     if main and not resume:
         record.start(as_dict(config), asdict(recipe_of(config)), config.seed, task=config.task, model=config.model)
@@ -67,14 +75,20 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
         """Evaluate on every task; what a killed run has evaluated already stays."""
         if not main or config.eval_k == 0:
             return
+        if trainer.is_fsdp_enabled:
+            say("no evaluation: the weights lie on several devices; evaluate a checkpoint by `isentropic eval`")
+            return
         known = {(row["step"], row["task"]) for row in record.rows("evaluations")}
         trained = trainer.accelerator.unwrap_model(trainer.model)
         for each in tasks:
             if (step, each.name) not in known:
-                record.append("evaluations", evaluate(trained, tokenizer, each, config, step))
+                record.append("evaluations", {"step": step, **_evaluate(trained, tokenizer, each, config)})
 
     if isinstance(trainer, SequentialTrainer):
         trainer.add_callback(Switch(trainer, then=score))
+    if main and checkpoint is None:
+        for line in filter(None, (constant_line(each, each.heldout()) for each in tasks)):
+            say(line)
     if checkpoint is None:
         score(0)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -89,6 +103,19 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
         write_json(record.path / "summary.json", result)
         _write_report(record, say)
     return result
+
+
+def _evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig) -> dict[str, Any]:
+    return evaluate(
+        model,
+        tokenizer,
+        task,
+        config.eval_k,
+        rows=task.heldout()[: config.eval_rows],
+        temperature=config.temperature,
+        seed=config.seed,
+        max_tokens=config.max_completion_length,
+    )
 
 
 def _write_report(record: Record, say: Callable[[str], None]) -> None:
@@ -108,7 +135,7 @@ def audit(config: RunConfig) -> Report:
         ConfigError: a model or task that cannot be used.
     """
     task = load_task(config.task)
-    model, tokenizer = load_model(resolve_model(config.model), config.dtype)
+    model, tokenizer = load_checked(config, [task])
     with TemporaryDirectory() as out:
         return audit_trainer(_trainer(replace(config, out=out), [task], model, tokenizer, say=print))
 
@@ -122,24 +149,90 @@ def _checkpoint_to_resume(record: Record, main: bool) -> Path | None:
     return None
 
 
+def load_checked(config: RunConfig, tasks: list[Task]) -> tuple[Any, Any]:
+    """The model of a config and its tokenizer, once the tokenizer is known to serve the tasks.
+
+    Raises:
+        ConfigError: a model that cannot be used, rows that cannot be read, prompts without a chat template.
+    """
+    try:
+        path = resolve_model(config.model)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    tokenizer = load_tokenizer(path)
+    for task in tasks:
+        check_prompts(task, tokenizer, config.model)
+    return load_weights(path, "float32" if config.dtype == "mixed" else config.dtype), tokenizer
+
+
 def load_model(path: str, dtype: str = "float32") -> tuple[Any, Any]:
     """A causal language model and its tokenizer, padded on the left.
 
     Raises:
         ConfigError: what could not be loaded, and why, in one line.
     """
+    tokenizer = load_tokenizer(path)
+    return load_weights(path, dtype), tokenizer
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model, padded on the left.
+
+    Raises:
+        ConfigError: what could not be loaded, and why, in one line.
+    """
     _reach(path)
-    try:
+    with _loading(path):
         tokenizer: Any = AutoTokenizer.from_pretrained(path, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_weights(path: str, dtype: str = "float32") -> Any:
+    """A causal language model, whose head must be among the saved weights.
+
+    Args:
+        path: directory or hub id.
+        dtype: a name of torch's, or `auto`, as it was saved.
+
+    Raises:
+        ConfigError: what could not be loaded, and why, in one line.
+    """
+    if (Path(path) / "adapter_config.json").is_file():
+        return _with_adapter(path, dtype)
+    with _loading(path):
+        check_head(path, AutoConfig.from_pretrained(path).architectures)
+        chosen = dtype if dtype == "auto" else getattr(torch, dtype)
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"model: {path!r} was saved without {', '.join(missing[:3])}, which would be random; "
+            "name a causal language model that was saved whole"
+        )
+    return model
+
+
+def _with_adapter(path: str, dtype: str) -> Any:
+    """The base model of a saved adapter, with the adapter's weights added to its own."""
+    from peft import PeftConfig, PeftModel
+
+    with _loading(path):
+        base = load_weights(str(PeftConfig.from_pretrained(path).base_model_name_or_path), dtype)
+        return PeftModel.from_pretrained(base, path).merge_and_unload()  # type: ignore[operator]
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """What a loader says, in one line."""
+    try:
+        yield
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"model: {path!r} cannot be loaded: {reason}; name a saved model's directory or a hub id"
         ) from None
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
 
 
 def _reach(name: str) -> None:
@@ -169,9 +262,15 @@ def _trainer(
             f"prompts x generations = {batch} must be a multiple of updates x processes = {config.updates * ranks}"
         )
     task = tasks[0]
-    if len(tasks) > 1:
-        num_first, num_all = (n // config.updates * config.prompts for n in (config.steps, total_steps(config)))
-        task = in_order(tasks[0], tasks[1], num_first, num_all - num_first)
+    try:
+        if len(tasks) > 1:
+            num_first, num_all = (n // config.updates * config.prompts for n in (config.steps, total_steps(config)))
+            task = in_order(tasks[0], tasks[1], num_first, num_all - num_first)
+            rows = task.train(config.seed)
+        else:
+            rows = training_rows(task, config.seed)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     peft = None
     if config.lora_rank:
         from peft import LoraConfig
@@ -183,7 +282,7 @@ def _trainer(
         model,
         task.reward,
         args=_trl_config(config, task, in_turn=len(tasks) > 1, ranks=ranks),
-        train_dataset=Dataset.from_list(task.train(config.seed)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft,
         callbacks=[StepLines(say)],
@@ -191,8 +290,10 @@ def _trainer(
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
+    stops = [line_breaks(tokenizer) if each.stop == "\n" else [] for each in tasks]
+    stop_at(trainer, stops[0])
     if isinstance(trainer, SequentialTrainer):
-        trainer.switch = config.steps
+        trainer.switch, trainer.stops = config.steps, (stops[0], stops[1])
     return trainer
 
 
@@ -205,16 +306,19 @@ def _rollout(config: RunConfig, tasks: list[Task]) -> Rollout | None:
             f"then: got {config.then!r} beside {config.task!r}, of which one is an environment; train them one after "
             "the other, the second from a checkpoint of the first by --model"
         )
-    return Rollout(_limited(tasks[0], config))
-
-
-def _limited(task: Any, config: RunConfig) -> EnvironmentTask:
-    return replace(task, max_completion_length=config.max_completion_length or task.max_completion_length)
+    return Rollout(limited(tasks[0], config.max_completion_length))
 
 
 def _trl_config(config: RunConfig, task: Task, in_turn: bool, ranks: int) -> IsentropicConfig:
     """A run's settings as TRL has them."""
     batch, steps = config.prompts * config.generations, total_steps(config)
+    a_step = batch // config.updates // ranks
+    at_once = config.micro_batch or a_step
+    if a_step % at_once:
+        raise ConfigError(
+            f"micro_batch: got {at_once}, which does not divide the {a_step} completions that a process has of a step; "
+            "choose a divisor"
+        )
     use_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
     return IsentropicConfig(
         output_dir=str(config.out),
@@ -231,13 +335,18 @@ def _trl_config(config: RunConfig, task: Task, in_turn: bool, ranks: int) -> Ise
         max_steps=steps,
         seed=config.seed,
         use_cpu=use_cpu,
-        bf16=config.dtype == "bfloat16" and not use_cpu,
-        activation_checkpointing=False,
+        bf16=config.dtype == "mixed" or (config.dtype == "bfloat16" and not use_cpu),
+        activation_checkpointing=config.checkpointing == "on",
         learning_rate=config.learning_rate,
         lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
         warmup_steps=config.warmup,
-        per_device_train_batch_size=batch // config.updates // ranks,
-        steps_per_generation=config.updates,
+        per_device_train_batch_size=at_once,
+        gradient_accumulation_steps=a_step // at_once,
+        steps_per_generation=config.updates * (a_step // at_once),
+        use_vllm=config.vllm != "off",
+        vllm_mode="server" if config.vllm == "server" else "colocate",
+        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
+        vllm_gpu_memory_utilization=config.vllm_memory,
         num_generations=config.generations,
         temperature=config.temperature,
         max_completion_length=config.max_completion_length or task.max_completion_length,
@@ -289,88 +398,6 @@ def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any]) -
     if row.get("knob/value") is not None:
         parts.append(f"knob {row['knob/value']:.3g}" + (" at its bound" if row.get("knob/saturated") else ""))
     return "  ".join(parts)
-
-
-@contextmanager
-def _own_randomness(seed: int) -> Iterator[None]:
-    """Sampling for an evaluation leaves the training run's random state alone."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
-
-
-@torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, prompts: list[str], num: int, max_tokens: int, temperature: float, batch: int = 1024
-) -> list[list[str]]:
-    """``num`` completions of each prompt, as text."""
-    texts: list[str] = []
-    per_call = max(1, batch // num)
-    for start in range(0, len(prompts), per_call):
-        encoded = tokenizer(prompts[start : start + per_call], return_tensors="pt", padding=True).to(model.device)
-        out = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            top_p=1.0,
-            num_return_sequences=num,
-            max_new_tokens=max_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts += tokenizer.batch_decode(out[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [texts[i : i + num] for i in range(0, len(texts), num)]
-
-
-def evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig, step: int) -> dict[str, Any]:
-    """Sample held-out prompts and count: a row of evaluations.jsonl."""
-    rows = task.heldout()[:EVAL_ROWS]
-    was_training = model.training
-    model.eval()
-    limit = config.max_completion_length or task.max_completion_length
-    if isinstance(task, EnvironmentTask):
-        with _own_randomness(config.seed):
-            counted = wins(model, tokenizer, _limited(task, config), rows, config.eval_k, Sampling(config.temperature))
-        model.train(was_training)
-        return _evaluation(task, config, step, [row.get("seed", row["prompt"]) for row in rows], *counted)
-    with _own_randomness(config.seed):
-        answers = sample(model, tokenizer, [r["prompt"] for r in rows], config.eval_k, limit, config.temperature)
-    model.train(was_training)
-    correct, distinct = [], []
-    for row, texts in zip(rows, answers, strict=True):
-        columns = {name: [value] * len(texts) for name, value in row.items() if name != "prompt"}
-        right = [
-            t
-            for t, r in zip(texts, task.reward(texts, prompts=[row["prompt"]] * len(texts), **columns), strict=True)
-            if r
-        ]
-        correct.append(len(right))
-        distinct.append(len({task.normalise(t) for t in right}))
-    return _evaluation(task, config, step, [row["prompt"] for row in rows], correct, distinct)
-
-
-def _evaluation(
-    task: Task, config: RunConfig, step: int, prompts: list[Any], correct: list[int], distinct: list[int]
-) -> dict[str, Any]:
-    """A row of evaluations.jsonl from its counts by prompt."""
-    result: dict[str, Any] = {"step": step, "task": task.name, "k": config.eval_k, "temperature": config.temperature}
-    for k in sorted({1, *(2**i for i in range(1, 10) if 2**i < config.eval_k), config.eval_k}):
-        result[f"pass@{k}"] = float(np.mean(pass_at_k([config.eval_k] * len(prompts), correct, k)))
-    result["distinct"] = sum(distinct) / len(prompts)
-    return {
-        **result,
-        "prompts": [str(prompt) for prompt in prompts],
-        "num_samples": [config.eval_k] * len(prompts),
-        "num_correct": correct,
-        "num_distinct": distinct,
-    }
-
-
-def evaluate_checkpoint(path: str, config: RunConfig, step: int) -> dict[str, Any]:
-    """Evaluate a saved checkpoint on the held-out prompts of ``config.task``."""
-    model, tokenizer = load_model(path, config.dtype)
-    return evaluate(model, tokenizer, load_task(config.task), config, step)
 
 
 def summary(record: Record, seconds: float) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from isentropic.tasks import load_task
-from isentropic.tasks.environments import EnvironmentTask, demonstrate, options_of
+from isentropic.tasks.environments import EnvironmentTask, demonstrate
+from isentropic.tasks.spec import options
 from isentropic.tasks.textworld import Games, content_hash, tidy
 
 NAME = "textworld:coin_collector:level=102:train=1:test=1:text=brief:turns=5:commands=4"
@@ -102,10 +103,16 @@ def test_the_reward_is_what_the_player_handed_over():
 
 def test_options_are_read_by_the_type_of_their_default():
     known = {"level": 1, "hard": False, "text": "full", "action_tokens": 4}
-    assert options_of("t", "action-tokens=9:hard=no", known) == {**known, "action_tokens": 9}
-    for text, message in (("lvl=3", "no option 'lvl=3'"), ("level=x", "of type int"), ("hard=maybe", "yes or no")):
+    assert options("t", "action_tokens=9:hard=false:text=8000", known) == {**known, "action_tokens": 9, "text": "8000"}
+    wrong = (
+        ("lvl=3", "mean level"),
+        ("level=x", "an integer"),
+        ("hard=maybe", "true or false"),
+        ("level", "OPTION=VALUE"),
+    )
+    for text, message in wrong:
         with pytest.raises(ValueError, match=message):
-            options_of("t", text, known)
+            options("t", text, known)
 
 
 def test_a_name_is_checked_without_torch_and_without_the_games():

@@ -9,9 +9,9 @@ Games that are still alive act together, by the model's own ``generate``, on one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -214,6 +214,23 @@ def _opening(tokenizer: Any, task: Any, row: dict[str, Any], environment: Any) -
     return tokenizer(task.opening(prompt, environment.reset(**row)))["input_ids"]
 
 
+class Wins(NamedTuple):
+    """For each row: episodes won, how many of those differ in their actions, and how many were cut short.
+
+    ``num_tokens`` are those that the policy wrote.
+    """
+
+    correct: list[int]
+    distinct: list[int]
+    truncated: list[int]
+    num_tokens: int
+
+
+def limited(task: Any, max_tokens: int | None) -> Any:
+    """The task with another limit of tokens an episode, where there is one."""
+    return replace(task, max_completion_length=max_tokens) if max_tokens else task
+
+
 def wins(
     model: Any,
     tokenizer: Any,
@@ -222,23 +239,24 @@ def wins(
     num: int,
     how: Sampling = PLAIN,
     batch: int = 256,
-) -> tuple[list[int], list[int]]:
-    """Play every row ``num`` times, ``batch`` episodes at once.
-
-    Returns:
-        For each row: episodes won, and how many of those differ in their actions.
-    """
+    progress: Callable[[int, int, int], None] | None = None,
+) -> Wins:
+    """Play every row ``num`` times, ``batch`` episodes at once; ``progress`` gets episodes done, all, and tokens."""
     pool: list[Any] = []
-    correct, distinct = [], []
-    per_call = max(1, batch // num)
+    found, per_call = Wins([], [], [], 0), max(1, batch // num)
     for start in range(0, len(rows), per_call):
         asked = [row for row in rows[start : start + per_call] for _ in range(num)]
         played = play(model, tokenizer, task, asked, how, pool)
         for i in range(0, len(played), num):
-            won = ["\n".join(e.actions) for e in played[i : i + num] if e.total >= task.win_at]
-            correct.append(len(won))
-            distinct.append(len({task.normalise(text) for text in won}))
-    return correct, distinct
+            group = played[i : i + num]
+            won = ["\n".join(e.actions) for e in group if e.total >= task.win_at]
+            found.correct.append(len(won))
+            found.distinct.append(len({task.normalise(text) for text in won}))
+            found.truncated.append(sum(not e.done for e in group))
+        found = found._replace(num_tokens=found.num_tokens + sum(sum(e.mask) for e in played))
+        if progress is not None:
+            progress(len(found.correct) * num, len(rows) * num, found.num_tokens)
+    return found
 
 
 def figures(episodes: Iterable[Episode], win_at: float) -> dict[str, float]:

@@ -1,23 +1,31 @@
-"""Models by name: those that are built on the spot, and the local directories and hub ids that everyone knows.
+"""Models by name: those that are built or fetched once, and the local directories and hub ids that everyone knows.
 
 Importing this file imports no torch and builds nothing.
 """
 
+import json
+import os
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
-MODELS: dict[str, str] = {"tiny": "isentropic.models.tiny:tiny_model"}
+MODELS: dict[str, str] = {
+    "tiny": "isentropic.models.tiny:tiny_model",
+    "smollm2": "isentropic.models.smollm2:smollm2_model",
+}
+# What a class of transformers is called when it has a head over the vocabulary.
+_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def resolve_model(name: str, *, rebuild: bool = False) -> str:
     """Return what `from_pretrained` takes: a directory for a built-in name, and any other name as it is.
 
     Args:
-        name: a key of `MODELS` (built if it is not in the cache yet), a directory, or a hub id.
+        name: a key of `MODELS` (`tiny` is built if it is not in the cache yet), a directory, or a hub id.
         rebuild: build a built-in model even if it is in the cache.
 
     Raises:
-        ValueError: the name can only be a local path, and there is no model.
+        ValueError: the name can only be a local path, and there is no model; or `smollm2`, before it was fetched.
 
     Example:
         >>> resolve_model("Qwen/Qwen3-0.6B")
@@ -27,7 +35,7 @@ def resolve_model(name: str, *, rebuild: bool = False) -> str:
         module, _, attribute = MODELS[name].partition(":")
         return str(getattr(import_module(module), attribute)(rebuild=rebuild))
     path = Path(name).expanduser()
-    if not (name.startswith((".", "/", "~")) or path.exists()):
+    if not _is_local(name):
         return name
     if not (path / "config.json").is_file():
         got = "a directory without it" if path.is_dir() else "a file" if path.exists() else "nothing"
@@ -37,3 +45,62 @@ def resolve_model(name: str, *, rebuild: bool = False) -> str:
         )
     # A hub id of the same spelling must not win over the directory, and nobody below expands ~.
     return str(path)
+
+
+def cache_root() -> Path:
+    """Return the directory in which built models lie; it need not exist."""
+    if root := os.environ.get("ISENTROPIC_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isentropic"
+
+
+def _is_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+def check_saved(name: str) -> None:
+    """Refuse a model that cannot work, as far as its name and its directory tell, without torch and without a hub.
+
+    Raises:
+        ValueError: no built-in name, directory or hub id; a directory without config.json, or whose model has no head.
+    """
+    if name in MODELS:
+        return
+    if not _is_local(name):
+        if "/" not in name:
+            near = get_close_matches(name, MODELS, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise ValueError(
+                f"model: got {name!r}{hint}; allowed: {', '.join(MODELS)}, a directory, or a hub id such as ORG/NAME"
+            )
+        return
+    path = Path(name).expanduser() / "config.json"
+    if not path.is_file():
+        adapter = path.with_name("adapter_config.json").is_file()
+        hint = "merge the adapter into its base model first, or " if adapter else ""
+        raise ValueError(f"model: {name} has no config.json; {hint}name a saved model's directory or a hub id")
+    try:
+        classes = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    except (ValueError, AttributeError, UnicodeDecodeError):
+        raise ValueError(f"model: {path} is not a JSON object; save the model again") from None
+    check_head(name, classes)
+
+
+def check_head(name: str, classes: list[str] | None) -> None:
+    """Refuse a model that was not saved with a head over the vocabulary.
+
+    Args:
+        name: for the message.
+        classes: `architectures` of its config; None where the config does not say.
+
+    Raises:
+        ValueError: none of the classes has such a head.
+
+    Example:
+        >>> check_head("mine", ["Qwen3ForCausalLM"])
+    """
+    if classes and not any(c.endswith(_HEADS) for c in classes):
+        raise ValueError(
+            f"model: {name} is a {', '.join(classes)}, which has no causal head over the vocabulary; "
+            "name a causal language model (...ForCausalLM)"
+        )

@@ -21,7 +21,6 @@ and .88 in steps 901-1000, at 0.60 and 0.44 nats a token.
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import tempfile
 import time
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from isentropic.models import cache_root
 from isentropic.tasks import Task
 from isentropic.tasks.expressions import (
     DIGITS,
@@ -145,13 +145,6 @@ def tiny_model(settings: TinySettings = TinySettings(), *, rebuild: bool = False
             file=sys.stderr,
         )
     return home
-
-
-def cache_root() -> Path:
-    """Return the directory in which built models lie; it need not exist."""
-    if root := os.environ.get("ISENTROPIC_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isentropic"
 
 
 def _fingerprint(settings: TinySettings) -> str:

@@ -151,8 +151,8 @@ def win_rate(model: Any, tokenizer: Any, task: EnvironmentTask, num: int, seed: 
     """The share of ``num`` episodes won, at temperature 1, for each held-out row."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        won, _ = wins(model, tokenizer, task, task.heldout(), num, Sampling(1.0))
-    return [w / num for w in won]
+        found = wins(model, tokenizer, task, task.heldout(), num, Sampling(1.0))
+    return [won / num for won in found.correct]
 
 
 def make(

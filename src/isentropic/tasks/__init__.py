@@ -1,14 +1,18 @@
 """Verifiable tasks: prompts, a verifier, and what makes two right answers the same answer.
 
-A `Task` is data, so a task of your own is one object in one file; `load_task` finds a built-in one by name and yours by
-`package.module:attribute`. Importing this file imports no torch and builds nothing.
+A `Task` is data, so a task of your own is one object in one file; `load_task` finds it, a built-in one, a generator of
+reasoning-gym, a data set or a mixture by its name. Importing this file imports no torch and builds nothing.
 """
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 TASKS: dict[str, str] = {
@@ -17,6 +21,22 @@ TASKS: dict[str, str] = {
 }
 # kind: (who makes the task of what follows the first colon, how such a name is written, what it is).
 KINDS: dict[str, tuple[str, str, str]] = {
+    "gsm8k": ("isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"),
+    "math": ("isentropic.tasks.data:named", "math[:path=...]", "competition mathematics; held out is MATH-500"),
+    "math500": ("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, to evaluate on"),
+    "aime24": ("isentropic.tasks.data:named", "aime24[:path=...]", "30 problems, to evaluate on"),
+    "rg": ("isentropic.tasks.gym:load", "rg:GENERATOR[:option=value...]", "any generator of reasoning-gym"),
+    "file": (
+        "isentropic.tasks.data:from_file",
+        "file:PATH.jsonl|.parquet:prompt=COLUMN:answer=COLUMN:verifier=exact|numeric|math",
+        "rows of your own",
+    ),
+    "hub": (
+        "isentropic.tasks.data:from_hub",
+        "hub:ORG/NAME:prompt=COLUMN:answer=COLUMN:verifier=exact|numeric|math",
+        "a data set of the hub",
+    ),
+    "mix": ("isentropic.tasks.mixture:load", "mix:TASK@WEIGHT+TASK@WEIGHT...", "several tasks by share"),
     "textworld": ("isentropic.tasks.textworld:load", "textworld:GAME[:option=value...]", "text adventures, generated"),
     "textarena": ("isentropic.tasks.textarena:load", "textarena:GAME[:option=value...]", "games for one player"),
     "appworld": (
@@ -25,6 +45,7 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "apps behind a server",
     ),
 }
+_ALONE = ("gsm8k", "math", "math500", "aime24")  # kinds that are a name without anything after it
 
 
 @dataclass(frozen=True)
@@ -42,8 +63,15 @@ class Task:
             should be a fair sample, so that a cheaper evaluation may take the first rows.
         verify: (completion, **columns) -> right or wrong. It gets the columns that it names (`prompt` is one), or all
             of them when it takes `**columns`.
-        normalise: right completion -> canonical text; two right answers are distinct when these differ.
+        normalise: completion, right or wrong -> canonical text of its answer, empty where it gives none. Two right
+            answers are distinct when these differ, and equal texts are votes for one answer.
         max_completion_length: tokens that an answer may take, the end-of-sequence token included.
+        stop: a completion ends before the first of these, in training and evaluation: what follows is not judged. If
+            it is a line break, generation ends there too.
+        gold: row -> a right completion; None where none is known. By it the best constant answer is found.
+
+    A prompt is a text, or a conversation in the form of a list of messages, for which the tokenizer needs a chat
+    template; all prompts of a task have one form.
 
     Example:
         >>> echo = Task(
@@ -66,6 +94,23 @@ class Task:
     verify: Callable[..., bool]
     normalise: Callable[[str], str]
     max_completion_length: int
+    stop: str = ""
+    gold: Callable[[dict[str, Any]], str] | None = None
+
+    def cut(self, completion: str) -> str:
+        """Return a completion up to where it ends.
+
+        Example:
+            >>> from isentropic.tasks.expressions import expr
+            >>> from dataclasses import replace
+            >>> replace(expr, stop="\\n").cut("1+2\\n3")
+            '1+2'
+        """
+        return completion.partition(self.stop)[0] if self.stop else completion
+
+    def asked(self, row: dict[str, Any]) -> Any:
+        """Return what makes two rows the same question: the prompt."""
+        return row["prompt"]
 
     def reward(
         self, completions: Sequence[Any], *, prompts: Sequence[Any] | None = None, **columns: Any
@@ -92,7 +137,7 @@ class Task:
                 f"task {self.name!r}: each column must have one value a completion, got {num} completions and {sizes}; "
                 "repeat the columns as often as the prompts"
             )
-        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        texts = [self.cut(c if isinstance(c, str) else c[-1]["content"] or "") for c in completions]
         return [float(self.verify(text, **{n: columns[n][i] for n in names})) for i, text in enumerate(texts)]
 
     def _columns_for_verify(self, columns: dict[str, Any], num: int) -> list[str]:
@@ -112,37 +157,32 @@ class Task:
 
 
 def load_task(name: str) -> Task:
-    """Return the task of a built-in name, or the one at `package.module:attribute`.
+    """Return the task of a name: of `TASKS`, of one of the `KINDS`, or your own at `package.module:attribute` or
+    `file.py:NAME`.
+
+    What needs an extra or a file says so here; rows are read when they are asked for.
 
     Raises:
-        ValueError: there is no such name, module or attribute, or what stands there is not a `Task`.
+        ValueError: there is no such name, option, module or attribute, or what stands there is not a `Task`.
 
     Example:
         >>> load_task("expr").max_completion_length
         8
     """
     kind, colon, rest = name.partition(":")
-    if kind in KINDS and colon:
+    if kind in KINDS and (colon or kind in _ALONE):
         module_name, _, attribute = KINDS[kind][0].partition(":")
         return getattr(importlib.import_module(module_name), attribute)(rest, name)
-    if name not in TASKS and ":" not in name:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]!r}? Or" if near else "use one of these, or"
+    if name not in TASKS and not colon:
+        known = [*TASKS, *KINDS]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}? Or" if near else "use one of these, or"
         raise ValueError(
-            f"task must be one of {', '.join(map(repr, TASKS))} or 'package.module:attribute', got {name!r}; "
-            f"{hint} name a Task of your own, for example 'my_tasks:spelling'"
+            f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {name!r}; "
+            f"{hint} name a Task of your own, for example 'my_tasks.py:spelling'; see `isentropic tasks`"
         )
-    module_name, _, attribute = TASKS.get(name, name).partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # An import that fails inside the module is the author's to see; only the module itself is our message.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(
-            f"task {name!r} must name an importable module, got {module_name!r}, and there is no module "
-            f"{error.name!r}; install it, or put its directory on PYTHONPATH"
-        ) from error
+    module_name, _, attribute = TASKS.get(name, name).rpartition(":")
+    module = _module(name, module_name)
     task = getattr(module, attribute, None)
     if isinstance(task, Task):
         return task
@@ -151,3 +191,29 @@ def load_task(name: str) -> Task:
     near = difflib.get_close_matches(attribute, found, n=1)
     hint = f"did you mean {module_name}:{near[0]}?" if near else "assign an isentropic.tasks.Task to that name"
     raise ValueError(f"task {name!r} must be a Task, got {got}; Tasks in {module_name}: {found or 'none'}; {hint}")
+
+
+def _module(name: str, where: str) -> ModuleType:
+    """The module of a dotted name, or the one that a file holds, which may import its neighbours."""
+    if where.endswith(".py"):
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise ValueError(f"task {name!r} must name a Python file, got {where!r}, and there is no such file")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        if str(path.parent) not in sys.path:
+            sys.path.append(str(path.parent))
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(where)
+    except ModuleNotFoundError as error:
+        # An import that fails inside the module is the author's to see; only the module itself is our message.
+        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(
+            f"task {name!r} must name an importable module, got {where!r}, and there is no module "
+            f"{error.name!r}; install it, or put its directory on PYTHONPATH"
+        ) from error

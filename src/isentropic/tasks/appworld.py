@@ -16,7 +16,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from isentropic.tasks.environments import EnvironmentTask, options_of
+from isentropic.tasks.environments import EnvironmentTask
+from isentropic.tasks.spec import options
 
 OURS: dict[str, Any] = {
     "train": "",
@@ -40,7 +41,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
     Raises:
         ValueError: an unknown option, a file that is not there, or ids that both files hold.
     """
-    values = options_of(name, rest, OURS)
+    values = options(name, rest, OURS)
     train, test = (_ids(name, values, key) for key in ("train", "test"))
     both = sorted(set(train) & set(test))
     if both:

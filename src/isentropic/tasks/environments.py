@@ -27,6 +27,7 @@ What the policy reads is the row's prompt, the first observation and ``>``; then
 ``>``, and so on. Importing this file imports no torch.
 """
 
+import json
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -134,6 +135,10 @@ class EnvironmentTask(Task):
             )
         return [float(x) for x in found]
 
+    def asked(self, row: dict[str, Any]) -> str:
+        """What makes two rows the same episode: all of their columns."""
+        return json.dumps(row, sort_keys=True, default=str)
+
     def opening(self, prompt: str, observation: str) -> str:
         """What the policy reads before its first action."""
         return f"{prompt}{observation}\n{MARK}"
@@ -195,34 +200,3 @@ def demonstrate(
             break
         parts.append((task.reply(observation), False))
     return parts, total
-
-
-def options_of(name: str, text: str, known: dict[str, Any]) -> dict[str, Any]:
-    """Read ``a=1:b=yes`` against the defaults in ``known``, which say the types.
-
-    Args:
-        name: of the task, for messages.
-        text: options, separated by colons; empty for none.
-        known: option -> default; a default that is None takes a whole number.
-
-    Raises:
-        ValueError: an unknown option, or a value of another type.
-
-    Example:
-        >>> options_of("game", "level=3:hard=yes", {"level": 1, "hard": False, "text": "full"})
-        {'level': 3, 'hard': True, 'text': 'full'}
-    """
-    found = dict(known)
-    for part in text.split(":") if text else []:
-        key, equals, value = part.partition("=")
-        key = key.replace("-", "_")
-        if not equals or key not in known:
-            raise ValueError(f"task {name!r}: no option {part!r}; options are {', '.join(f'{k}=' for k in known)}")
-        kind = int if known[key] is None else type(known[key])
-        words = {"yes": True, "true": True, "1": True, "no": False, "false": False, "0": False}
-        try:
-            found[key] = words[value.lower()] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            wanted = "yes or no" if kind is bool else f"of type {kind.__name__}"
-            raise ValueError(f"task {name!r}: option {key} must be {wanted}, got {value!r}") from None
-    return found

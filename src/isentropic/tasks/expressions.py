@@ -158,6 +158,15 @@ def _heldout(*, operands: int, digit_required: bool) -> list[dict[str, Any]]:
     return _rows(list(HELD_OUT), operands, digit_required)
 
 
+def _gold(row: dict[str, Any], *, operands: int, digit_required: bool) -> str:
+    """Return the first right answer to a row."""
+    values, texts = enumerate_expressions(operands)
+    right = texts[values == row["target"]]
+    if digit_required:
+        right = right[(right[:, 0::2] == ord(str(row["digit"]))).any(axis=1)]
+    return bytes(right[0]).decode()
+
+
 def _same(text: str) -> str:
     return text
 
@@ -196,6 +205,7 @@ def expressions(operands: int = 4, *, digit_required: bool = False) -> Task:
         normalise=_same,
         # One token a character, and the end of the sequence.
         max_completion_length=2 * operands,
+        gold=partial(_gold, **which),
     )
 
 

@@ -15,7 +15,8 @@ import io
 import random
 from typing import Any
 
-from isentropic.tasks.environments import EnvironmentTask, options_of
+from isentropic.tasks.environments import EnvironmentTask
+from isentropic.tasks.spec import options
 
 OURS: dict[str, Any] = {"train": 64, "test": 40, "turns": 12, "tokens": 2048, "action_tokens": 16}
 HELD_OUT_FROM = 1_000_000
@@ -30,8 +31,8 @@ def load(rest: str, name: str) -> EnvironmentTask:
     Raises:
         ValueError: an unknown option, or textarena is not installed.
     """
-    game, _, options = rest.partition(":")
-    values = options_of(name, options, OURS)
+    game, _, given = rest.partition(":")
+    values = options(name, given, OURS)
     if importlib.util.find_spec("textarena") is None:
         raise ValueError(f"task {name!r} needs textarena, which is not installed; pip install 'isentropic[textarena]'")
     return EnvironmentTask(

@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isentropic.tasks.environments import EnvironmentTask, options_of
+from isentropic.tasks.environments import EnvironmentTask
+from isentropic.tasks.spec import options
 
 # Options of a game's own, with their defaults; the names are TextWorld's.
 GAMES: dict[str, dict[str, Any]] = {
@@ -46,7 +47,7 @@ OURS: dict[str, Any] = {
     "train": 40,
     "test": 40,
     "turns": 20,
-    "text": "full",
+    "text": ("full", "brief"),
     "commands": 20,
     "tokens": 1024,
     "action_tokens": 12,
@@ -69,15 +70,13 @@ def load(rest: str, name: str) -> EnvironmentTask:
             ...
         ValueError: task 'textworld:coin_collector:level=300000': level must be from 1 to 300, got 300000
     """
-    game, _, options = rest.partition(":")
+    game, _, given = rest.partition(":")
     if game not in GAMES:
         raise ValueError(f"task {name!r}: game must be one of {', '.join(GAMES)}, got {game!r}")
-    values = options_of(name, options, GAMES[game] | OURS)
+    values = options(name, given, GAMES[game] | OURS)
     top = {"coin_collector": 300, "treasure_hunter": 30}.get(game)
     if top and not 1 <= values["level"] <= top:
         raise ValueError(f"task {name!r}: level must be from 1 to {top}, got {values['level']}")
-    if values["text"] not in ("full", "brief"):
-        raise ValueError(f"task {name!r}: text must be full or brief, got {values['text']!r}")
     for key in ("train", "test", "commands"):
         if values[key] < 1:
             raise ValueError(f"task {name!r}: {key} must be at least 1, got {values[key]}")

@@ -1,0 +1,138 @@
+"""`isentropic eval`: models and runs side by side on one task. All is checked before the first model is loaded."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .assess import Progress, check_prompts, evaluate, intervals
+from .config import ConfigError, RunConfig
+from .models import resolve_model
+from .models.candidates import Candidate
+from .record import plain
+from .tasks import Task, load_task
+from .tasks.checks import constant_line
+from .training import load_tokenizer, load_weights
+
+# Beside pass@k: share right of greedy answers and of majority votes, mean different right answers of k, and so on.
+FIGURES = ("distinct", "majority", "greedy", "truncated_frac", "greedy_truncated", "tokens_per_second")
+
+
+def eval_models(args: dict[str, Any], found: Sequence[Candidate], say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Evaluate what the command line names; returns a row for each.
+
+    Args:
+        args: of the command line, by name.
+        found: what is evaluated.
+        say: for progress.
+
+    Raises:
+        ConfigError: anything that cannot work, before the first model is loaded.
+    """
+    runs = [each.config for each in found if each.config is not None]
+    usual: dict[str, Any] = {"task": None, "eval_k": 16, "seed": 0, "temperature": 1.0, **(runs[0] if runs else {})}
+    if args["task"] is None and usual["task"] is None:
+        raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")
+    try:
+        task = load_task(args["task"] or usual["task"])
+        rows = task.heldout()
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    k = args["k"] if args["k"] is not None else usual["eval_k"]
+    limit = args["limit"] if args["limit"] is not None else usual.get("eval_rows", RunConfig.eval_rows)
+    tokens = args["max_completion_length"] or usual.get("max_completion_length")
+    temperature = args["temperature"] if args["temperature"] is not None else usual["temperature"]
+    for flag, value in (("--k", k), ("--limit", limit)):
+        if value < 1:
+            raise ConfigError(f"{flag}: got {value}, must be at least 1")
+    if not 0 < temperature < float("inf"):
+        raise ConfigError(f"--temperature: got {temperature}, must be > 0 and finite; --greedy is for none")
+    settings: dict[str, Any] = {
+        "k": k,
+        "rows": rows[:limit],
+        "temperature": temperature,
+        "seed": args["seed"] if args["seed"] is not None else usual["seed"],
+        "max_tokens": tokens,
+    }
+    tokenizers = []
+    for each in found:
+        tokenizers.append(load_tokenizer(resolve_model("tiny") if each.path == "tiny" else each.path))
+        check_prompts(task, tokenizers[-1], each.name)
+    if line := constant_line(task, rows):
+        say(line)
+    made = []
+    for each, tokenizer in zip(found, tokenizers, strict=True):
+        made.append(_one(each, tokenizer, task, settings, args["greedy"], say))
+        if args["out"]:
+            path = Path(args["out"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(made[-1]), ensure_ascii=False) + "\n")
+    return made
+
+
+def _one(
+    each: Candidate, tokenizer: Any, task: Task, settings: dict[str, Any], greedy: bool, say: Callable[[str], None]
+) -> dict[str, Any]:
+    model = load_weights(resolve_model("tiny") if each.path == "tiny" else each.path, each.dtype)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    row: dict[str, Any] = {"model": each.name, "step": each.step, "dtype": str(model.dtype).removeprefix("torch.")}
+    progress = Progress(each.name, say)
+    row |= evaluate(model, tokenizer, task, progress=progress, **settings)
+    row["tokens_per_second"] = progress.speed
+    if greedy:
+        one: dict[str, Any] = {
+            **settings,
+            "k": 1,
+            "temperature": None,
+            "progress": Progress(f"{each.name}, greedy", say),
+        }
+        best = evaluate(model, tokenizer, task, **one)
+        row |= {
+            "greedy": best["pass@1"],
+            "greedy_truncated": best["truncated_frac"],
+            "greedy_correct": best["num_correct"],
+        }
+    row |= {"intervals": intervals(row), "seed": settings["seed"], "max_tokens": settings["max_tokens"]}
+    del model
+    gc.collect()
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of models as columns, figures below one another."""
+    first = rows[0]
+    figures = [*(name for name in first if name.startswith("pass@")), *(name for name in FIGURES if name in first)]
+    lines = [["model", *(_called(row) for row in rows)]]
+    lines += [[name, *(_cell(row, name) for row in rows)] for name in figures]
+    if len(rows) == 1:
+        # A word and a value a line, as short as it was asked.
+        head = [["task", first["task"]], ["prompts", str(len(first["prompts"]))], ["k", str(first["k"])]]
+        lines = [lines[0], *head, *lines[1:]]
+        return "\n".join(f"{name:10} {value}" for name, value in lines)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [f"task {first['task']}, {len(first['prompts'])} prompts, k = {first['k']}"]
+    text += ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([*text, "(95 % interval, bootstrap over prompts)"] if any(first["intervals"].values()) else text)
+
+
+def _called(row: dict[str, Any]) -> str:
+    return row["model"] if row["step"] is None else f"{row['model']} step {row['step']}"
+
+
+def _cell(row: dict[str, Any], name: str) -> str:
+    text = f"{row[name]:.0f}" if name == "tokens_per_second" else f"{row[name]:.3f}"
+    interval = row["intervals"].get(name)
+    return f"{text} ({interval[0]:.3f}..{interval[1]:.3f})" if interval else text
+
+
+def quiet_say(text: str) -> None:
+    """Progress goes to stderr, so that what is printed can be piped."""
+    print(text, file=sys.stderr, flush=True)

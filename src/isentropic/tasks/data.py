@@ -1,0 +1,309 @@
+r"""Rows that exist already: GSM8K, MATH, MATH-500 and AIME 2024 by name, files of your own, data sets of the hub.
+
+Named sets come from the hub, or from JSON lines on this machine by `path=`. Nothing is read until rows are asked for.
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from . import Task
+from .spec import EXTRA, chosen, require, split
+from .verifiers import VERIFIERS, boxed, normal
+
+BOXED = "\n\nReason step by step, and put the final answer in \\boxed{}."
+SHARE = 10  # where there is one file and no other, one row in so many is held out, by the hash of its prompt
+ORDER_SEED = 20240917  # held-out rows come in an order that their file does not decide: any beginning is a fair sample
+
+
+class Source(NamedTuple):
+    """Where a named set lies and what its columns are.
+
+    Attributes:
+        hub: repository, configuration and split, to train on and held out; None where there is nothing to train on.
+        files: names looked for in a directory, to train on and held out.
+        columns: of the question and of the answer; where the answer's is missing, `solution` is read.
+        verifier: a key of `VERIFIERS`.
+        tokens: limit of a completion.
+    """
+
+    hub: tuple[tuple[str, str | None, str] | None, tuple[str, str | None, str]]
+    files: tuple[tuple[str, ...], tuple[str, ...]]
+    columns: tuple[str, str]
+    verifier: str
+    tokens: int
+
+
+_MATH500 = ("HuggingFaceH4/MATH-500", None, "test")
+_MATH500_FILES = ("math500.jsonl", "math_test.jsonl", "test.jsonl")
+SOURCES = {
+    "gsm8k": Source(
+        (("openai/gsm8k", "main", "train"), ("openai/gsm8k", "main", "test")),
+        (("gsm8k_train.jsonl", "train.jsonl"), ("gsm8k_test.jsonl", "test.jsonl")),
+        ("question", "answer"),
+        "numeric",
+        512,
+    ),
+    "math": Source(
+        (("DigitalLearningGmbH/MATH-lighteval", "default", "train"), _MATH500),
+        (("math_train.jsonl", "train.jsonl"), _MATH500_FILES),
+        ("problem", "answer"),
+        "math",
+        1024,
+    ),
+    "math500": Source((None, _MATH500), ((), _MATH500_FILES), ("problem", "answer"), "math", 1024),
+    "aime24": Source(
+        (None, ("HuggingFaceH4/aime_2024", None, "train")),
+        ((), ("aime24.jsonl", "test.jsonl")),
+        ("problem", "answer"),
+        "numeric",
+        2048,
+    ),
+}
+NAMED_OPTIONS: dict[str, Any] = {"path": "", "prompt": ("chat", "plain"), "tokens": 0}
+OWN_OPTIONS: dict[str, Any] = {
+    "prompt": "prompt",
+    "answer": "answer",
+    "verifier": ("exact", "numeric", "math"),
+    "format": ("plain", "chat"),
+    "stop": ("none", "line"),
+    "heldout": "",
+    "tokens": 512,
+}
+HUB_OPTIONS = {**OWN_OPTIONS, "config": "", "split": "train"}
+Rows = list[dict[str, Any]]
+
+
+def named(rest: str, name: str) -> Task:
+    """Return the task of `gsm8k`, `math`, `math500` or `aime24`, from the hub or from `path=`.
+
+    Raises:
+        ValueError: an unknown option, a path where nothing is, or no math-verify where the verifier needs it.
+    """
+    kind = name.partition(":")[0]
+    source = SOURCES[kind]
+    words, options = split(rest)
+    if words:
+        raise ValueError(f"task {name!r}: got {words[0]!r} after {kind}, must be options such as path=DIRECTORY")
+    told = chosen(name, options, NAMED_OPTIONS)
+    if source.verifier == "math":
+        require(name, ["math_verify"])
+    where: tuple[Any, Any] = source.hub
+    if told["path"]:
+        where = _files(name, Path(str(told["path"])).expanduser(), source)
+    else:
+        require(name, ["datasets"])
+    question, answer = source.columns
+    rows = partial(_rows, name, question=question, answer=answer, chat=told["prompt"] == "chat", instruction=BOXED)
+    return _task(
+        name,
+        f"{kind}, from {told['path'] or 'the hub'}.",
+        where,
+        rows,
+        verifier=source.verifier,
+        tokens=told["tokens"] or source.tokens,
+        # A base model goes on with a question of its own.
+        stop="" if told["prompt"] == "chat" else "\n\nQuestion:",
+        boxes=True,
+    )
+
+
+def _files(name: str, path: Path, source: Source) -> tuple[Path | None, Path]:
+    """The files to train on and held out: a file as it is, or those of a directory that have a known name."""
+    if path.is_file():
+        return (None if source.hub[0] is None else path), path
+    if not path.is_dir():
+        raise ValueError(f"task {name!r}: path: got {str(path)!r}, must be a directory or a file, and nothing is there")
+    found = [next((path / n for n in names if (path / n).is_file()), None) for names in source.files]
+    if found[1] is None:
+        raise ValueError(f"task {name!r}: path: {path} has none of {', '.join(source.files[1])}; name the file itself")
+    return found[0], found[1]
+
+
+def from_file(rest: str, name: str) -> Task:
+    """Return the task of `file:PATH:prompt=COLUMN:answer=COLUMN:verifier=...`, JSON lines or Parquet.
+
+    Without `heldout=PATH`, one row in ten is held out, chosen by the hash of its prompt.
+
+    Raises:
+        ValueError: an unknown option, a path where nothing is, or no math-verify where the verifier needs it.
+    """
+    words, options = split(rest)
+    if len(words) != 1:
+        raise ValueError(f"task {name!r} must be file:PATH[:option=value...], got {len(words)} words after file")
+    told = chosen(name, options, OWN_OPTIONS)
+    paths = [Path(str(p)).expanduser() for p in (words[0], told["heldout"] or words[0])]
+    for path in paths:
+        if path.suffix not in (".jsonl", ".parquet"):
+            raise ValueError(f"task {name!r}: got {str(path)!r}, must end in .jsonl or .parquet")
+        if not path.is_file():
+            raise ValueError(f"task {name!r}: got {str(path)!r}, and there is no such file")
+    return _own(name, f"Rows of {words[0]}.", (paths[0], paths[1]), told)
+
+
+def from_hub(rest: str, name: str) -> Task:
+    """Return the task of `hub:ORG/NAME:prompt=COLUMN:...`, with `config=`, `split=` and `heldout=SPLIT`.
+
+    Raises:
+        ValueError: an unknown option, a missing extra, or a name that is none.
+    """
+    words, options = split(rest)
+    if len(words) != 1 or words[0].count("/") != 1:
+        raise ValueError(f"task {name!r} must be hub:ORG/NAME[:option=value...], got {':'.join(words)!r} after hub")
+    told = chosen(name, options, HUB_OPTIONS)
+    require(name, ["datasets"])
+    config = str(told["config"]) or None
+    train = (words[0], config, str(told["split"]))
+    heldout = (words[0], config, str(told["heldout"] or told["split"]))
+    return _own(name, f"Rows of {words[0]}.", (train, heldout), told)
+
+
+def _own(name: str, description: str, where: tuple[Any, Any], told: dict[str, Any]) -> Task:
+    if told["verifier"] == "math":
+        require(name, ["math_verify"])
+    rows = partial(
+        _rows, name, question=told["prompt"], answer=told["answer"], chat=told["format"] == "chat", instruction=None
+    )
+    stop = "\n" if told["stop"] == "line" else ""
+    return _task(name, description, where, rows, told["verifier"], told["tokens"] or 512, stop, boxes=False)
+
+
+def _task(
+    name: str,
+    description: str,
+    where: tuple[Any, Any],
+    rows: Callable[[Iterable[dict[str, Any]]], Rows],
+    verifier: str,
+    tokens: int,
+    stop: str,
+    boxes: bool,
+) -> Task:
+    @cache
+    def both() -> tuple[Rows, Rows]:
+        """Rows to train on and held out; from one place, by the hash of the prompt."""
+        if where[0] == where[1]:
+            every = rows(_read(name, where[0]))
+            parts = [[row for row in every if held(row["prompt"]) is wanted] for wanted in (False, True)]
+            return parts[0], _mixed(parts[1])
+        return ([] if where[0] is None else rows(_read(name, where[0]))), _mixed(rows(_read(name, where[1])))
+
+    def train(seed: int) -> Rows:
+        found = list(both()[0])
+        if not found:
+            raise ValueError(f"task {name!r} has no rows to train on; use it with `isentropic eval --task`")
+        random.Random(seed).shuffle(found)
+        return found
+
+    return Task(
+        name=name,
+        description=description,
+        train=train,
+        heldout=lambda: list(both()[1]),
+        verify=VERIFIERS[verifier],
+        normalise=partial(normal, verifier),
+        max_completion_length=tokens,
+        stop=stop,
+        gold=lambda row: rf"\boxed{{{row['answer']}}}" if boxes else str(row["answer"]),
+    )
+
+
+def held(prompt: Any) -> bool:
+    """Return whether a row of one file without a second is held out, which its prompt alone decides.
+
+    Example:
+        >>> sum(held(f"question {i}") for i in range(1000))
+        115
+    """
+    return int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % SHARE == 0
+
+
+def _mixed(rows: Rows) -> Rows:
+    random.Random(ORDER_SEED).shuffle(rows)
+    return rows
+
+
+def _rows(
+    name: str,
+    found: Iterable[dict[str, Any]],
+    *,
+    question: str,
+    answer: str,
+    chat: bool,
+    instruction: str | None,
+) -> Rows:
+    """Rows in the form of a task: a prompt and the right answer, as texts."""
+    rows = []
+    for number, row in enumerate(found, start=1):
+        text, right = row.get(question), _right(row, answer)
+        if text is None or right is None:
+            missing = question if text is None else answer
+            raise ValueError(
+                f"task {name!r}: row {number} has no column {missing!r}, got {', '.join(map(str, row))}; "
+                "name the columns by prompt= and answer="
+            )
+        if not str(text).strip() or not right:
+            raise ValueError(
+                f"task {name!r}: row {number} has an empty {question if right else answer!r}; leave it out"
+            )
+        if instruction is not None:
+            text = f"{text}{instruction}" if chat else f"Question: {text}{instruction}\nAnswer:"
+        if chat and isinstance(text, str):
+            text = [{"role": "user", "content": text}]
+        rows.append({"prompt": text if chat else str(text), "answer": right})
+    if not rows:
+        raise ValueError(f"task {name!r}: there are no rows; check the file or the split")
+    return rows
+
+
+def _right(row: dict[str, Any], column: str) -> str | None:
+    r"""The right answer of a row: its column, after `####` where it has one; or what the solution boxes."""
+    value = row.get(column)
+    if value is None:
+        solution = row.get("solution")
+        return boxed(solution) if isinstance(solution, str) else None
+    text = str(value)
+    return (text.rpartition("####")[2].replace(",", "") if "####" in text else text).strip()
+
+
+def _read(name: str, where: Any) -> Iterable[dict[str, Any]]:
+    if isinstance(where, Path):
+        return _read_file(name, where)
+    from datasets import load_dataset
+
+    repository, config, part = where
+    try:
+        return load_dataset(repository, config, split=part)  # type: ignore[return-value]
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"task {name!r}: the hub does not give {repository} ({part}): {reason}; check the name and the network, "
+            "or give rows on this machine by path= or file:"
+        ) from None
+
+
+def _read_file(name: str, path: Path) -> Iterable[dict[str, Any]]:
+    if path.suffix == ".parquet":
+        try:
+            from pyarrow import parquet
+        except ImportError:
+            raise ValueError(f"task {name!r} needs pyarrow to read {path}, which is not installed; {EXTRA}") from None
+        return parquet.read_table(path).to_pylist()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task {name!r}: {path} is not UTF-8: {error}; save it as UTF-8") from None
+    return [_object(name, path, i, line) for i, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _object(name: str, path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"task {name!r}: {path}, line {number}: {error}; every line must be a JSON object") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"task {name!r}: {path}, line {number}: got {row!r}, must be a JSON object")
+    return row
