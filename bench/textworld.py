@@ -69,8 +69,10 @@ def run(recipe, seed, model, out):
     quiet()
     home = out / f"{recipe}-s{seed}"
     config = load(None, {**SETTINGS, "model": str(model), "recipe": recipe, "seed": seed, "out": str(home)})
-    begun = (home / "run.json").exists()
-    summary = train(config, resume=begun, say=lambda text: print(f"{recipe} {seed}: {text}", file=sys.stderr))
+    if not (home / "summary.json").exists():
+        begun = (home / "run.json").exists()
+        train(config, resume=begun, say=lambda text: print(f"{recipe} {seed}: {text}", file=sys.stderr))
+    summary = json.loads((home / "summary.json").read_text())
     rows, (before, *_, after) = Record(home).rows("metrics"), Record(home).rows("evaluations")
     curves = {name: [row.get(name) for row in rows] for name in CURVES}
     won = {"before": before["num_correct"], "after": after["num_correct"], "distinct": after["num_distinct"]}
@@ -190,8 +192,10 @@ def main():
     if missing and not args.only_table:
         model = warm(args.out)
         for recipe, seed in missing:
-            run(recipe, seed, model, args.out)
-    cells = {name: [line for line in lines() if line["cell"] == name] for name in RECIPES}
+            if (recipe, seed) not in {(line["cell"], line.get("seed")) for line in lines()}:
+                run(recipe, seed, model, args.out)
+    found = sorted(lines(), key=lambda line: line.get("seed", 0))
+    cells = {name: [line for line in found if line["cell"] == name] for name in RECIPES}
     cells = {name: found for name, found in cells.items() if found}
     if cells:
         (RESULTS / "textworld-table.md").write_text(page(cells))
