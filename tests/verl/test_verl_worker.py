@@ -27,7 +27,7 @@ def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def run(model, out, world=1, fails=None, **options):
+def run(model, out, world=1, **options):
     out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -37,10 +37,6 @@ def run(model, out, world=1, fails=None, **options):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
     (out / "stderr.txt").write_text(done.stderr)
-    if fails:
-        assert done.returncode != 0
-        assert fails in done.stderr
-        return None
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads((out / f"rank-{rank}.json").read_text()) for rank in range(world)]
 
@@ -118,17 +114,18 @@ def test_every_recipe_trains(model, tmp_path):
     """One worker, all recipes after another; those that read whole rows and old entropies also on packed rows."""
     from isentropic.recipes import RECIPES
 
-    found = run(model, tmp_path / "padded", recipes=list(RECIPES), policy_loss={})[0]
+    rows = ["aent", "lp-reg", "erc"]
+    found = run(
+        model, tmp_path / "padded", recipes=[*rows, *(name for name in RECIPES if name not in rows)], policy_loss={}
+    )[0]
     assert set(found) == set(RECIPES)
     for name, recipe in found.items():
         assert all(0 < x < 5 for x in recipe["entropy/mean"]), name
         assert recipe["moved"] > 0, name
-    rows = ["aent", "lp-reg", "erc"]
-    padded = run(model, tmp_path / "few", recipes=rows, policy_loss={})[0]
     packed = run(model, tmp_path / "packed", recipes=rows, policy_loss={}, packed=True)[0]
     for name in rows:
-        assert packed[name]["loss"] == pytest.approx(padded[name]["loss"], rel=1e-4, abs=1e-6), name
-        assert packed[name]["grad_norm"] == pytest.approx(padded[name]["grad_norm"], rel=1e-3), name
+        assert packed[name]["loss"] == pytest.approx(found[name]["loss"], rel=1e-4, abs=1e-6), name
+        assert packed[name]["grad_norm"] == pytest.approx(found[name]["grad_norm"], rel=1e-3), name
 
 
 def test_the_first_micro_batch_is_audited_once(alone, model, tmp_path):
@@ -164,9 +161,3 @@ def test_without_our_engine_the_loss_alone_holds_by_sampled_entropies(model, tmp
     assert all(6 < x < 7.5 for x in sampled)
     said = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if "is not wrapped" in line]
     assert len(said) == 1
-
-
-def test_what_cannot_work_is_refused_with_the_remedy(model, tmp_path):
-    loss = {"recipe": "loop", "adv_estimator": "grpo"}
-    run(model, tmp_path, policy_loss=loss, fails="needs algorithm.adv_estimator=rloo")
-    run(model, tmp_path, policy_loss={"recipe": "grpo"}, fails="loss_agg_mode=seq-mean-token-mean, got token-mean")
