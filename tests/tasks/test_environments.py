@@ -318,6 +318,18 @@ def test_appworld_is_spoken_to_over_its_server(server, tmp_path):
         world.step("x")
 
 
+def test_appworld_s_servers_are_shared_out_over_processes(tmp_path, monkeypatch):
+    for name in ("train", "test"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}_1\n")
+    files = f"appworld:train={tmp_path}/train.txt:test={tmp_path}/test.txt"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    task = load_task(f"{files}:ports=8000-8003")
+    assert [task.make().url for _ in range(task.parallel)] == ["http://127.0.0.1:8001", "http://127.0.0.1:8003"]
+    with pytest.raises(ValueError, match="got 1 for 2 processes"):
+        load_task(files)
+
+
 def test_appworld_without_a_server_or_with_ids_in_both_files_is_refused(tmp_path):
     for name, ids in (("train", "a_1\nb_1\n"), ("test", "b_1\n")):
         (tmp_path / f"{name}.txt").write_text(ids)

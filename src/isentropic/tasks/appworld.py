@@ -10,6 +10,7 @@ Its data is downloaded by AppWorld itself. Nobody has run this against a real se
 """
 
 import json
+import os
 import urllib.error
 import urllib.request
 from itertools import count
@@ -46,7 +47,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
     both = sorted(set(train) & set(test))
     if both:
         raise ValueError(f"task {name!r}: {len(both)} ids are in train and test, such as {both[0]}; take them apart")
-    ports = _ports(name, values["ports"])
+    ports = _mine(name, _ports(name, values["ports"]))
     number = count()
     return EnvironmentTask(
         name=name,
@@ -78,6 +79,14 @@ def _ports(name: str, text: str) -> list[int]:
     if not found:
         raise ValueError(f"task {name!r}: ports must be a port or a range such as 8000-8007, got {text!r}")
     return found
+
+
+def _mine(name: str, ports: list[int]) -> list[int]:
+    """This process's share of the servers; a server holds one world, so that no two processes may speak to it."""
+    rank, ranks = (int(os.environ.get(key, usual)) for key, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    if len(ports) < ranks:
+        raise ValueError(f"task {name!r}: ports: got {len(ports)} for {ranks} processes, must be one each; start more")
+    return ports[rank::ranks]
 
 
 class AppWorld:
