@@ -91,8 +91,7 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
             say(line)
     if checkpoint is None:
         score(0)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    step = trainer.state.global_step
+    step = _run(trainer, checkpoint, total_steps(config))
     if step < total_steps(config) and guard.message is None:
         raise KeyboardInterrupt
     score(step)
@@ -103,6 +102,16 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
         write_json(record.path / "summary.json", result)
         _write_report(record, say)
     return result
+
+
+def _run(trainer: Any, checkpoint: Path | None, steps: int) -> int:
+    """Train, and return the optimizer steps taken; from a checkpoint of the last step only its weights are taken."""
+    if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= steps:
+        # TRL's own loop would take one step more.
+        trainer._load_from_checkpoint(str(checkpoint))
+        return steps
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return trainer.state.global_step
 
 
 def _evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig) -> dict[str, Any]:
@@ -290,7 +299,7 @@ def _trainer(
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
-    stops = [line_breaks(tokenizer) if each.stop == "\n" else [] for each in tasks]
+    stops = [list(line_breaks(tokenizer)) if each.stop == "\n" else [] for each in tasks]
     stop_at(trainer, stops[0])
     if isinstance(trainer, SequentialTrainer):
         trainer.switch, trainer.stops = config.steps, (stops[0], stops[1])

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from trl_case import BASE, parts, same, weights
 
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
-from isentropic.engines.trl_rollout import Episode, Rollout, Sampling, ends_of_line, play
+from isentropic.engines.trl_rollout import Episode, Rollout, Sampling, play
 from isentropic.record import Record
 from isentropic.tasks.environments import EnvironmentTask
 
@@ -99,14 +99,6 @@ def test_turns_and_tokens_run_out():
     # 5 tokens for a line, 11 or 12 for a reply, 1 for the end: the second line does not fit into 16.
     tight = play(model, tokenizer, task(max_completion_length=16), rows)
     assert all(len(e.actions) == 1 and not e.done and len(e.ids) <= 5 for e in tight)
-
-
-def test_a_line_ends_at_every_token_that_holds_a_break():
-    model, tokenizer = a_model()
-    known = [tokenizer.convert_tokens_to_ids("\n"), tokenizer.eos_token_id]
-    assert ends_of_line(tokenizer, model) == sorted(known)
-    model.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
-    assert ends_of_line(tokenizer, model) == sorted([7, *known])
 
 
 def trainer_of(home, head, **settings):

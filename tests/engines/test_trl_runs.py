@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("trl")
 from trl_case import make, same, save_model, weights
 
+from isentropic.cli import main
 from isentropic.dynamics import predicted_change
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.entropy import logits_stats
@@ -130,6 +131,20 @@ def test_a_killed_run_resumes_and_ends_where_the_uninterrupted_one_does(uninterr
     got = _final_weights(out)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     assert [row["step"] for row in Record(out).rows("metrics")] == list(range(1, 41))
+
+
+def test_resuming_a_run_that_has_ended_takes_no_step(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = "--steps 4 --save-every 4 --prompts 4 --generations 4 --eval-k 2 --eval-rows 4 --audit off"
+    assert main(["train", "--model", save_model(tmp_path / "model"), "--out", str(out), *flags.split()]) == 0
+    rows, end = Record(out).rows("metrics"), Record(out).rows("evaluations")[-1]
+    (out / "evaluations.jsonl").write_text("")
+    (out / "summary.json").unlink()
+    assert main(["train", "--out", str(out), "--resume"]) == 0
+    assert Record(out).rows("metrics") == rows
+    # The weights are those of the checkpoint: the same answers are counted.
+    assert Record(out).rows("evaluations") == [end]
+    assert json.loads((out / "summary.json").read_text())["steps"] == 4
 
 
 def _free_port():

@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+
+from .trl_stop import ends, line_breaks
 
 
 @dataclass
@@ -60,20 +61,6 @@ class Sampling(NamedTuple):
 
 
 PLAIN = Sampling()
-
-
-@lru_cache(maxsize=4)
-def line_breaks(tokenizer: Any) -> tuple[int, ...]:
-    """All tokens that hold a line break."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    return tuple(i for i, text in enumerate(texts) if "\n" in text)
-
-
-def ends_of_line(tokenizer: Any, model: Any) -> list[int]:
-    """The tokens that end an action: all that hold a line break, and every end of a sequence."""
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-    return sorted({*line_breaks(tokenizer), *ends} - {None})
 
 
 class _Table:
@@ -159,7 +146,7 @@ def play(
     """
     pool = [] if pool is None else pool
     at_once = task.parallel or len(rows)
-    stop, episodes = ends_of_line(tokenizer, model), []
+    stop, episodes = [*ends(tokenizer, model), *line_breaks(tokenizer)], []
     for first in range(0, len(rows), at_once):
         some = rows[first : first + at_once]
         while len(pool) < len(some):

@@ -6,14 +6,17 @@ holds a line break becomes one of them. It is generated, scored and trained on, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 
-def line_breaks(tokenizer: Any) -> list[int]:
+@lru_cache(maxsize=4)
+def line_breaks(tokenizer: Any) -> tuple[int, ...]:
     """Return the ids of all tokens whose text holds a line break; byte-pair vocabularies have hundreds."""
     special = set(tokenizer.all_special_ids)
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [i for i, text in enumerate(texts) if "\n" in text and i not in special]
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    return tuple(i for i, text in enumerate(texts) if "\n" in text and i not in special)
 
 
 def ends(tokenizer: Any, model: Any) -> list[int]:
@@ -23,8 +26,8 @@ def ends(tokenizer: Any, model: Any) -> list[int]:
     return [i for i in dict.fromkeys(found) if i is not None]
 
 
-def stop_at(trainer: Any, ids: list[int]) -> None:
-    """Have a GRPO trainer end completions at these tokens too; an empty list leaves it as it was made.
+def stop_at(trainer: Any, ids: Sequence[int]) -> None:
+    """Have a GRPO trainer end completions at these tokens too; none of them leaves it as it was made.
 
     The model's own generation config stays, so that a checkpoint of the run ends where the model ended before. vLLM
     gets the tokens by `stop_token_ids`.
