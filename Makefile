@@ -20,7 +20,7 @@ test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-verl: $(VERL) ## run the tests of the verl engine, in .venv-verl
-	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest tests/verl $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile tests/verl $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -48,5 +48,5 @@ $(VERL): pyproject.toml constraints-verl.txt
 	@echo 'building .venv-verl from constraints-verl.txt: a few minutes'
 	@$(PYTHON) -m venv .venv-verl
 	@.venv-verl/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-verl.txt \
-	  -e '.[verl]' pytest beartype
+	  -e '.[verl]' pytest pytest-xdist beartype
 	@touch $@

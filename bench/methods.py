@@ -41,6 +41,9 @@ COLOURS = (
     "#8f2dcb",
     "#7a4a2b",
     GREY,
+    "#f781bf",
+    "#1b9e9e",
+    "#a6d854",
 )
 
 
@@ -203,7 +206,8 @@ def sequence(grids, plt):
             )
     left.set(title="How is B learned?", xlabel="optimizer steps on B (dotted: from the warm start)", ylabel="reward")
     for axis, key in ((middle, "pass@1"), (right, "pass@16")):
-        axis.axline((0.5, 0.5), slope=1, color=GREY, lw=0.6)
+        ends = [*axis.get_xlim(), *axis.get_ylim()]
+        axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, lw=0.6)
         axis.set(xlabel=f"{key} of B, from the warm start", ylabel=f"{key} of B, after A")
     middle.set_title("Where does B end?")
     left.legend(frameon=False, fontsize=6.5)
