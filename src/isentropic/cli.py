@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
 from . import __version__
-from .config import FLAGLESS, ConfigError, RunConfig, as_dict, load, recipe_of, suggest, total_steps
+from .config import FLAGLESS, ConfigError, RunConfig, as_dict, eval_settings, load, recipe_of, suggest, total_steps
 from .record import Record, plain
 
 _PROG = "isentropic"
@@ -212,12 +212,15 @@ def _train(args: dict[str, Any]) -> int:
 def _warmup(args: dict[str, Any]) -> int:
     from .models import resolve_model
     from .tasks import load_task
+    from .tasks.environments import EnvironmentTask
 
     task_name, out, start, num = args["task"], Path(args["out"]), args["model"], args["eval_k"]
     if (out / "config.json").exists():
         raise ConfigError(f"--out: {out} already holds a model; name another directory")
     try:
         task = load_task(task_name)
+        if not isinstance(task, EnvironmentTask):
+            raise ConfigError(f"--task: {task_name!r} is answered, not played; name an environment")
         training = _heavy("training")
         training.quiet()
         from .models import warmup
@@ -346,9 +349,10 @@ def _eval(args: dict[str, Any]) -> int:
         found = candidates(args["models"], args["step"], args["dtype"])
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    chosen = eval_settings(args, [each.config for each in found if each.config is not None])
     measure = _heavy("measure")
     _heavy("training").quiet()
-    rows = measure.eval_models(args, found, measure.quiet_say)
+    rows = measure.eval_models(chosen, found, args["greedy"], args["out"], measure.quiet_say)
     print(json.dumps(plain(rows), indent=2, ensure_ascii=False) if args["json"] else measure.table(rows))
     return 0
 

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_type_hints
 from .models import check_saved
 from .recipes import Recipe, check, compose
 from .tasks import KINDS, TASKS, load_task
+from .tasks.environments import EnvironmentTask
 
 
 class ConfigError(ValueError):
@@ -209,6 +210,43 @@ def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig
     return config
 
 
+def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `isentropic eval` does: what is said on the command line, else what the first run had; checked.
+
+    Args:
+        args: of the command line, by name.
+        runs: the settings of those among the models that are runs.
+
+    Returns:
+        ``task``, by name, ``k``, ``limit``, ``temperature``, ``seed`` and ``max_tokens``.
+
+    Raises:
+        ConfigError: anything that cannot work.
+    """
+    usual: dict[str, Any] = {"task": None, "eval_k": 16, "seed": 0, "temperature": 1.0, **(runs[0] if runs else {})}
+    said = {name: value for name, value in args.items() if value is not None}
+    found = {
+        "task": said.get("task", usual["task"]),
+        "k": said.get("k", usual["eval_k"]),
+        "limit": said.get("limit", usual.get("eval_rows", RunConfig.eval_rows)),
+        "temperature": said.get("temperature", usual["temperature"]),
+        "seed": said.get("seed", usual["seed"]),
+        "max_tokens": said.get("max_completion_length", usual.get("max_completion_length")),
+    }
+    if found["task"] is None:
+        raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")
+    for flag, name in (("--k", "k"), ("--limit", "limit"), ("--max-completion-length", "max_tokens")):
+        if found[name] is not None and found[name] < 1:
+            raise ConfigError(f"{flag}: got {found[name]}, must be at least 1")
+    if not 0 < found["temperature"] < float("inf"):
+        raise ConfigError(f"--temperature: got {found['temperature']}, must be > 0 and finite; --greedy is for none")
+    try:
+        load_task(found["task"])
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return found
+
+
 def total_steps(config: RunConfig) -> int:
     """Optimizer steps of the whole run, a second task included."""
     return config.steps + ((config.then_steps or config.steps) if config.then else 0)
@@ -240,9 +278,14 @@ def _check_names(config: RunConfig, where: str) -> None:
                 "or FILE.py:NAME of your own; see `isentropic tasks`"
             )
         try:
-            load_task(task)
+            played = isinstance(load_task(task), EnvironmentTask)
         except ValueError as error:
             raise ConfigError(f"{where}{error}") from None
+        if played and config.then is not None:
+            raise ConfigError(
+                f"{where}then: got {config.then!r} beside {config.task!r}, and {task!r} is played; train them one "
+                "after the other, the second from a checkpoint of the first by --model"
+            )
     try:
         check_saved(config.model)
     except ValueError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .assess import Progress, check_prompts, evaluate, intervals
-from .config import ConfigError, RunConfig
+from .config import ConfigError
 from .models import resolve_model
 from .models.candidates import Candidate
 from .record import plain
@@ -24,42 +24,28 @@ from .training import load_tokenizer, load_weights
 FIGURES = ("distinct", "majority", "greedy", "truncated_frac", "greedy_truncated", "tokens_per_second")
 
 
-def eval_models(args: dict[str, Any], found: Sequence[Candidate], say: Callable[[str], None]) -> list[dict[str, Any]]:
+def eval_models(
+    chosen: dict[str, Any], found: Sequence[Candidate], greedy: bool, out: str | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Evaluate what the command line names; returns a row for each.
 
     Args:
-        args: of the command line, by name.
+        chosen: as `config.eval_settings` has it.
         found: what is evaluated.
+        greedy: whether to take greedy answers too.
+        out: a JSONL file that gains a row a model.
         say: for progress.
 
     Raises:
         ConfigError: anything that cannot work, before the first model is loaded.
     """
-    runs = [each.config for each in found if each.config is not None]
-    usual: dict[str, Any] = {"task": None, "eval_k": 16, "seed": 0, "temperature": 1.0, **(runs[0] if runs else {})}
-    if args["task"] is None and usual["task"] is None:
-        raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")
+    task = load_task(chosen["task"])
     try:
-        task = load_task(args["task"] or usual["task"])
         rows = task.heldout()
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    k = args["k"] if args["k"] is not None else usual["eval_k"]
-    limit = args["limit"] if args["limit"] is not None else usual.get("eval_rows", RunConfig.eval_rows)
-    tokens = args["max_completion_length"] or usual.get("max_completion_length")
-    temperature = args["temperature"] if args["temperature"] is not None else usual["temperature"]
-    for flag, value in (("--k", k), ("--limit", limit)):
-        if value < 1:
-            raise ConfigError(f"{flag}: got {value}, must be at least 1")
-    if not 0 < temperature < float("inf"):
-        raise ConfigError(f"--temperature: got {temperature}, must be > 0 and finite; --greedy is for none")
-    settings: dict[str, Any] = {
-        "k": k,
-        "rows": rows[:limit],
-        "temperature": temperature,
-        "seed": args["seed"] if args["seed"] is not None else usual["seed"],
-        "max_tokens": tokens,
-    }
+    settings = {name: chosen[name] for name in ("k", "temperature", "seed", "max_tokens")}
+    settings["rows"] = rows[: chosen["limit"]]
     tokenizers = []
     for each in found:
         tokenizers.append(load_tokenizer(resolve_model("tiny") if each.path == "tiny" else each.path))
@@ -68,9 +54,9 @@ def eval_models(args: dict[str, Any], found: Sequence[Candidate], say: Callable[
         say(line)
     made = []
     for each, tokenizer in zip(found, tokenizers, strict=True):
-        made.append(_one(each, tokenizer, task, settings, args["greedy"], say))
-        if args["out"]:
-            path = Path(args["out"])
+        made.append(_one(each, tokenizer, task, settings, greedy, say))
+        if out:
+            path = Path(out)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(plain(made[-1]), ensure_ascii=False) + "\n")

@@ -310,11 +310,7 @@ def _rollout(config: RunConfig, tasks: list[Task]) -> Rollout | None:
     """Who plays, where the task is an environment."""
     if not any(isinstance(task, EnvironmentTask) for task in tasks):
         return None
-    if len(tasks) > 1:
-        raise ConfigError(
-            f"then: got {config.then!r} beside {config.task!r}, of which one is an environment; train them one after "
-            "the other, the second from a checkpoint of the first by --model"
-        )
+    assert len(tasks) == 1, "config refuses a second task beside an environment"
     return Rollout(limited(tasks[0], config.max_completion_length))
 
 

@@ -99,4 +99,4 @@ def test_two_tasks_in_turn_with_an_environment_are_refused(tmp_path, capsys):
     flags = ["--steps", "4", "--then", "expr", "--out", str(tmp_path / "run"), "--prompts", "2", "--generations", "4"]
     with pytest.raises(SystemExit):
         main(["train", "--model", model, "--task", "test_warmup:walk", *flags])
-    assert "one is an environment" in capsys.readouterr().err
+    assert "is played; train them one after the other" in capsys.readouterr().err
