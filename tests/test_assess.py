@@ -97,6 +97,28 @@ def test_greedy_answers_are_the_same_for_every_seed(pair):
     assert rows[0]["temperature"] == 0
 
 
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_a_prompt_is_read_once_for_all_its_samples(pair, monkeypatch, temperature):
+    from isentropic import assess
+
+    model, tokenizer = pair
+    prompts = ["1>", "12+34>", "1+2>", "7>"]  # padded, in one call and, by the limit, in calls that share a prompt
+    found = []
+    read = []
+    for room in (1024, 5):
+        monkeypatch.setattr(assess, "_SEQUENCES", room)
+        for once in (assess._read_once, lambda *args: {}):
+            with monkeypatch.context() as patch:
+                patch.setattr(assess, "_read_once", lambda *args, once=once: read.append(once(*args)) or read[-1])
+                torch.manual_seed(0)
+                found.append(sample(model, tokenizer, prompts, 8, 6, temperature).texts)
+        assert found[-1] == found[-2]
+    assert sum(bool(each) for each in read) > 2
+    if temperature is None:
+        assert all(texts == [texts[0]] * 8 for texts in found[0])
+        assert [texts[:1] for texts in found[0]] == sample(model, tokenizer, prompts, 1, 6, None).texts
+
+
 def test_conversations_need_a_template(pair):
     model, tokenizer = pair
     task = digits(chat=True)
@@ -182,9 +204,12 @@ def test_models_and_runs_side_by_side(tmp_path, capsys):
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["dtype"] for row in rows] == ["float32", "float32"]
     assert len(rows[0]["num_correct"]) == 6
-    assert main(["eval", model, *flags[:6], "--json"]) == 0
+    assert rows[0]["greedy_prompts"] == 6
+    assert main(["eval", model, *flags[:6], "--greedy-limit", "9", "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
     assert row["num_correct"] == rows[0]["num_correct"]
+    assert len(row["greedy_correct"]) == row["greedy_prompts"] == 9
+    assert row["greedy_correct"][:6] == rows[0]["greedy_correct"]
 
 
 @pytest.mark.parametrize(
@@ -198,6 +223,7 @@ def test_models_and_runs_side_by_side(tmp_path, capsys):
         (["MODEL", "--task", "exprr"], "did you mean expr"),
         (["MODEL", "--task", "expr", "--k", "0"], "--k: got 0"),
         (["MODEL", "--task", "expr", "--temperature", "0"], "--greedy is for none"),
+        (["MODEL", "--task", "expr", "--greedy-limit", "0"], "--greedy-limit: got 0"),
         (["HEADLESS", "--task", "expr"], "is a Qwen3Model, which has no causal head"),
     ],
 )

@@ -109,8 +109,8 @@ def sample(
         encoded = tokenizer.pad({"input_ids": [ids[i] for i in chunk]}, padding_side="left", return_tensors="pt")
         encoded = encoded.to(model.device)
         out = model.generate(
-            input_ids=encoded["input_ids"],
-            attention_mask=encoded["attention_mask"],
+            **encoded,
+            **_read_once(model, encoded, [i // num for i in chunk]),
             top_k=0 if temperature is not None else None,
             top_p=1.0 if temperature is not None else None,
             max_new_tokens=max_tokens,
@@ -129,6 +129,29 @@ def sample(
             progress(done, len(order), num_tokens)
     groups = range(0, len(texts), num)
     return Sampled([texts[i : i + num] for i in groups], [truncated[i : i + num] for i in groups], num_tokens)
+
+
+def _read_once(model: Any, encoded: dict[str, Any], owners: list[int]) -> dict[str, Any]:
+    """A cache in which each prompt was read once, whatever its number of samples; all but its last token.
+
+    Args:
+        model: causal.
+        encoded: ``input_ids`` and ``attention_mask``, [b s], padded on the left.
+        owners: b, whose samples the rows are; those of one prompt follow one another.
+    """
+    owner = torch.tensor(owners, device=model.device)
+    _, counts = torch.unique_consecutive(owner, return_counts=True)
+    if len(counts) == len(owners) or encoded["input_ids"].shape[1] == 1:
+        return {}
+    first = counts.cumsum(0) - counts
+    mask = encoded["attention_mask"][first, :-1]
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    read = model(
+        input_ids=encoded["input_ids"][first, :-1], attention_mask=mask, position_ids=positions, use_cache=True,
+        logits_to_keep=1,
+    )  # fmt: skip
+    read.past_key_values.batch_repeat_interleave(counts)
+    return {"past_key_values": read.past_key_values}
 
 
 def _per_call(model: Any, ids: list[list[int]], order: list[int], done: int, max_tokens: int, num: int) -> int:

@@ -91,6 +91,7 @@ def _add_eval(commands: Any) -> None:
     parser.add_argument("--k", type=int, help="samples a prompt [the first run's, or 16]")
     parser.add_argument("--limit", type=int, help="prompts: the first so many [the first run's, or 180]")
     parser.add_argument("--greedy", action="store_true", help="greedy answers too")
+    parser.add_argument("--greedy-limit", type=int, help="greedy answers to the first so many prompts [--limit]")
     parser.add_argument("--seed", type=int, help="of sampling [the first run's, or 0]")
     parser.add_argument("--temperature", type=float, help="of sampling [the first run's, or 1]")
     parser.add_argument(
@@ -352,7 +353,7 @@ def _eval(args: dict[str, Any]) -> int:
     chosen = eval_settings(args, [each.config for each in found if each.config is not None])
     measure = _heavy("measure")
     _heavy("training").quiet()
-    rows = measure.eval_models(chosen, found, args["greedy"], args["out"], measure.quiet_say)
+    rows = measure.eval_models(chosen, found, args["out"], measure.quiet_say)
     print(json.dumps(plain(rows), indent=2, ensure_ascii=False) if args["json"] else measure.table(rows))
     return 0
 

@@ -218,7 +218,8 @@ def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str,
         runs: the settings of those among the models that are runs.
 
     Returns:
-        ``task``, by name, ``k``, ``limit``, ``temperature``, ``seed`` and ``max_tokens``.
+        ``task``, by name, ``k``, ``limit``, ``temperature``, ``seed``, ``max_tokens`` and ``greedy_limit``, the prompts
+        that are answered greedily too.
 
     Raises:
         ConfigError: anything that cannot work.
@@ -233,9 +234,11 @@ def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str,
         "seed": said.get("seed", usual["seed"]),
         "max_tokens": said.get("max_completion_length", usual.get("max_completion_length")),
     }
+    found["greedy_limit"] = said.get("greedy_limit", found["limit"] if said.get("greedy") else None)
     if found["task"] is None:
         raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")
-    for flag, name in (("--k", "k"), ("--limit", "limit"), ("--max-completion-length", "max_tokens")):
+    limits = (("--limit", "limit"), ("--greedy-limit", "greedy_limit"), ("--max-completion-length", "max_tokens"))
+    for flag, name in (("--k", "k"), *limits):
         if found[name] is not None and found[name] < 1:
             raise ConfigError(f"{flag}: got {found[name]}, must be at least 1")
     if not 0 < found["temperature"] < float("inf"):

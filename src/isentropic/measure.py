@@ -21,18 +21,25 @@ from .tasks.checks import constant_line
 from .training import load_tokenizer, load_weights
 
 # Beside pass@k: share right of greedy answers and of majority votes, mean different right answers of k, and so on.
-FIGURES = ("distinct", "majority", "greedy", "truncated_frac", "greedy_truncated", "tokens_per_second")
+FIGURES = (
+    "distinct",
+    "majority",
+    "greedy",
+    "greedy_prompts",
+    "truncated_frac",
+    "greedy_truncated",
+    "tokens_per_second",
+)
 
 
 def eval_models(
-    chosen: dict[str, Any], found: Sequence[Candidate], greedy: bool, out: str | None, say: Callable[[str], None]
+    chosen: dict[str, Any], found: Sequence[Candidate], out: str | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Evaluate what the command line names; returns a row for each.
 
     Args:
         chosen: as `config.eval_settings` has it.
         found: what is evaluated.
-        greedy: whether to take greedy answers too.
         out: a JSONL file that gains a row a model.
         say: for progress.
 
@@ -46,6 +53,7 @@ def eval_models(
         raise ConfigError(str(error)) from None
     settings = {name: chosen[name] for name in ("k", "temperature", "seed", "max_tokens")}
     settings["rows"] = rows[: chosen["limit"]]
+    greedy = rows[: chosen["greedy_limit"]] if chosen["greedy_limit"] else []
     tokenizers = []
     for each in found:
         tokenizers.append(load_tokenizer(resolve_model("tiny") if each.path == "tiny" else each.path))
@@ -64,7 +72,7 @@ def eval_models(
 
 
 def _one(
-    each: Candidate, tokenizer: Any, task: Task, settings: dict[str, Any], greedy: bool, say: Callable[[str], None]
+    each: Candidate, tokenizer: Any, task: Task, settings: dict[str, Any], greedy: list[Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     model = load_weights(resolve_model("tiny") if each.path == "tiny" else each.path, each.dtype)
     if torch.cuda.is_available():
@@ -74,15 +82,11 @@ def _one(
     row |= evaluate(model, tokenizer, task, progress=progress, **settings)
     row["tokens_per_second"] = progress.speed
     if greedy:
-        one: dict[str, Any] = {
-            **settings,
-            "k": 1,
-            "temperature": None,
-            "progress": Progress(f"{each.name}, greedy", say),
-        }
-        best = evaluate(model, tokenizer, task, **one)
+        one: dict[str, Any] = {**settings, "k": 1, "temperature": None, "rows": greedy}
+        best = evaluate(model, tokenizer, task, progress=Progress(f"{each.name}, greedy", say), **one)
         row |= {
             "greedy": best["pass@1"],
+            "greedy_prompts": len(greedy),
             "greedy_truncated": best["truncated_frac"],
             "greedy_correct": best["num_correct"],
         }
@@ -114,7 +118,7 @@ def _called(row: dict[str, Any]) -> str:
 
 
 def _cell(row: dict[str, Any], name: str) -> str:
-    text = f"{row[name]:.0f}" if name == "tokens_per_second" else f"{row[name]:.3f}"
+    text = f"{row[name]:.0f}" if name in ("tokens_per_second", "greedy_prompts") else f"{row[name]:.3f}"
     interval = row["intervals"].get(name)
     return f"{text} ({interval[0]:.3f}..{interval[1]:.3f})" if interval else text
 

@@ -115,16 +115,18 @@ def _run(trainer: Any, checkpoint: Path | None, steps: int) -> int:
 
 
 def _evaluate(model: Any, tokenizer: Any, task: Task, config: RunConfig) -> dict[str, Any]:
-    return evaluate(
-        model,
-        tokenizer,
-        task,
-        config.eval_k,
-        rows=task.heldout()[: config.eval_rows],
-        temperature=config.temperature,
-        seed=config.seed,
-        max_tokens=config.max_completion_length,
-    )
+    """Under the arithmetic of training, before the trainer has wrapped the model as after."""
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=config.dtype == "mixed"):
+        return evaluate(
+            model,
+            tokenizer,
+            task,
+            config.eval_k,
+            rows=task.heldout()[: config.eval_rows],
+            temperature=config.temperature,
+            seed=config.seed,
+            max_tokens=config.max_completion_length,
+        )
 
 
 def _write_report(record: Record, say: Callable[[str], None]) -> None:
