@@ -12,7 +12,7 @@ from trl_case import save_model
 
 from isentropic.cli import main
 from isentropic.record import Record
-from isentropic.sequence import Switch, in_order
+from isentropic.sequence import Manner, Switch, in_order
 from isentropic.tasks import Task
 
 spaces = Task(
@@ -51,15 +51,17 @@ def test_rows_come_in_order_and_every_one_is_judged_by_its_own_task():
 def test_the_switch_changes_where_completions_end():
     from types import SimpleNamespace
 
-    made = SimpleNamespace(eos_token_id=[1])
+    made = SimpleNamespace(eos_token_id=[1], max_new_tokens=9)
     trainer = SimpleNamespace(eos_token_ids=[1], generation_config=made, generation_kwargs={}, switch=4)
-    trainer.stops, trainer.optimizer = ([5], []), SimpleNamespace(state={})
+    trainer.args, trainer.vllm_generation = SimpleNamespace(), SimpleNamespace(generation_kwargs={})
+    trainer.manners, trainer.optimizer = (Manner([5], 7), Manner([], 3)), SimpleNamespace(state={})
     seen, called = [], []
     switch = Switch(trainer, called.append)
     for step in (0, 3, 4, 5):
         switch.on_step_begin(None, SimpleNamespace(global_step=step), None)
-        seen.append((trainer.eos_token_ids, made.eos_token_id))
-    assert seen == [([1, 5], [1, 5])] * 2 + [([1], [1])] * 2
+        limits = (trainer.args.max_completion_length, trainer.vllm_generation.max_completion_length)
+        seen.append((trainer.eos_token_ids, made.eos_token_id, made.max_new_tokens, *limits))
+    assert seen == [([1, 5], [1, 5], 7, 7, 7)] * 2 + [([1], [1], 3, 3, 3)] * 2
     assert called == [4]
 
 
@@ -79,6 +81,9 @@ def test_the_run_says_where_tasks_changed(run):
     # The learning rate of each task rises over 2 steps and falls to its end: 6 more on the first, 4 on the second.
     wanted = [0, 0.5, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0.5, 1, 3 / 4, 2 / 4, 1 / 4]
     assert [row["learning_rate"] * 1e3 for row in rows] == pytest.approx(wanted)
+    # Completions of letters have at most 6 tokens and those of spaces at most 4, eight of them a step.
+    tokens = [row["entropy/tokens"] for row in rows]
+    assert max(tokens[8:]) <= 8 * 4 < max(tokens[:8]) <= 8 * 6
     seen = [(row["step"], row["task"]) for row in run[0].rows("evaluations")]
     assert seen == [(step, task) for step in (0, 8, 14) for task in ("letters", "spaces")]
 

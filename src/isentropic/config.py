@@ -11,7 +11,6 @@ from typing import Any, get_args, get_type_hints
 from .models import check_saved
 from .recipes import Recipe, check, compose
 from .tasks import KINDS, TASKS, load_task
-from .tasks.environments import EnvironmentTask
 
 
 class ConfigError(ValueError):
@@ -281,14 +280,9 @@ def _check_names(config: RunConfig, where: str) -> None:
                 "or FILE.py:NAME of your own; see `isentropic tasks`"
             )
         try:
-            played = isinstance(load_task(task), EnvironmentTask)
+            load_task(task)
         except ValueError as error:
             raise ConfigError(f"{where}{error}") from None
-        if played and config.then is not None:
-            raise ConfigError(
-                f"{where}then: got {config.then!r} beside {config.task!r}, and {task!r} is played; train them one "
-                "after the other, the second from a checkpoint of the first by --model"
-            )
     try:
         check_saved(config.model)
     except ValueError as error:

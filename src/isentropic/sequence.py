@@ -7,14 +7,16 @@ rate starts again, as if B had been begun from A's model; the controller and its
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainerCallback, get_scheduler
 
 from .engines.trl import IsentropicTrainer
-from .engines.trl_stop import stop_at
+from .engines.trl_rollout import Rollout
+from .engines.trl_stop import limit_to, stop_at
 from .tasks import Task
 from .tasks.checks import training_rows
 
@@ -25,7 +27,7 @@ def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
     Every row carries ``task``, the name of the one it belongs to. A task's prompts are shuffled anew for every pass.
 
     Args:
-        first, then: two tasks of different names.
+        first, then: two tasks of different names, answered or played.
         num_first, num_then: prompts of each; the caller's generated batches must not straddle the switch.
 
     Raises:
@@ -33,7 +35,6 @@ def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
     """
     if first.name == then.name:
         raise ValueError(f"tasks that follow one another need different names, got {first.name!r} twice; rename one")
-    tasks = {task.name: task for task in (first, then)}
 
     def train(seed: int) -> list[dict[str, Any]]:
         parts = [
@@ -47,19 +48,37 @@ def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
         names = dict.fromkeys(name for part in parts for row in part for name in row)
         return [{name: row.get(name) for name in names} for part in parts for row in part]
 
-    def verify(completion: str, task: str, prompt: Any = None, **columns: Any) -> bool:
-        held = {name: [value] for name, value in columns.items()}
-        return bool(tasks[task].reward([completion], prompts=[prompt], **held)[0])
-
-    return Task(
+    return _InTurn(
+        tasks={task.name: task for task in (first, then)},
         name=f"{first.name} then {then.name}",
         description=f"{first.description} Then: {then.description}",
         train=train,
         heldout=then.heldout,
-        verify=verify,
+        verify=then.verify,
         normalise=then.normalise,
         max_completion_length=max(first.max_completion_length, then.max_completion_length),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _InTurn(Task):
+    """Each completion is judged by the task that its row names."""
+
+    tasks: dict[str, Task]
+
+    def reward(
+        self, completions: Sequence[Any], *, prompts: Sequence[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        names, found = columns["task"], [0.0] * len(completions)
+        per_row = {k: v for k, v in columns.items() if isinstance(v, list) and len(v) == len(names)}
+        for name in dict.fromkeys(names):
+            at = [i for i, each in enumerate(names) if each == name]
+            asked = None if prompts is None else [prompts[i] for i in at]
+            held = {key: [column[i] for i in at] for key, column in per_row.items()}
+            marks = self.tasks[name].reward([completions[i] for i in at], prompts=asked, **held)
+            for i, mark in zip(at, marks, strict=True):
+                found[i] = mark
+        return found
 
 
 def _repeat(task: Task, num: int, seed: int, other: Task) -> list[dict[str, Any]]:
@@ -69,16 +88,30 @@ def _repeat(task: Task, num: int, seed: int, other: Task) -> list[dict[str, Any]
     return [{**row, "task": task.name} for row in found[:num]]
 
 
+class Manner(NamedTuple):
+    """How a task's completions are made.
+
+    Attributes:
+        stop: tokens that end one.
+        limit: its tokens at most.
+        rollout: who plays, where the task is played.
+    """
+
+    stop: list[int]
+    limit: int
+    rollout: Rollout | None = None
+
+
 class SequentialTrainer(IsentropicTrainer):
-    """An :class:`IsentropicTrainer` over the rows of :func:`in_order`; set ``switch`` before training.
+    """An :class:`IsentropicTrainer` over the rows of :func:`in_order`; set both before training.
 
     Attributes:
         switch: optimizer steps on the first task.
-        stops: tokens that end a completion of the first task, and of the second.
+        manners: of the first task, and of the second.
     """
 
     switch: int
-    stops: tuple[list[int], list[int]] = ([], [])
+    manners: tuple[Manner, Manner]
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
@@ -110,7 +143,10 @@ class Switch(TrainerCallback):
         self.trainer, self.then = trainer, then
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        stop_at(self.trainer, self.trainer.stops[state.global_step >= self.trainer.switch])
+        manner = self.trainer.manners[state.global_step >= self.trainer.switch]
+        stop_at(self.trainer, manner.stop)
+        limit_to(self.trainer, manner.limit)
+        self.trainer.rollout_func = manner.rollout
         if state.global_step == self.trainer.switch:
             optimizer: Any = self.trainer.optimizer
             optimizer.state.clear()

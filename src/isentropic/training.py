@@ -38,7 +38,7 @@ from .evaluation import rms_relative_error
 from .models import check_head, resolve_model
 from .precision import Report
 from .record import Record, write_json
-from .sequence import SequentialTrainer, Switch, in_order
+from .sequence import Manner, SequentialTrainer, Switch, in_order
 from .tasks import Task, load_task
 from .tasks.checks import constant_line, training_rows
 from .tasks.environments import EnvironmentTask
@@ -289,6 +289,7 @@ def _trainer(
         peft = LoraConfig(
             r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear", task_type="CAUSAL_LM"
         )
+    first, *then = [_manner(config, each, tokenizer) for each in tasks]
     trainer = (SequentialTrainer if len(tasks) > 1 else IsentropicTrainer)(
         model,
         task.reward,
@@ -297,23 +298,20 @@ def _trainer(
         processing_class=tokenizer,
         peft_config=peft,
         callbacks=[StepLines(say)],
-        rollout_func=_rollout(config, tasks),
+        rollout_func=first.rollout,
     )
     for noisy in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(noisy)
-    stops = [list(line_breaks(tokenizer)) if each.stop == "\n" else [] for each in tasks]
-    stop_at(trainer, stops[0])
+    stop_at(trainer, first.stop)
     if isinstance(trainer, SequentialTrainer):
-        trainer.switch, trainer.stops = config.steps, (stops[0], stops[1])
+        trainer.switch, trainer.manners = config.steps, (first, then[0])
     return trainer
 
 
-def _rollout(config: RunConfig, tasks: list[Task]) -> Rollout | None:
-    """Who plays, where the task is an environment."""
-    if not any(isinstance(task, EnvironmentTask) for task in tasks):
-        return None
-    assert len(tasks) == 1, "config refuses a second task beside an environment"
-    return Rollout(limited(tasks[0], config.max_completion_length))
+def _manner(config: RunConfig, task: Task, tokenizer: Any) -> Manner:
+    stop = list(line_breaks(tokenizer)) if task.stop == "\n" else []
+    plays = Rollout(limited(task, config.max_completion_length)) if isinstance(task, EnvironmentTask) else None
+    return Manner(stop, config.max_completion_length or task.max_completion_length, plays)
 
 
 def _trl_config(config: RunConfig, task: Task, in_turn: bool, ranks: int) -> IsentropicConfig:

@@ -15,6 +15,7 @@ from isentropic.cli import main
 from isentropic.models.warmup import IGNORED, WarmUp, demonstrations, make, warm_up, win_rate
 from isentropic.models.words import word_model, word_tokenizer, words_of
 from isentropic.record import Record
+from isentropic.tasks import load_task
 
 walk = corridor(max_turns=4)
 
@@ -91,12 +92,39 @@ def test_from_warm_up_to_a_run_and_its_evaluation_by_commands(tmp_path, capsys):
     assert "pass@2" in capsys.readouterr().out
 
 
-def test_two_tasks_in_turn_with_an_environment_are_refused(tmp_path, capsys):
+@pytest.mark.parametrize("played_first", [True, False])
+def test_an_environment_and_a_task_that_is_answered_in_turn(tmp_path, played_first):
     sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
     from trl_case import save_model
 
-    model = save_model(tmp_path / "model")
-    flags = ["--steps", "4", "--then", "expr", "--out", str(tmp_path / "run"), "--prompts", "2", "--generations", "4"]
-    with pytest.raises(SystemExit):
-        main(["train", "--model", model, "--task", "test_warmup:walk", *flags])
-    assert "is played; train them one after the other" in capsys.readouterr().err
+    model, run = save_model(tmp_path / "model"), tmp_path / "run"
+    names = ["test_warmup:walk", "expr"][:: 1 if played_first else -1]
+    flags = [
+        "--steps",
+        "4",
+        "--prompts",
+        "2",
+        "--generations",
+        "4",
+        "--updates",
+        "2",
+        "--eval-k",
+        "2",
+        "--audit",
+        "off",
+    ]
+    flags += ["--explain-every", "1", "--eval-rows", "3"]
+    assert main(["train", "--model", model, "--task", names[0], "--then", names[1], *flags, "--out", str(run)]) == 0
+    record = Record(run)
+    rows = record.rows("metrics")
+    tasks = [row["task"] for row in rows]
+    assert tasks == (["corridor"] * 4 + ["expr"] * 4 if played_first else ["expr"] * 4 + ["corridor"] * 4)
+    for row in rows:
+        assert ("episode/turns" in row) == (row["task"] == "corridor")
+    # Four completions a step: an expression has its own task's limit, not that of an episode.
+    assert all(
+        row["entropy/tokens"] <= 4 * load_task("expr").max_completion_length for row in rows if row["task"] == "expr"
+    )
+    assert [(row["step"], row["task"]) for row in record.rows("evaluations")] == [
+        (step, task) for step in (0, 4, 8) for task in (tasks[0], tasks[-1])
+    ]

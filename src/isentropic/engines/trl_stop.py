@@ -43,3 +43,12 @@ def stop_at(trainer: Any, ids: Sequence[int]) -> None:
         trainer.generation_kwargs["eos_token_id"] = every
     if getattr(trainer, "vllm_generation", None) is not None:
         trainer.vllm_generation.generation_kwargs["stop_token_ids"] = list(ids)
+
+
+def limit_to(trainer: Any, tokens: int) -> None:
+    """Have a GRPO trainer cut completions at so many tokens from its next generated batch on."""
+    trainer.max_completion_length = trainer.args.max_completion_length = tokens
+    if getattr(trainer, "generation_config", None) is not None:
+        trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = tokens
+    if getattr(trainer, "vllm_generation", None) is not None:
+        trainer.vllm_generation.max_completion_length = tokens
