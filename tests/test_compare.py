@@ -136,6 +136,17 @@ def test_what_is_written_reads_back(tmp_path):
     assert len(estimates["cells"]["a"]["pass@1"]["interval"]) == 2
 
 
+def test_the_largest_k_has_a_column_of_its_own_once():
+    def table(**passed):
+        lines = [line("a", s, **{"pass@1": 0.5}) for s in range(3)]
+        for each in lines:
+            each["figures"] |= {f"pass@{k[1:]}": v for k, v in passed.items()}
+        return render(compare(lines), markdown=True).splitlines()[0]
+
+    assert table(k4=0.6, k8=0.7) == "| cell | seeds | pass@1 | pass@4 | pass@8 |"
+    assert table(k2=0.5, k4=0.6) == "| cell | seeds | pass@1 | pass@4 |"
+
+
 def test_markdown_is_a_table():
     text = render(compare([line("a", 0, **{"pass@1": 0.5})]), markdown=True)
     assert text.splitlines()[:2] == ["| cell | seeds | pass@1 |", "| --- | --- | --- |"]

@@ -32,15 +32,21 @@ FIGURES = {
     "reward/end": ("reward", "on training prompts, mean over the last tenth of the steps"),
     "pass@1": ("pass@1", "held-out prompts, unbiased"),
     "pass@4": ("pass@4", "held-out prompts, unbiased"),
-    "pass@16": ("pass@16", "held-out prompts, unbiased"),
+    "pass@K": ("pass@K", "held-out prompts, unbiased, K the most samples that were taken"),
     "distinct": ("distinct", "different right answers among the samples of a held-out prompt"),
     "steps": ("steps", "optimizer steps"),
     "seconds": ("seconds", "wall clock of the whole run, evaluations included"),
 }
-SCORES = ("pass@1", "pass@16", "distinct")
+SCORES = ("pass@1", "pass@K", "distinct")
 _CURVE_POINTS = 50
 # What does not change a run's numbers, and what tells runs of one cell apart.
 _ELSEWHERE = ("out", "device", "save_every", "keep", "seed", "task", "audit")
+
+
+def _most(lines: Sequence[dict[str, Any]]) -> str:
+    """The name of pass@K, K the most samples that runs were evaluated with."""
+    found = [int(key[5:]) for line in lines for key in line["figures"] if key.startswith("pass@")]
+    return f"pass@{max(found, default=1)}"
 
 
 def fingerprint(config: dict[str, Any], recipe: dict[str, Any]) -> str:
@@ -167,6 +173,7 @@ class Comparison(NamedTuple):
         baseline: a cell's name, or None.
         tasks: on which the runs were made.
         seeds: by cell, the smallest number of seeds on a task.
+        most: what pass@K is.
     """
 
     cells: dict[str, dict[str, Estimate]]
@@ -174,6 +181,7 @@ class Comparison(NamedTuple):
     baseline: str | None
     tasks: list[str]
     seeds: dict[str, int]
+    most: str
 
 
 def _mean(tasks: Sequence[Any]) -> float:
@@ -191,12 +199,13 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
     names = list(dict.fromkeys(line["cell"] for line in lines))
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline must be one of {', '.join(names)}; got {baseline!r}")
-    tasks = list(dict.fromkeys(line["task"] for line in lines))
+    tasks, most = list(dict.fromkeys(line["task"] for line in lines)), _most(lines)
 
     def scores(name: str, figure: str) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
         for line in lines:
-            value = line["figures"].get(figure)
+            key = figure if figure != "pass@K" else None if most in FIGURES else most
+            value = line["figures"].get(key)
             if line["cell"] == name and value is not None:
                 found.setdefault(line["task"], []).append(value)
         return found
@@ -223,7 +232,7 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
                 pair = [ours[task] for task in shared], [theirs[task] for task in shared]
                 interval = stratified_interval(probability_of_improvement, *pair)
                 better[name][figure] = (probability_of_improvement(*pair), interval)
-    return Comparison(cells, better, baseline, tasks, seeds)
+    return Comparison(cells, better, baseline, tasks, seeds, most)
 
 
 def _shown(figure: str, value: float, interval: Interval | None) -> str:
@@ -237,7 +246,8 @@ def _shown(figure: str, value: float, interval: Interval | None) -> str:
 def render(found: Comparison, markdown: bool = False) -> str:
     """The tables as text, aligned for a terminal or as Markdown."""
     figures = [f for f in FIGURES if any(f in cell for cell in found.cells.values())]
-    head = ["cell", "seeds", *(FIGURES[f][0] for f in figures)]
+    names = {f: found.most if f == "pass@K" else FIGURES[f][0] for f in FIGURES}
+    head = ["cell", "seeds", *(names[f] for f in figures)]
     rows = [
         [name, str(found.seeds[name])]
         + [_shown(f, cell[f].mean, cell[f].interval) if f in cell else "-" for f in figures]
@@ -245,7 +255,7 @@ def render(found: Comparison, markdown: bool = False) -> str:
     ]
     parts = [_table(head, rows, markdown)]
     if any(found.better.values()):
-        head = ["cell", *(f"P({FIGURES[f][0]} better)" for f in SCORES), *(f"IQM {FIGURES[f][0]}" for f in SCORES)]
+        head = ["cell", *(f"P({names[f]} better)" for f in SCORES), *(f"IQM {names[f]}" for f in SCORES)]
         rows = [
             [name]
             + [_shown(f, *found.better[name][f]) if f in found.better.get(name, {}) else "-" for f in SCORES]
@@ -272,8 +282,9 @@ def write(found: Comparison, lines: Sequence[dict[str, Any]], folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        out.writerow(["cell", "task", "seed", *FIGURES])
+        names = list(dict.fromkeys(found.most if f == "pass@K" else f for f in FIGURES))
+        out.writerow(["cell", "task", "seed", *names])
         for line in lines:
-            out.writerow([line["cell"], line["task"], line["seed"], *(line["figures"].get(f) for f in FIGURES)])
+            out.writerow([line["cell"], line["task"], line["seed"], *(line["figures"].get(f) for f in names)])
     cells = {name: {f: e._asdict() for f, e in cell.items()} for name, cell in found.cells.items()}
     write_json(folder / "compare.json", {**found._asdict(), "cells": cells})
