@@ -66,6 +66,12 @@ def test_math_reads_the_box_of_the_solution_and_aime_cannot_train(tmp_path):
         aime.train(0)
 
 
+def test_two_spellings_of_a_number_are_one_answer():
+    task = load_task(SUMS)
+    assert {task.normalise(text) for text in (" 12", " 12.", "12.0\nQuestion")} == {"12"}
+    assert task.normalise(" 12  apples") == "12 apples"
+
+
 def test_rows_of_ones_own_in_both_formats(tmp_path):
     import pyarrow as pa
     from pyarrow import parquet

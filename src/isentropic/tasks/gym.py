@@ -14,6 +14,7 @@ from typing import Any
 
 from . import Task
 from .spec import chosen, require, split
+from .verifiers import number
 from .worker import ask
 
 OPTIONS: dict[str, Any] = {
@@ -112,7 +113,7 @@ def _task(name: str, generator: str, config: str, ours: dict[str, Any]) -> Task:
         train=lambda seed: rows(TRAIN_SEED * (seed + 1), ours["rows"]),
         heldout=lambda: rows(HELDOUT_SEED, ours["heldout"]),
         verify=verify,
-        normalise=lambda completion: " ".join(_stated(completion, chat).split()),
+        normalise=lambda completion: _same(_stated(completion, chat)),
         max_completion_length=ours["tokens"] or (512 if chat else 32),
         stop="" if chat else "\n",
         gold=lambda row: f"<answer>{row['answer']}</answer>" if chat else f" {row['answer']}",
@@ -130,6 +131,12 @@ def _stated(completion: str, chat: bool) -> str:
         return completion.partition("\n")[0].strip()
     found = _ANSWER.findall(completion[-100_000:])
     return found[-1].strip() if found else ""
+
+
+def _same(stated: str) -> str:
+    """Two spellings of one number are one answer: 5, 5. and 5.0."""
+    value = number(stated)
+    return " ".join(stated.split()) if value is None else str(value)
 
 
 def names() -> list[str]:
