@@ -1,11 +1,11 @@
-"""Which method keeps entropy, and what does it buy? Seven experiments on the embedded task, one command each.
+"""Which method keeps entropy, and what does it buy? Seven experiments on the embedded task, one on SmolLM2.
 
-    python bench/methods.py collapse|quality|journey|sequence|offpolicy|targets|rates
+    python bench/methods.py collapse|quality|journey|sequence|offpolicy|targets|rates|smollm2
                             [--seeds 0 1] [--jobs 2] [--only-table]
 
 `isentropic compare` runs what the experiment's grid in bench/grids/ lacks; a finished run is a line of
-docs/results/methods.jsonl and never runs again. Then the table and the figure are made from those lines, of as many
-seeds as there are.
+docs/results/methods.jsonl, or smollm2.jsonl, and never runs again. Then the table and the figure are made from those
+lines, of as many seeds as there are.
 """
 
 import argparse
@@ -27,6 +27,7 @@ EXPERIMENTS = {
     "offpolicy": ["offpolicy"],
     "targets": ["targets"],
     "rates": ["rates"],
+    "smollm2": ["smollm2"],
 }
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 COLOURS = (
@@ -282,6 +283,40 @@ def rates(grids, plt):
         axis.set_xticks([], minor=True)
     axes[0].set_title("Which rate is best?")
     axes[0].legend(frameon=False, fontsize=6.5)
+    return figure, "\n".join(rows)
+
+
+def smollm2(grids, plt):
+    """Entropy and reward along the run, means over five steps and the seeds; scores before and after."""
+    cells = by_cell(grids[0].lines())
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
+    before = [line["start"] for lines in cells.values() for line in lines]
+    keys = [key for key in ("pass@1", "pass@8") if key in before[0]]
+    for place, key in enumerate(keys):
+        value = statistics.mean(start[key] for start in before)
+        right.plot([place - 0.3, place + 0.3], [value, value], color=GREY, lw=1, label=None if place else "before")
+    for at, (colour, (name, lines)) in enumerate(zip(COLOURS, cells.items(), strict=False)):
+        for axis, key in ((left, "entropy"), (middle, "reward")):
+            runs = [line["curve"][key] for line in lines]
+            values = [statistics.mean(step) for step in zip(*runs, strict=True)]
+            windows = [values[i : i + 5] for i in range(0, len(values), 5)]
+            steps = lines[0]["curve"]["step"][2::5]
+            axis.plot(steps, [statistics.mean(w) for w in windows], "o-", color=colour, ms=3, lw=1.2, label=name)
+        for place, key in enumerate(keys):
+            values = [line["figures"][key] for line in lines]
+            right.plot([place + 0.1 * (at - 2)] * len(values), values, "o", color=colour, ms=5)
+    left.set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="nats a token", ylim=(0, None))
+    middle.set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
+    right.set(title="Held-out, before and after", ylabel="pass@k", ylim=(0, 1))
+    right.set_xticks(range(len(keys)), keys)
+    left.legend(frameon=False, fontsize=6.5)
+    right.legend(frameon=False, fontsize=6.5)
+    rows = ["| recipe | seeds | pass@1 | pass@8 | distinct |", "|---" * 5 + "|"]
+    started = " | ".join(span([start[key] for start in before]) for key in (*keys, "distinct"))
+    rows.append(f"| before | {len({line['seed'] for lines in cells.values() for line in lines})} | {started} |")
+    for name, lines in cells.items():
+        ends = " | ".join(span([line["figures"][key] for line in lines]) for key in (*keys, "distinct"))
+        rows.append(f"| {name} | {len(lines)} | {ends} |")
     return figure, "\n".join(rows)
 
 
