@@ -74,8 +74,10 @@ def test_eval_recomputes_from_a_checkpoint(run, capsys):
     last = run.rows("evaluations")[-1]
     assert main(["eval", str(run.path)]) == 0
     text = capsys.readouterr().out
-    assert f"pass@1     {last['pass@1']:.3f}" in text
-    assert f"distinct   {last['distinct']:.3f}" in text
+    shown = dict(row.split(maxsplit=1) for row in text.splitlines())
+    assert shown["pass@1"].startswith(f"{last['pass@1']:.3f} (")
+    assert shown["distinct"] == f"{last['distinct']:.3f}"
+    assert len({len(row) - len(row.split(maxsplit=1)[1]) for row in text.splitlines()}) == 1  # a column
     assert main(["eval", str(run.path), "--step", "16", "--k", "8"]) == 0
     assert "pass@8" in capsys.readouterr().out
     with pytest.raises(SystemExit):

@@ -106,7 +106,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         # A word and a value a line, as short as it was asked.
         head = [["task", first["task"]], ["prompts", str(len(first["prompts"]))], ["k", str(first["k"])]]
         lines = [lines[0], *head, *lines[1:]]
-        return "\n".join(f"{name:10} {value}" for name, value in lines)
+        width = max(len(name) for name, _ in lines)
+        return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [f"task {first['task']}, {len(first['prompts'])} prompts, k = {first['k']}"]
     text += ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
