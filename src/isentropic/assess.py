@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -134,24 +135,26 @@ def sample(
 def _read_once(model: Any, encoded: dict[str, Any], owners: list[int]) -> dict[str, Any]:
     """A cache in which each prompt was read once, whatever its number of samples; all but its last token.
 
+    Empty where there is nothing to save, and for models whose decoder has no such cache.
+
     Args:
         model: causal.
         encoded: ``input_ids`` and ``attention_mask``, [b s], padded on the left.
         owners: b, whose samples the rows are; those of one prompt follow one another.
     """
-    owner = torch.tensor(owners, device=model.device)
-    _, counts = torch.unique_consecutive(owner, return_counts=True)
+    _, counts = torch.unique_consecutive(torch.tensor(owners, device=model.device), return_counts=True)
+    decoder = model.get_decoder()
     if len(counts) == len(owners) or encoded["input_ids"].shape[1] == 1:
+        return {}
+    if not {"past_key_values", "position_ids"} <= inspect.signature(decoder.forward).parameters.keys():
         return {}
     first = counts.cumsum(0) - counts
     mask = encoded["attention_mask"][first, :-1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    read = model(
-        input_ids=encoded["input_ids"][first, :-1], attention_mask=mask, position_ids=positions, use_cache=True,
-        logits_to_keep=1,
-    )  # fmt: skip
-    read.past_key_values.batch_repeat_interleave(counts)
-    return {"past_key_values": read.past_key_values}
+    ids = encoded["input_ids"][first, :-1]
+    cache = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(counts)
+    return {"past_key_values": cache}
 
 
 def _per_call(model: Any, ids: list[list[int]], order: list[int], done: int, max_tokens: int, num: int) -> int:
