@@ -7,7 +7,7 @@ import time
 import pytest
 
 from isentropic.cli import main
-from isentropic.config import RunConfig, load, recipe_of
+from isentropic.config import ConfigError, RunConfig, load, recipe_of
 from isentropic.recipes import RECIPES
 from isentropic.record import Record
 
@@ -109,6 +109,14 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     config = load(str(path), {"seed": 5})
     assert (config.steps, config.seed, config.learning_rate, config.model) == (7, 5, 1, RunConfig.model)
     assert recipe_of(config).clip_high == 0.4
+
+
+def test_an_annealed_target_goes_over_the_whole_run_unless_told():
+    told = {"steps": 40, "then": "expr-digit", "then_steps": 20}
+    assert load(None, {"target": "anneal:100%:50%", **told}).target == "anneal:100%:50%:60"
+    assert load(None, {"target": "anneal:100%:50%:7", **told}).target == "anneal:100%:50%:7"
+    with pytest.raises(ConfigError, match="FROM:TO:STEPS"):
+        load(None, {"target": "anneal:100%"})
 
 
 @pytest.mark.parametrize("name", RECIPES)

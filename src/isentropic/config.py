@@ -33,7 +33,7 @@ class RunConfig:
         None, "how: predictive, pi, double_halve, multiplicative, sign_step, fixed; none only monitors"
     )
     target: str | None = _setting(
-        None, "what entropy is held at: initial, 0.8, 80%%, anneal:FROM:TO:STEPS, band:LOW:HIGH"
+        None, "what entropy is held at: initial, 0.8, 80%%, anneal:FROM:TO[:STEPS], band:LOW:HIGH"
     )
     every: int | None = _setting(None, "optimizer steps between controller updates [a generated batch]", low=1)
     shaping: str | None = _setting(None, "how the advantage is shaped: none, repo, repo_r, repo_r_raw, repo_d, ...")
@@ -172,6 +172,8 @@ def recipe_of(config: RunConfig) -> Recipe:
 
 def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig:
     where = f"{path}: " if path else ""
+    if config.target and config.target.startswith("anneal:") and config.target.count(":") == 2:
+        config = replace(config, target=f"{config.target}:{max(total_steps(config), 1)}")
     try:
         recipe = recipe_of(config)
         if recipe.on_policy and not updates_said:
