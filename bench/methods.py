@@ -98,30 +98,26 @@ def collapse(grids, plt):
 def quality(grids, plt):
     """Scores against the entropy that was kept: a path a method, over three targets."""
     cells = by_cell(grids[0].lines())
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.8))
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
     methods = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in cells))
-    for axis, (key, label) in zip(
-        axes,
-        {"reward/end": "reward", "pass@16": "pass@16, held-out", "distinct": "different right answers of 16"}.items(),
-        strict=True,
-    ):
+    named = {
+        "entropy/mean": "nats a token, mean over the run",
+        "pass@1": "pass@1, held-out",
+        "distinct": "different right answers of 16",
+    }
+    panels = (("entropy/mean", "pass@1"), ("entropy/mean", "distinct"), ("pass@1", "distinct"))
+    for axis, (across, up) in zip(axes, panels, strict=True):
         for colour, method in zip(COLOURS * 2, methods, strict=False):
             mine = [lines for name, lines in cells.items() if name.rsplit(" ", 1)[0] == method]
-            points = sorted((mean(lines, "entropy/mean"), mean(lines, key)) for lines in mine)
-            marker = "*" if method == "grpo" else "o"
-            axis.plot(
-                *zip(*points, strict=True),
-                marker + "-",
-                color="k" if method == "grpo" else colour,
-                ms=5,
-                lw=1,
-                label=method,
-            )
-        axis.set(xlabel="nats a token, mean over the run", ylabel=label)
-    axes[0].set_title("What does entropy cost in reward?")
-    axes[1].set_title("Does search improve?")
-    axes[2].set_title("What does entropy buy?")
-    axes[2].legend(frameon=False, fontsize=6.5)
+            mine.sort(key=lambda lines: mean(lines, "entropy/mean"))
+            points = [(mean(lines, across), mean(lines, up)) for lines in mine]
+            marker, colour = ("*", "k") if method == "grpo" else ("o", colour)
+            axis.plot(*zip(*points, strict=True), marker + "-", color=colour, ms=5, lw=1, label=method)
+        axis.set(xlabel=named[across], ylabel=named[up])
+    axes[0].set_title("What does entropy cost?")
+    axes[1].set_title("What does it buy?")
+    axes[2].set_title("The bargain")
+    axes[2].legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure, ""
 
 
