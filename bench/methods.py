@@ -174,8 +174,8 @@ def sequence(grids, plt):
     after, alone = by_cell(grids[0].lines()), by_cell(grids[1].lines())
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
     rows = [
-        "| recipe | seeds | pass@1 of A: before, after A, after B | pass@1 of B: after A, alone "
-        "| pass@16 of B: after A, alone | distinct of B: after A, alone |",
+        "| recipe | seeds | pass@1 of A: before, after A, after B | pass@1 of B: after A, alone, P(after A better) "
+        "| pass@16 of B: the same | distinct of B: the same |",
         "|---" * 6 + "|",
     ]
     for colour, name in zip(COLOURS, [n for n in after if n in alone], strict=False):
@@ -184,7 +184,7 @@ def sequence(grids, plt):
         pairs = []
         for key in ("pass@1", "pass@16", "distinct"):
             a, b = ([scores_on(line, "expr-digit")[-1][key] for line in lines] for lines in (after[name], alone[name]))
-            pairs.append(f"{span(a)}, {span(b)}")
+            pairs.append(f"{span(a)}, {span(b)}, {better(a, b)}")
         rows.append(f"| {name} | {len(after[name])}, {len(alone[name])} | {kept} | {' | '.join(pairs)} |")
         for axis, lines, skip in ((left, after[name], 400), (left, alone[name], 0)):
             curve = lines[0]["curve"]
@@ -209,6 +209,15 @@ def sequence(grids, plt):
     middle.set_title("Where does B end?")
     left.legend(frameon=False, fontsize=6.5)
     return figure, "\n".join(rows)
+
+
+def better(ours, theirs):
+    """The probability that a run of ours beats one of theirs, with its interval where seeds allow one."""
+    from isentropic.evaluation import probability_of_improvement, stratified_interval
+
+    value = f"**{probability_of_improvement([ours], [theirs]):.2f}**"
+    interval = stratified_interval(probability_of_improvement, [ours], [theirs])
+    return value if interval is None else f"{value} ({interval.low:.2f}..{interval.high:.2f})"
 
 
 def span(values):
