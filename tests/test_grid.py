@@ -44,6 +44,15 @@ def test_cells_are_names_times_tasks_times_seeds_with_the_settings_of_each(tmp_p
     assert grid.results == grid.out / "results.jsonl" == Path("runs/grid/results.jsonl")
 
 
+def test_a_choice_without_the_baseline_has_none(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    assert load_grid(str(path), {"recipes": ["held", "dapo"]}).baseline is None
+    assert load_grid(str(path), {"recipes": ["held", "plain"]}).baseline == "plain"
+    with pytest.raises(ConfigError, match="baseline: got 'plain'"):
+        load_grid(str(path), {"recipes": ["held"], "baseline": "plain"})
+
+
 def test_flags_override_the_file(tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(GRID)

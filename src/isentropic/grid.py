@@ -100,6 +100,8 @@ def load_grid(path: str | None, flags: dict[str, Any]) -> Grid:
         wanted = flags.pop("recipes")
         known = {**{r: {"recipe": r} for r in values.get("recipes", [])}, **values.get("cells", {})}
         values = {**values, "recipes": [], "cells": {name: known.get(name, {"recipe": name}) for name in wanted}}
+        if values.get("baseline") in known and values["baseline"] not in wanted:
+            values["baseline"] = None
     values |= {k: v for k, v in flags.items() if v is not None}
     for key, kind in _LISTS.items():
         got = values.get(key, [])
