@@ -143,9 +143,9 @@ def _read_once(model: Any, encoded: dict[str, Any], owners: list[int]) -> dict[s
         owners: b, whose samples the rows are; those of one prompt follow one another.
     """
     _, counts = torch.unique_consecutive(torch.tensor(owners, device=model.device), return_counts=True)
-    decoder = model.get_decoder()
     if len(counts) == len(owners) or encoded["input_ids"].shape[1] == 1:
         return {}
+    decoder = model.get_decoder()
     if not {"past_key_values", "position_ids"} <= inspect.signature(decoder.forward).parameters.keys():
         return {}
     first = counts.cumsum(0) - counts

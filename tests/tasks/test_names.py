@@ -118,6 +118,7 @@ def test_bad_rows_are_told_by_their_line(tmp_path, text, says):
         ("mix:expr", "must be mix:TASK@WEIGHT"),
         ("mix:expr@0+expr-digit@1", "weights must be > 0"),
         ("mix:expr@1+expr@2", "stands there twice"),
+        ("mix:expr@1+textarena:FrozenLake-v0@1", r"'textarena:FrozenLake-v0', which is played.*--then"),
         ("my_tasks.py:short", "there is no such file"),
     ],
 )

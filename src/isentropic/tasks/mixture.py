@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from . import Task, load_task
+from .environments import EnvironmentTask
 
 _PART = re.compile(r"(.+?)@([0-9.]+)(?:\+|$)")
 
@@ -38,12 +39,19 @@ def load(rest: str, name: str) -> Task:
     """Return the mixture of `mix:TASK@WEIGHT+TASK@WEIGHT...`.
 
     Raises:
-        ValueError: what is no mixture, a task that cannot be loaded, one named twice, or tasks that end differently.
+        ValueError: what is no mixture, a task that cannot be loaded, one named twice, one that is played, or tasks that
+            end differently.
     """
     shares = parts(rest, name)
     tasks = {task: load_task(task) for task, _ in shares}
     if len(tasks) != len(shares):
         raise ValueError(f"task {name!r}: a task stands there twice; add its weights")
+    played = [name for name, task in tasks.items() if isinstance(task, EnvironmentTask)]
+    if played:
+        raise ValueError(
+            f"task {name!r}: a mixture is of tasks that are answered, got {played[0]!r}, which is played; "
+            "train one after the other by --then"
+        )
     stops = {task.stop for task in tasks.values()}
     if len(stops) > 1:
         raise ValueError(
