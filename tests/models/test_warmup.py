@@ -99,21 +99,8 @@ def test_an_environment_and_a_task_that_is_answered_in_turn(tmp_path, played_fir
 
     model, run = save_model(tmp_path / "model"), tmp_path / "run"
     names = ["test_warmup:walk", "expr"][:: 1 if played_first else -1]
-    flags = [
-        "--steps",
-        "4",
-        "--prompts",
-        "2",
-        "--generations",
-        "4",
-        "--updates",
-        "2",
-        "--eval-k",
-        "2",
-        "--audit",
-        "off",
-    ]
-    flags += ["--explain-every", "1", "--eval-rows", "3"]
+    flags = "--steps 4 --prompts 2 --generations 4 --updates 2 --eval-k 2 --eval-rows 3 --explain-every 1".split()
+    flags += ["--audit", "off"]
     assert main(["train", "--model", model, "--task", names[0], "--then", names[1], *flags, "--out", str(run)]) == 0
     record = Record(run)
     rows = record.rows("metrics")
