@@ -104,7 +104,7 @@ def run(controller, seed, home):
     if (out / "summary.json").exists():
         return
     shutil.rmtree(out, ignore_errors=True)
-    flags = ["--recipe", "isentropic", "--controller", controller, "--seed", str(seed), "--steps", str(STEPS)]
+    flags = ["--target", "75%", "--controller", controller, "--seed", str(seed), "--steps", str(STEPS)]
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-m", "isentropic.cli", "train", *flags, "--save-every", "0", "--out", str(out)],

@@ -25,7 +25,7 @@ RESULTS = ROOT / "docs" / "results"
 SHARED = {"steps": 800, "prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
 CELLS = {
     "grpo": {"recipe": "grpo"},
-    "isentropic": {"recipe": "isentropic", "controller": "pi"},
+    "isentropic": {"recipe": "isentropic", "controller": "pi", "target": "75%"},
     "loop": {"recipe": "loop"},
     "dapo": {"recipe": "dapo"},
     # Strictly on-policy: one step a batch, and a batch of the size the others step on. Steps and samples are the same.

@@ -34,7 +34,7 @@ SHARED = [
 # verl's own GRPO, read and not touched; and the default recipe, which names its estimator and reduction itself.
 CELLS = {
     "verl's GRPO": ["+isentropic=monitor", "algorithm.adv_estimator=grpo"],
-    "isentropic at 75%": ["+isentropic=isentropic"],
+    "isentropic at 75%": ["+isentropic=isentropic", "actor_rollout_ref.actor.policy_loss.target=75%"],
     "repo-r-loop at 80%": ["+isentropic=repo-r-loop", "actor_rollout_ref.actor.policy_loss.target=80%"],
 }
 TABLE = "| run | entropy, first batch | last ten | target | RMS error from batch 5 on | reward, first ten | last ten |"

@@ -111,11 +111,9 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     assert recipe_of(config).clip_high == 0.4
 
 
-def test_an_annealed_target_goes_over_the_whole_run_unless_told():
-    told = {"steps": 40, "then": "expr-digit", "then_steps": 20}
-    assert load(None, {"target": "anneal:100%:50%", **told}).target == "anneal:100%:50%:60"
-    assert load(None, {"target": "anneal:100%:50%:7", **told}).target == "anneal:100%:50%:7"
-    with pytest.raises(ConfigError, match="FROM:TO:STEPS"):
+def test_an_annealed_target_may_leave_its_steps_out():
+    assert recipe_of(load(None, {"target": "anneal:100%:50%"})).target == "anneal:100%:50%"
+    with pytest.raises(ConfigError, match="FROM:TO"):
         load(None, {"target": "anneal:100%"})
 
 
@@ -144,7 +142,7 @@ def test_recipes_lists_everything(capsys):
         "clip_high",
         "double_halve",
         "repo_r_raw",
-        "anneal:FROM:TO:STEPS",
+        "anneal:FROM:TO[:STEPS]",
         "clip_cov",
         "dcpo",
         "lp_reg",

@@ -5,8 +5,8 @@ import pytest
 from isentropic.targets import parse_target
 
 
-def levels(text, *entropies, first=1):
-    target = parse_target(text, first)
+def levels(text, *entropies, first=1, steps=None):
+    target = parse_target(text, first, steps)
     state = target.init()
     seen = []
     for entropy in entropies:
@@ -39,6 +39,26 @@ def test_anneal_from_the_start_to_a_constant():
     assert [hold for _, hold in seen] == [True] + [False] * 5
 
 
+def test_a_target_over_the_whole_run_needs_its_length():
+    assert levels("anneal:2.0:1.0", *[1.5] * 6, steps=4) == levels("anneal:2.0:1.0:4", *[1.5] * 6)
+    assert levels("anneal:2.0:1.0:2", 1.5, 1.5, steps=4) == levels("anneal:2.0:1.0:2", 1.5, 1.5)
+    with pytest.raises(ValueError, match=r"got steps=None; pass steps, or write anneal:100%:50%:STEPS"):
+        parse_target("anneal:100%:50%")
+
+
+def test_a_longer_run_goes_on_from_where_the_level_is():
+    short, long = (parse_target("anneal:2.0:1.0", steps=steps) for steps in (4, 8))
+    state = short.init()
+    for _ in range(4):
+        state = short.update(state, 1.5, 1.0)
+    assert short.level(state) == 1.25
+    seen = []
+    for _ in range(5):
+        state = long.update(state, 1.5, 1.0)
+        seen.append(long.level(state))
+    assert seen == [1.25, 1.25, 1.25, 1.125, 1.0]
+
+
 def test_band_waits_inside_and_comes_back_to_the_middle():
     # Middle 2: below 1 it steers up until 2 is passed, above 3 down until 2 is passed.
     seen = [hold for _, hold in levels("band:1.0:3.0", 1.5, 0.9, 1.9, 2.05, 2.9, 3.1, 2.1, 1.9)]
@@ -54,7 +74,21 @@ def test_state_is_plain_numbers():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "initail", "-1", "0", "0%", "nan", "anneal:1:2", "anneal:1:2:0", "band:2:1", "band:x:1", "inf", "1e400"],
+    [
+        "",
+        "initail",
+        "-1",
+        "0",
+        "0%",
+        "nan",
+        "anneal:1",
+        "anneal:1:2:3:4",
+        "anneal:1:2:0",
+        "band:2:1",
+        "band:x:1",
+        "inf",
+        "1e400",
+    ],
 )
 def test_bad_targets_are_refused(text):
     with pytest.raises(ValueError, match=r"got|>="):

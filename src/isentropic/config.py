@@ -172,8 +172,6 @@ def recipe_of(config: RunConfig) -> Recipe:
 
 def _check(config: RunConfig, path: str | None, updates_said: bool) -> RunConfig:
     where = f"{path}: " if path else ""
-    if config.target and config.target.startswith("anneal:") and config.target.count(":") == 2:
-        config = replace(config, target=f"{config.target}:{max(total_steps(config), 1)}")
     try:
         recipe = recipe_of(config)
         if recipe.on_policy and not updates_said:

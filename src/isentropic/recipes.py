@@ -283,7 +283,7 @@ def check(recipe: Recipe, updates: int | None = None) -> Recipe:
                 )
     if recipe.controller.split(":")[0] != "fixed" and recipe.knob is None:
         raise ValueError(f"controller {recipe.controller} has no knob to turn; name one of {', '.join(KNOBS)}")
-    parse_target(recipe.target, recipe.initial_readings)
+    parse_target(recipe.target, recipe.initial_readings, steps=1)
     if recipe.knob is not None:
         _check_knob(recipe, updates)
     return recipe
@@ -347,8 +347,15 @@ def knob_range(recipe: Recipe) -> Range:
     return span._replace(start=start, low=low, high=high, least=min(span.least, high)).check()
 
 
-def build_thermostat(recipe: Recipe) -> Thermostat | None:
+def build_thermostat(recipe: Recipe, steps: int | None = None) -> Thermostat | None:
     """The recipe's controller and target, joined; ``None`` where nothing is under control.
+
+    Args:
+        recipe: composed and checked.
+        steps: optimizer steps of the run, which a target that goes over the whole of it needs.
+
+    Raises:
+        ValueError: such a target without ``steps``.
 
     Example:
         >>> t = build_thermostat(compose("adapo", target="0.5"))
@@ -358,7 +365,7 @@ def build_thermostat(recipe: Recipe) -> Thermostat | None:
     if recipe.knob is None:
         return None
     controller = parse_controller(recipe.controller, knob_range(recipe))
-    return thermostat(controller, parse_target(recipe.target, recipe.initial_readings), recipe.every)
+    return thermostat(controller, parse_target(recipe.target, recipe.initial_readings, steps), recipe.every)
 
 
 def with_knob(recipe: Recipe, value: float | None) -> Recipe:

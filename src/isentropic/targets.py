@@ -17,12 +17,14 @@ class TargetState(NamedTuple):
         readings: number of readings so far.
         sum, count: Σ H and tokens of the first readings, whose mean is the initial entropy.
         active: of a band: 1 while steering up, -1 while steering down, 0 while left alone.
+        done: of a level that moves: the share of its way that is behind it.
     """
 
     readings: int = 0
     sum: float = 0.0
     count: float = 0.0
     active: int = 0
+    done: float = 0.0
 
 
 class Target(NamedTuple):
@@ -99,6 +101,8 @@ def constant(level: Level, first: int = 1) -> Target:
 def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
     """Move linearly from ``start`` to ``end`` over ``steps`` readings, then stay.
 
+    A run that is resumed and made longer never goes back on its way: the level waits where it is meanwhile.
+
     Raises:
         ValueError: ``steps`` or ``first`` below 1.
 
@@ -120,15 +124,15 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
     def level(state: TargetState) -> float | None:
         if state.readings < first and measured:
             return None
-        done = min(max(state.readings - 1, 0) / steps, 1.0)
         a, b = start.at(state), end.at(state)
-        return a + (b - a) * done
+        return a + (b - a) * state.done
 
     def hold(state: TargetState) -> bool:
         return measured and state.readings <= first
 
     def update(state: TargetState, entropy: float, tokens: float) -> TargetState:
-        return _measure(first, state, entropy, tokens)
+        state = _measure(first, state, entropy, tokens)
+        return state._replace(done=max(state.done, min((state.readings - 1) / steps, 1.0)))
 
     return Target(TargetState, update, level, hold)
 
@@ -179,13 +183,18 @@ TARGETS: dict[str, str] = {
     "initial": "the entropy before training, measured over the first readings",
     "NATS (0.8)": "a constant, nats per token",
     "SHARE% (80%)": "a share of the initial entropy",
-    "anneal:FROM:TO:STEPS": "linear from one level to another over optimizer steps; a level is NATS or SHARE%",
+    "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another over optimizer steps, or else the whole run",
     "band:LOW:HIGH": "leave it alone inside the band, steer back to the middle when it leaves",
 }
 
 
-def parse_target(text: str, first: int = 1) -> Target:
+def parse_target(text: str, first: int = 1, steps: int | None = None) -> Target:
     """A target from its text form, as the command line and config files write it (see :data:`TARGETS`).
+
+    Args:
+        text: the form.
+        first: readings that the initial entropy is the mean of.
+        steps: optimizer steps of the whole run, for a target that goes over it.
 
     Raises:
         ValueError: with what was got and the forms that are allowed.
@@ -196,8 +205,14 @@ def parse_target(text: str, first: int = 1) -> Target:
         2.0
     """
     kind, *parts = str(text).strip().split(":")
-    if kind == "anneal" and len(parts) == 3 and parts[2].isdigit():
-        return anneal(parse_level(parts[0]), parse_level(parts[1]), int(parts[2]), first)
+    if kind == "anneal" and (len(parts) == 2 or (len(parts) == 3 and parts[2].isdigit())):
+        over = int(parts[2]) if len(parts) == 3 else steps
+        if over is None:
+            raise ValueError(
+                f"target {text!r} goes over a whole run, and its optimizer steps are not known here, got steps=None; "
+                f"pass steps, or write {text}:STEPS"
+            )
+        return anneal(parse_level(parts[0]), parse_level(parts[1]), over, first)
     if kind == "band" and len(parts) == 2:
         return band(parse_level(parts[0]), parse_level(parts[1]), first)
     if not parts and kind == "initial":

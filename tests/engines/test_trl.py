@@ -157,6 +157,14 @@ def test_knobs_move_towards_the_target(tmp_path, name, target):
     assert all(span.low <= value <= span.high for value in values)
 
 
+@pytest.mark.parametrize(("steps", "epochs"), [(4, 3.0), (-1, 0.25)])
+def test_a_target_over_the_whole_run_learns_its_length(tmp_path, steps, epochs):
+    trainer = trained(tmp_path, steps, recipe="adapo", target="anneal:9.0:1.0", num_train_epochs=epochs)
+    told = [row["entropy/target"] for row in trainer.record.rows("metrics")]
+    assert len(told) == trainer.state.max_steps >= 4
+    assert told == pytest.approx([9 - 8 * done / len(told) for done in range(len(told))])
+
+
 def test_a_schedule_turns_the_knob_by_the_clock(tmp_path):
     trainer = trained(tmp_path, 8, recipe="dynamic-clip", controller="schedule:shape=up_down:steps=8", explain_every=0)
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..advantages import overlong_penalty
 from ..recipes import Recipe, build_thermostat, check, with_knob
@@ -111,6 +112,16 @@ class IsentropicConfig(EntropyControlConfig, GRPOConfig):
     """TRL's GRPOConfig with entropy control; see :class:`EntropyControlConfig`."""
 
 
+class _Length(TrainerCallback):
+    """A target that goes over the whole run is told its length as training begins: by epochs it is known no sooner."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.thermostat = build_thermostat(self.trainer.recipe, state.max_steps)
+
+
 # To a type checker the mixin is a GRPOTrainer; at run time it stands before one.
 _Trainer = GRPOTrainer if TYPE_CHECKING else object
 
@@ -133,7 +144,8 @@ class EntropyControlMixin(_Trainer):
         if not hasattr(self.args, "entropy_recipe"):
             self.args.entropy_recipe, _ = resolve_recipe(self.args)
         self.recipe: Recipe = self.args.entropy_recipe
-        self.thermostat = build_thermostat(self.recipe)
+        self.thermostat = build_thermostat(self.recipe, max(self.args.max_steps, 1))
+        self.add_callback(_Length(self))
         self.control_state = self.thermostat.init() if self.thermostat else None
         self.record = Record(self.args.output_dir)
         self._boundary = boundary(self.args)

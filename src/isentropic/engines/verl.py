@@ -80,6 +80,11 @@ class PolicyLoss(PolicyLossConfig):
             return None
         return max(1, self.batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
 
+    def steps(self, actor: Any) -> int | None:
+        """Optimizer steps of the whole run, where verl's trainer has told the worker its generated batches."""
+        batches = getattr(getattr(actor, "optim", None), "total_training_steps", None) or 0
+        return batches * (self.updates(actor) or 1) if batches > 0 else None
+
     def checked(self, actor: Any) -> Recipe:
         """The recipe, held against the actor's settings; without a name it is what they amount to.
 
@@ -175,7 +180,7 @@ class EntropyControl(_Engine):
             return None
         if self.control is None:
             recipe = chosen.checked(config)
-            self.control = Control(recipe, chosen.recipe is None, chosen.folder)
+            self.control = Control(recipe, chosen.recipe is None, chosen.folder, chosen.steps(config))
             self.control.logits.wanted = recipe.needs_rows
             if torch.distributed.get_rank() == 0:
                 first_look(self, self.control)

@@ -70,11 +70,12 @@ class Control:
         recipe: composed and checked.
         monitors: leave verl's own loss and settings as they are, and read.
         folder: where rank 0 writes the run directory; None writes none.
+        steps: optimizer steps of the whole run, where known.
     """
 
-    def __init__(self, recipe: Recipe, monitors: bool, folder: str | None):
+    def __init__(self, recipe: Recipe, monitors: bool, folder: str | None, steps: int | None = None):
         self.recipe, self.monitors = recipe, monitors
-        self.thermostat = build_thermostat(recipe)
+        self.thermostat = build_thermostat(recipe, steps)
         self.state: Any = self.thermostat.init() if self.thermostat else None
         self.step = self.refused = 0
         self.window: torch.Tensor | None = None

@@ -65,12 +65,12 @@ def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
 class ByLoss:
     """The controller of one worker, behind the loss that verl calls; every rank holds the same state."""
 
-    def __init__(self, recipe: Recipe, config: Any, updates: int | None):
+    def __init__(self, recipe: Recipe, config: Any, updates: int | None, steps: int | None = None):
         strategy = str(config.strategy)
         megatron = getattr(config, "megatron", None)
         check(recipe, strategy, getattr(megatron, "pipeline_model_parallel_size", 1))
         self.recipe, self.updates = recipe, updates or 1
-        self.thermostat = build_thermostat(recipe)
+        self.thermostat = build_thermostat(recipe, steps)
         self.state: Any = self.thermostat.init() if self.thermostat else None
         self.step = self.refused = 0
         self.window: torch.Tensor | None = None
@@ -134,7 +134,7 @@ def by_loss(
     chosen = config.policy_loss
     behind: ByLoss | None = chosen.fallback
     if behind is None:
-        behind = ByLoss(chosen.checked(config), config, chosen.updates(config))
+        behind = ByLoss(chosen.checked(config), config, chosen.updates(config), chosen.steps(config))
         # The fields of verl's configs are frozen, and this one lives as long as the worker's loss does.
         object.__setattr__(chosen, "fallback", behind)
     batch = TokenBatch(log_prob.detach().float(), old_log_prob.float(), advantages.float(), response_mask)

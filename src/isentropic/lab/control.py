@@ -128,7 +128,7 @@ def _simulate(
     generator = torch.Generator().manual_seed(seed)
     logits = random_logits(tree, scale, seed)
     rewards = make_rewards(tree, logits, regime, share, seed)
-    thermostat = build_thermostat(recipe)
+    thermostat = build_thermostat(recipe, steps)
     state = thermostat.init() if thermostat else None
     table = []
     while len(table) < steps:
