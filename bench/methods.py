@@ -25,7 +25,7 @@ EXPERIMENTS = {
     "journey": ["collapse", "quality"],
     "sequence": ["sequence", "scratch"],
     "offpolicy": ["offpolicy"],
-    "targets": ["targets"],
+    "targets": ["targets", "targets-other"],
     "rates": ["rates"],
     "smollm2": ["smollm2"],
 }

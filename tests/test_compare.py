@@ -147,6 +147,35 @@ def test_the_largest_k_has_a_column_of_its_own_once():
     assert table(k2=0.5, k4=0.6) == "| cell | seeds | pass@1 | pass@4 |"
 
 
+def test_the_largest_k_is_scored_whichever_it_is():
+    lines = [
+        line(c, s, **{"pass@1": 0.5 + s / 10, "pass@4": x + s / 10})
+        for c, x in (("a", 0.6), ("b", 0.9))
+        for s in range(3)
+    ]
+    found = compare(lines, "a")
+    assert found.better["b"]["pass@4"][0] == 1.0
+    assert "P(pass@4 better)" in render(found)
+    assert "IQM pass@4" in render(compare(lines))
+    assert found.as_json()["cells"]["a"]["pass@4"]["mean"] == pytest.approx(0.7)
+
+
+def test_a_run_counts_once():
+    with pytest.raises(ValueError, match="a on expr has 2 runs of seed 1, which count once"):
+        compare([line("a", 0), line("a", 1), line("a", 1)])
+    assert compare([line("a", 1), line("a", 1, "other")]).seeds == {"a": 1}
+
+
+def test_what_makes_a_comparison_unfair_is_said():
+    lines = [line("a", 0, samples=8), line("a", 0, "hard", samples=8), line("b", 0, samples=16)]
+    lines[0]["stopped"] = "entropy stood above 3 x 1.0 nats"
+    text = render(compare(lines))
+    assert "Stopped early, and counted as it stood: a on expr, seed 0: entropy stood above 3 x 1.0 nats." in text
+    assert "Not run on every task, so no fair mean: b (hard)." in text
+    assert "Not the same number of generated answers: a 8; b 16." in text
+    assert compare([line("a", 0, samples=8), line("b", 0, samples=8)]).notes == []
+
+
 def test_markdown_is_a_table():
     text = render(compare([line("a", 0, **{"pass@1": 0.5})]), markdown=True)
     assert text.splitlines()[:2] == ["| cell | seeds | pass@1 |", "| --- | --- | --- |"]

@@ -31,6 +31,20 @@ target = "60%"
 """
 
 
+def test_an_edited_method_of_ones_own_is_to_be_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for version, factor in enumerate((0.5, 0.5, 0.4)):
+        (tmp_path / "my_method.py").write_text(
+            "from isentropic.recipes import compose\n"
+            f"def half(batch, recipe):\n    return {factor} * batch.adv\n"
+            "HALF = compose('loop', shaping=half)\n"
+        )
+        os.utime(tmp_path / "my_method.py", ns=(version, version))
+        found.append(load_grid(None, {"recipes": ["my_method.py:HALF", "grpo"]}).cells[0].print)
+    assert found[0] == found[1] != found[2]
+
+
 def test_cells_are_names_times_tasks_times_seeds_with_the_settings_of_each(tmp_path):
     path = tmp_path / "grid.toml"
     path.write_text(GRID)

@@ -1,9 +1,12 @@
 """Parts and recipes of one's own: loaded, checked, run, and written down."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,10 +123,34 @@ def test_a_function_of_any_part(mine):
     assert not compose("loop", penalty=half).needs_rows
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "another"),
+    [
+        ("", "", False),
+        ("NUMBER = 3", "NUMBER = 4", False),  # nothing that the function names
+        ("return batch.adv * recipe.alpha", "return batch.adv * 0.5", True),
+        ("return 2.0", "return 3.0", True),
+        ("SCALE = 0.1", "SCALE = 0.2", True),
+    ],
+)
+def test_an_edited_function_is_another_part(mine, old, new, another):
+    text = (
+        MINE.replace("recipe.alpha\n", "recipe.alpha * helper()\n")
+        + "SCALE = 0.1\ndef helper():\n    return 2.0 * SCALE\n"
+    )
+    text = text.replace("return 2.0 * SCALE", "value = SCALE\n    return 2.0")
+    written = []
+    for time, body in enumerate((text, text.replace(old, new))):
+        Path(mine).write_text(body)
+        os.utime(mine, ns=(time, time))
+        written.append(plain(asdict(load_recipe(f"{mine}:LOOP")))["shaping"])
+    assert (written[0] != written[1]) is another
+
+
 def test_what_is_written_down_has_no_address(mine):
     recipe = load_recipe(f"{mine}:LOOP")
     written = json.dumps(plain(asdict(recipe)))
-    assert '"shaping": "my_parts.halved"' in written
+    assert re.search(r'"shaping": "my_parts.halved@[0-9a-f]{8}"', written)
     assert " at 0x" not in written
     assert str(Own(torch.nn.Identity())).endswith("linear.Identity")
     assert recipe.shaping == replace(recipe, zeta=1.0).shaping

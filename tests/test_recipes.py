@@ -215,7 +215,7 @@ def full(seed=0):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_in_a_hand_written_loop(name):
     recipe = RECIPES[name]
-    control = build_thermostat(recipe)
+    control = build_thermostat(recipe, steps=100)
     value = control.init().value if control else None
     logits, tokens = full()
     torch.manual_seed(0)
@@ -250,6 +250,25 @@ def test_a_knob_changes_the_loss(name, low, high):
         for value in (low, high)
     ]
     assert not torch.allclose(*slopes, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "seen", "wanted"),
+    [
+        # 1 + 1.5 = 1/(1 − 0.6); k up by 0.25 below 0.3 nats to 2.5 at most, down to 0 above.
+        ("mai", 0.3, [0.2] * 12 + [0.4], [1.75, 2.0, 2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.0, 4.0, 3.75]),
+        # c up by 1e-4 below its target, in force only there; 0.005 at most.
+        ("entropy-bonus-adaptive", 0.2, [0.1, 0.1, 0.3, 0.1], [1e-4, 2e-4, 0.0, 2e-4]),
+        ("entropy-bonus-adaptive", 0.2, [0.1] * 60, [min(i * 1e-4, 0.005) for i in range(1, 61)]),
+    ],
+)
+def test_published_knobs_by_hand(name, target, seen, wanted):
+    control = build_thermostat(compose(name, target=str(target)))
+    state, values = control.init(), []
+    for entropy in seen:
+        state = control.update(state, EntropyReading(entropy, 1.0))
+        values.append(state.value)
+    assert values == pytest.approx(wanted)
 
 
 def test_what_needs_entropies_says_so():

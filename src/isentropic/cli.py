@@ -424,7 +424,7 @@ def _compare(args: dict[str, Any]) -> int:
         if not only_table:
             _report_of(runs, folder / "report.html")
     if show["json"]:
-        print(json.dumps(found._asdict(), default=lambda x: x._asdict(), indent=2, ensure_ascii=False))
+        print(json.dumps(plain(found.as_json()), indent=2, ensure_ascii=False))
     else:
         print(render(found, show["markdown"]))
     return 1 if failed else 0
@@ -459,12 +459,12 @@ def _pairs(texts: list[str]) -> dict[str, Any]:
 
 
 def _runs_in(paths: list[str]) -> list[Path]:
-    """Run directories as named, or those in a directory that is none."""
+    """Run directories as named, or those in a directory that is none; each once."""
     found: list[Path] = []
     for path in map(Path, paths):
         inside = sorted(child.parent for child in path.glob("*/run.json"))
         found += inside if inside and not (path / "run.json").exists() else [path]
-    return found
+    return list({path.resolve(): path for path in found}.values())
 
 
 def _list_cells(grid: Any) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -47,6 +48,11 @@ def _most(lines: Sequence[dict[str, Any]]) -> str:
     """The name of pass@K, K the most samples that runs were evaluated with."""
     found = [int(key[5:]) for line in lines for key in line["figures"] if key.startswith("pass@")]
     return f"pass@{max(found, default=1)}"
+
+
+def _columns(names: Iterable[str], most: str) -> list[str]:
+    """Figures by name, each once: where pass@K is one of the named ones, that one stands for both."""
+    return list(dict.fromkeys(most if f == "pass@K" and most in FIGURES else f for f in names))
 
 
 def fingerprint(config: dict[str, Any], recipe: dict[str, Any]) -> str:
@@ -174,6 +180,8 @@ class Comparison(NamedTuple):
         tasks: on which the runs were made.
         seeds: by cell, the smallest number of seeds on a task.
         most: what pass@K is.
+        notes: what a reader must know before believing a figure: runs that stopped early, tasks that a cell lacks,
+            cells that saw more answers than others.
     """
 
     cells: dict[str, dict[str, Estimate]]
@@ -182,6 +190,12 @@ class Comparison(NamedTuple):
     tasks: list[str]
     seeds: dict[str, int]
     most: str
+    notes: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as nested dicts with names."""
+        cells = {name: {f: e._asdict() for f, e in cell.items()} for name, cell in self.cells.items()}
+        return {**self._asdict(), "cells": cells}
 
 
 def _mean(tasks: Sequence[Any]) -> float:
@@ -192,7 +206,7 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
     """Aggregate lines by cell; every task weighs the same.
 
     Raises:
-        ValueError: no line; a baseline that is no cell.
+        ValueError: no line; a baseline that is no cell; two runs of one cell, task and seed, no sample of two.
     """
     if not lines:
         raise ValueError("nothing to compare: no run has ended; run the grid, or name directories of runs that ended")
@@ -200,12 +214,15 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
     if baseline is not None and baseline not in names:
         raise ValueError(f"baseline must be one of {', '.join(names)}; got {baseline!r}")
     tasks, most = list(dict.fromkeys(line["task"] for line in lines)), _most(lines)
+    runs = Counter((line["cell"], line["task"], line["seed"]) for line in lines)
+    (name, task, seed), num = runs.most_common(1)[0]
+    if num > 1:
+        raise ValueError(f"{name} on {task} has {num} runs of seed {seed}, which count once; leave the others out")
 
     def scores(name: str, figure: str) -> dict[str, list[float]]:
         found: dict[str, list[float]] = {}
         for line in lines:
-            key = figure if figure != "pass@K" else None if most in FIGURES else most
-            value = line["figures"].get(key)
+            value = line["figures"].get(most if figure == "pass@K" else figure)
             if line["cell"] == name and value is not None:
                 found.setdefault(line["task"], []).append(value)
         return found
@@ -216,7 +233,7 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
     for name in names:
         cells[name], better[name] = {}, {}
         seeds[name] = min(sum(x["cell"] == name and x["task"] == task for x in lines) or 10**9 for task in tasks)
-        for figure in FIGURES:
+        for figure in _columns(FIGURES, most):
             by_task = list(scores(name, figure).values())
             if by_task:
                 every = [value for task in by_task for value in task]
@@ -225,14 +242,29 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
                 )
         if baseline is None or name == baseline:
             continue
-        for figure in SCORES:
+        for figure in _columns(SCORES, most):
             ours, theirs = scores(name, figure), scores(baseline, figure)
             shared = [task for task in ours if task in theirs]
             if shared:
                 pair = [ours[task] for task in shared], [theirs[task] for task in shared]
                 interval = stratified_interval(probability_of_improvement, *pair)
                 better[name][figure] = (probability_of_improvement(*pair), interval)
-    return Comparison(cells, better, baseline, tasks, seeds, most)
+    return Comparison(cells, better, baseline, tasks, seeds, most, _notes(lines, names, tasks))
+
+
+def _notes(lines: Sequence[dict[str, Any]], names: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    early = [f"{x['cell']} on {x['task']}, seed {x['seed']}: {x['stopped']}" for x in lines if x.get("stopped")]
+    lacks = [(name, set(tasks) - {x["task"] for x in lines if x["cell"] == name}) for name in names]
+    lacks = [f"{name} ({', '.join(sorted(missing))})" for name, missing in lacks if missing]
+    seen = {name: [x["figures"].get("samples") for x in lines if x["cell"] == name] for name in names}
+    seen = {name: max(found) for name, found in seen.items() if None not in found}
+    answers = [f"{name} {num:,}" for name, num in seen.items()] if len(set(seen.values())) > 1 else []
+    told = (
+        ("Stopped early, and counted as it stood: ", early),
+        ("Not run on every task, so no fair mean: ", lacks),
+        ("Not the same number of generated answers: ", answers),
+    )
+    return [head + "; ".join(found) + "." for head, found in told if found]
 
 
 def _shown(figure: str, value: float, interval: Interval | None) -> str:
@@ -245,7 +277,7 @@ def _shown(figure: str, value: float, interval: Interval | None) -> str:
 
 def render(found: Comparison, markdown: bool = False) -> str:
     """The tables as text, aligned for a terminal or as Markdown."""
-    figures = [f for f in FIGURES if any(f in cell for cell in found.cells.values())]
+    figures = [f for f in _columns(FIGURES, found.most) if any(f in cell for cell in found.cells.values())]
     names = {f: found.most if f == "pass@K" else FIGURES[f][0] for f in FIGURES}
     head = ["cell", "seeds", *(names[f] for f in figures)]
     rows = [
@@ -254,16 +286,20 @@ def render(found: Comparison, markdown: bool = False) -> str:
         for name, cell in found.cells.items()
     ]
     parts = [_table(head, rows, markdown)]
-    if any(found.better.values()):
-        head = ["cell", *(f"P({names[f]} better)" for f in SCORES), *(f"IQM {names[f]}" for f in SCORES)]
+    scores = [f for f in _columns(SCORES, found.most) if f in figures]
+    if scores:
+        beats = [f for f in scores if any(f in row for row in found.better.values())]
+        head = ["cell", *(f"P({names[f]} better)" for f in beats), *(f"IQM {names[f]}" for f in scores)]
         rows = [
             [name]
-            + [_shown(f, *found.better[name][f]) if f in found.better.get(name, {}) else "-" for f in SCORES]
-            + [_shown(f, cell[f].middle, None) if f in cell else "-" for f in SCORES]
+            + [_shown(f, *found.better[name][f]) if f in found.better.get(name, {}) else "-" for f in beats]
+            + [_shown(f, cell[f].middle, None) if f in cell else "-" for f in scores]
             for name, cell in found.cells.items()
         ]
-        parts += [f"Probability that a run beats one of {found.baseline}:", _table(head, rows, markdown)]
+        title = f"Probability that a run beats one of {found.baseline}, and interquartile means:"
+        parts += [title if beats else "Interquartile means:", _table(head, rows, markdown)]
     parts.append("Tasks: " + ", ".join(found.tasks) + ". Mean over runs (95 % interval, bootstrap stratified by task).")
+    parts += found.notes
     few = sorted(name for name, num in found.seeds.items() if num < MIN_VALUES)
     if few:
         parts.append(f"No interval where there are fewer than {MIN_VALUES} seeds: {', '.join(few)}.")
@@ -282,9 +318,8 @@ def write(found: Comparison, lines: Sequence[dict[str, Any]], folder: Path) -> N
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)
-        names = list(dict.fromkeys(found.most if f == "pass@K" else f for f in FIGURES))
+        names = [found.most if f == "pass@K" else f for f in _columns(FIGURES, found.most)]
         out.writerow(["cell", "task", "seed", *names])
         for line in lines:
             out.writerow([line["cell"], line["task"], line["seed"], *(line["figures"].get(f) for f in names)])
-    cells = {name: {f: e._asdict() for f, e in cell.items()} for name, cell in found.cells.items()}
-    write_json(folder / "compare.json", {**found._asdict(), "cells": cells})
+    write_json(folder / "compare.json", found.as_json())

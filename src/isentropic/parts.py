@@ -6,14 +6,16 @@ A part is a name, or a function of yours with the signature in :data:`SIGNATURES
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +73,7 @@ REDUCTIONS = {"token", "sequence", "constant"}
 
 # What a part reads of a batch beside logp, adv and mask. A function of yours may say ``needs_rows = True``.
 NEEDS_ENTROPY = {"repo", "repo_r", "repo_d", "repo_d_token", "high_entropy", "erc"}
+NEEDS_OLD_ENTROPY = {"erc"}
 NEEDS_ROWS = {"lp_reg", "aent"}
 # Without a ratio that has left 1, these do nothing.
 NEEDS_RATIO = {"erc", "kl_cov"}
@@ -135,6 +138,32 @@ class Own:
         return f"{kind.__module__}.{kind.__qualname__}"
 
     __repr__ = __str__
+
+    @property
+    def written(self) -> str:
+        """The name, and eight characters of what it does: a function that was edited is another one."""
+        return f"{self}@{hashlib.sha256(_source_of(self.function).encode()).hexdigest()[:8]}"
+
+
+def _source_of(function: Any) -> str:
+    """The text of a function, or of an object's class, and of all that it goes on to name in its own module."""
+    texts: dict[str, str] = {}
+    waiting = [function if inspect.isroutine(function) or isinstance(function, type) else type(function)]
+    while waiting:
+        found = waiting.pop()
+        try:
+            texts[found.__qualname__] = inspect.getsource(found)
+        except (OSError, TypeError):  # built in, or typed at a prompt
+            continue
+        module = sys.modules.get(found.__module__)
+        scope = getattr(found, "__globals__", None) or vars(module or object)
+        for name in sorted(set(re.findall(r"\w+", texts[found.__qualname__])) & set(scope)):
+            value = scope[name]
+            if isinstance(value, int | float | str):
+                texts[name] = repr(value)
+            elif getattr(value, "__module__", None) == found.__module__ and hasattr(value, "__qualname__"):
+                waiting += [] if value.__qualname__ in texts else [value]
+    return "\n".join(texts[name] for name in sorted(texts))
 
 
 @dataclass(frozen=True)
@@ -248,7 +277,7 @@ def check_part(what: str, value: Any, allowed: Iterable[str]) -> None:
     if not callable(value):
         return choose(what, value, allowed)
     try:
-        signature(value.function if isinstance(value, Own) else value).bind(*SIGNATURES[what])
+        inspect.signature(value.function if isinstance(value, Own) else value).bind(*SIGNATURES[what])
     except TypeError as error:
         raise ValueError(
             f"{what} {value} must be callable as {what}({', '.join(SIGNATURES[what])}): {error}; see isentropic.parts"

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from ..dynamics import Weights, change_of
+from ..parts import NEEDS_OLD_ENTROPY
 from ..recipes import Recipe, build_thermostat, knob_range, select, shape, with_knob
 from ..record import CHECKPOINT_FILE, Record, write_json
 from ..terms import penalty, selected, wide
@@ -97,7 +98,7 @@ class Control:
 
         def wrapped(model_output: Any, data: Any, dp_group: Any = None) -> Any:
             batch, logits = read_batch(model_output, data), self.logits.take()
-            if self.recipe.selection == "erc" and batch.entropy_old is None:
+            if self.recipe.selection in NEEDS_OLD_ENTROPY and batch.entropy_old is None:
                 raise ValueError(NO_OLD_ENTROPY)
             if self.audit is not None:
                 self.audit(batch, logits, data)
