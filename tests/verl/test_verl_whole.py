@@ -62,13 +62,13 @@ def rows(out):
     return lines(out / "checkpoints/isentropic/metrics.jsonl")
 
 
-def replayed(recipe, found):
+def replayed(recipe, found, steps=None):
     """The controller on the readings of these rows: it must have stood where each row says; its state in the end."""
     from isentropic.recipes import build_thermostat
     from isentropic.thermostat import to_json
     from isentropic.types import EntropyReading
 
-    thermostat = build_thermostat(recipe)
+    thermostat = build_thermostat(recipe, steps)
     state = thermostat.init()
     for row in found:
         assert row["knob/value"] == state.value
@@ -81,7 +81,7 @@ def replayed(recipe, found):
 @pytest.fixture(scope="module")
 def held(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("held")
-    flags = ["+isentropic=repo-r-loop", "actor_rollout_ref.actor.policy_loss.target=80%"]
+    flags = ["+isentropic=repo-r-loop", "actor_rollout_ref.actor.policy_loss.target=anneal:80%:40%"]
     run(home, out, *flags, "trainer.total_training_steps=3")
     return out
 
@@ -102,14 +102,18 @@ def test_the_reading_is_the_entropy_that_verl_sees(held):
     for entry in lines(held / "verl.jsonl"):
         # verl's own mean, of the same batch before its first update: two small steps lie between them at most.
         assert entry["data"]["actor/entropy/mean"] == pytest.approx(entry["data"]["actor/entropy"], rel=0.1)
-    first = lines(held / "verl.jsonl")[0]["data"]
-    assert first["actor/entropy/target"] == pytest.approx(0.8 * rows(held)[0]["entropy/mean"])
+
+
+def test_a_falling_target_goes_over_the_steps_that_verls_trainer_plans(held):
+    start = rows(held)[0]["entropy/mean"]
+    wanted = [(0.8 - 0.4 * step / 6) * start for step in range(6)]
+    assert [row["entropy/target"] for row in rows(held)] == pytest.approx(wanted)
 
 
 def test_the_knob_follows_the_controller_exactly(held):
     from isentropic.recipes import compose
 
-    assert replayed(compose("repo-r-loop", target="80%"), rows(held)) == sidecar(held, 3)["state"]
+    assert replayed(compose("repo-r-loop", target="anneal:80%:40%"), rows(held), 6) == sidecar(held, 3)["state"]
     assert len({row["knob/value"] for row in rows(held)}) > 1
 
 
