@@ -215,7 +215,7 @@ def full(seed=0):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_runs_in_a_hand_written_loop(name):
     recipe = RECIPES[name]
-    control = build_thermostat(recipe, steps=100)
+    control = build_thermostat(recipe)
     value = control.init().value if control else None
     logits, tokens = full()
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ DATA=${DATA:-$HOME/data/gsm8k}
 
 exec python -m verl.trainer.main_ppo \
   "+isentropic=${RECIPE:-isentropic}" \
-  "actor_rollout_ref.actor.policy_loss.target=${TARGET:-75%}" \
+  "actor_rollout_ref.actor.policy_loss.target=${TARGET:-60%}" \
   actor_rollout_ref.rollout.calculate_log_probs=True \
   "data.train_files=$DATA/train.parquet" "data.val_files=$DATA/test.parquet" \
   data.train_batch_size=128 data.max_prompt_length=512 data.max_response_length=1024 \

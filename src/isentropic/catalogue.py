@@ -68,7 +68,7 @@ RECIPES: dict[str, Recipe] = {
         shaping="repo_r",
         knob="zeta",
         controller="predictive",
-        target="75%",
+        target="60%",
         every=1,
     ),
     **_BASES,

@@ -85,7 +85,7 @@ class Case:
         return torch.autograd.grad(total.mean(), self.logits)[0]
 
     def verl(self, recipe, actor):
-        control = Control(recipe, False, None, 100)
+        control = Control(recipe, False, None)
         control.logits.wanted = recipe.needs_rows
         logp, entropy = self.stats(self.logits)
         output = {"log_probs": self.packed(logp), "entropy": self.packed(entropy)}
@@ -113,7 +113,7 @@ def actor_of(name):
 def test_verls_loss_has_the_gradient_of_the_recipe(name):
     case, actor = Case(), actor_of(name)
     recipe = actor.policy_loss.checked(actor)
-    thermostat = build_thermostat(recipe, 100)
+    thermostat = build_thermostat(recipe)
     knob = thermostat.init().value if thermostat else None
     torch.manual_seed(1)
     wanted = case.core(recipe, knob)

@@ -132,7 +132,6 @@ def train_recipe(worker, name, rank, world):
     worker.engine.control = None
     mode = AGG_MODES[RECIPES[name].reduction]
     actor = {"strategy": "fsdp2", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 4, "loss_agg_mode": mode}
-    actor["optim"] = FSDPOptimizerConfig(lr=1e-3, total_training_steps=1000)
     worker.set_loss_fn(partial(ppo_loss, config=ActorConfig(**actor, policy_loss=PolicyLoss(recipe=name))))
     before = [p.detach().clone() for p in worker.engine.module.parameters()]
     metrics = train(worker, 0, rank, world)
