@@ -18,7 +18,7 @@ from .models.candidates import Candidate
 from .record import plain
 from .tasks import Task, load_task
 from .tasks.checks import constant_line
-from .training import load_tokenizer, load_weights
+from .training import load_tokenizer, load_weights, suit_threads
 
 # Beside pass@k: share right of greedy answers and of majority votes, mean different right answers of k, and so on.
 FIGURES = (
@@ -75,6 +75,7 @@ def _one(
     each: Candidate, tokenizer: Any, task: Task, settings: dict[str, Any], greedy: list[Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
     model = load_weights(resolve_model("tiny") if each.path == "tiny" else each.path, each.dtype)
+    suit_threads(model)
     if torch.cuda.is_available():
         model.to("cuda")
     row: dict[str, Any] = {"model": each.name, "step": each.step, "dtype": str(model.dtype).removeprefix("torch.")}

@@ -45,6 +45,7 @@ from .tasks.environments import EnvironmentTask
 
 SETTLED = 20  # optimizer steps before the entropy error counts
 SMALL_MODEL = 10_000_000  # parameters
+_THREADS = torch.get_num_threads()
 
 
 def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -62,9 +63,7 @@ def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = 
     checkpoint = _checkpoint_to_resume(record, main) if resume else None
     if main and not resume:
         record.start(as_dict(config), asdict(recipe_of(config)), config.seed, task=config.task, model=config.model)
-    if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < SMALL_MODEL:
-        # Threads that meet at every small operation make a tiny model five times slower on a busy machine.
-        torch.set_num_threads(1)
+    suit_threads(model)
     trainer = _trainer(config, tasks, model, tokenizer, say)
     guard = EntropyGuard(trainer, bound_of(trainer.recipe, config.stop_above))
     trainer.add_callback(guard)
@@ -198,6 +197,15 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def suit_threads(model: Any) -> None:
+    """One thread for a tiny model, else torch's own number, unless OMP_NUM_THREADS says.
+
+    Threads that meet at every small operation make a tiny model many times slower on a busy machine.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1 if model.num_parameters() < SMALL_MODEL else _THREADS)
 
 
 def load_weights(path: str, dtype: str = "float32") -> Any:
