@@ -78,14 +78,16 @@ def collapse(grids, plt):
     )
     for axis, (key, title, label) in zip(axes, panels, strict=True):
         for row, name in enumerate(order):
-            held = any(line["target"] is not None for line in cells[name])
+            held = any(line["settings"].get("target") for line in cells[name])
             values = [line["figures"][key] for line in cells[name]]
             colour = BLUE if held else ORANGE
             axis.plot(values, [row] * len(values), "|", color=colour, ms=7, alpha=0.6)
             axis.plot(statistics.mean(values), row, "o", color=colour, ms=4)
         axis.set(title=title, xlabel=label)
         axis.grid(axis="y", lw=0.3)
-    targets = [line["target"] for line in grids[0].lines() if line["target"]]
+        if key == "pass@16":
+            axis.set_xlim(min(0.9, axis.get_xlim()[0]), 1.01)
+    targets = [line["target"] for line in grids[0].lines() if line["settings"].get("target")]
     if targets:
         axes[0].axvline(statistics.mean(targets), color=BLUE, lw=0.8, ls="--")
     axes[0].set_yticks(range(len(order)), order)
