@@ -5,6 +5,7 @@ it trains; TOML goes through the config. ``<!-- test: NAME -->`` before a block 
 NAME -->`` writes it to a file as well, ``<!-- needs: gpu|cluster|network -->`` has it compiled or dry-run only.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -121,6 +122,9 @@ class Site(NamedTuple):
         for path in glob(name) or [name]:
             if not Path(path).exists():
                 shutil.copytree(self.example, self.home / path)
+                if seed := re.search(r"-s(\d+)$", path):
+                    header = json.loads((self.home / path / "run.json").read_text())
+                    (self.home / path / "run.json").write_text(json.dumps(header | {"seed": int(seed[1])}))
         return glob(name) or [name]
 
 
