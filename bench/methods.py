@@ -254,13 +254,12 @@ def targets(grids, plt):
                 [statistics.mean(line["curve"][key][i] for line in lines) for i in range(len(steps))],
                 color=colour,
                 lw=1.2,
-                label=name,
             )
-        right.plot(mean(lines, "pass@1"), mean(lines, "distinct"), "o", color=colour, ms=6)
+        right.plot(mean(lines, "pass@1"), mean(lines, "distinct"), "o", color=colour, ms=6, label=name)
     left.set(title="Where does entropy go?", xlabel="optimizer steps", ylabel="nats a token", ylim=(0, None))
     middle.set(title="What does it cost?", xlabel="optimizer steps", ylabel="reward")
     right.set(title="What does it buy?", xlabel="pass@1, held-out", ylabel="different right answers of 16")
-    left.legend(frameon=False, fontsize=6.5)
+    right.legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure, ""
 
 
