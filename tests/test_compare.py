@@ -158,6 +158,7 @@ def test_the_largest_k_is_scored_whichever_it_is():
     assert "P(pass@4 better)" in render(found)
     assert "IQM pass@4" in render(compare(lines))
     assert found.as_json()["cells"]["a"]["pass@4"]["mean"] == pytest.approx(0.7)
+    assert found.as_json()["better"]["b"]["pass@4"]["probability"] == 1.0
 
 
 def test_a_run_counts_once():

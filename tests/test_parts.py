@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,7 @@ def test_a_function_of_any_part(mine):
         ("return batch.adv * recipe.alpha", "return batch.adv * 0.5", True),
         ("return 2.0", "return 3.0", True),
         ("SCALE = 0.1", "SCALE = 0.2", True),
+        ("SCALE = 0.1", "SCALE = (0.1, 0.2)", True),
     ],
 )
 def test_an_edited_function_is_another_part(mine, old, new, another):
@@ -145,6 +147,14 @@ def test_an_edited_function_is_another_part(mine, old, new, another):
         os.utime(mine, ns=(time, time))
         written.append(plain(asdict(load_recipe(f"{mine}:LOOP")))["shaping"])
     assert (written[0] != written[1]) is another
+
+
+def test_a_partial_is_told_by_what_it_fixes():
+    def scaled(scale, batch, recipe):
+        return scale * batch.adv
+
+    written = [Own(partial(scaled, scale)).written for scale in (0.5, 0.5, 0.4)]
+    assert written[0] == written[1] != written[2]
 
 
 def test_what_is_written_down_has_no_address(mine):

@@ -122,22 +122,18 @@ def test_save_every_0_keeps_the_last_checkpoint(tmp_path):
     assert [step for step, _ in Record(tmp_path / "out").checkpoints()] == [6]
 
 
-def test_a_tiny_model_takes_one_thread_and_a_larger_one_gives_them_back(monkeypatch):
+@pytest.mark.parametrize(("told", "wanted"), [(None, (2, 1)), ("2", (2, 2))])
+def test_a_tiny_model_takes_one_thread_unless_told(monkeypatch, told, wanted):
     import torch
 
     from isentropic import training
 
     usual = torch.get_num_threads()
-    tiny, large = (SimpleNamespace(num_parameters=lambda n=n: n) for n in (2, 2 * training.SMALL_MODEL))
-    monkeypatch.setattr(training, "_THREADS", 2)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2") if told else monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     try:
-        for set_to, wanted in ((None, (1, 2, 1)), ("2", (usual,) * 3)):
-            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-            torch.set_num_threads(usual)
-            if set_to:
-                monkeypatch.setenv("OMP_NUM_THREADS", set_to)
-            for model, num in zip((tiny, large, tiny), wanted, strict=True):
-                training.suit_threads(model)
-                assert torch.get_num_threads() == num
+        torch.set_num_threads(2)
+        for parameters, num in zip((2 * training.SMALL_MODEL, 2), wanted, strict=True):
+            training.suit_threads(SimpleNamespace(num_parameters=lambda n=parameters: n))
+            assert torch.get_num_threads() == num
     finally:
         torch.set_num_threads(usual)

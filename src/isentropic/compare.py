@@ -195,7 +195,11 @@ class Comparison(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The same as nested dicts with names."""
         cells = {name: {f: e._asdict() for f, e in cell.items()} for name, cell in self.cells.items()}
-        return {**self._asdict(), "cells": cells}
+        better = {
+            name: {f: {"probability": value, "interval": interval} for f, (value, interval) in row.items()}
+            for name, row in self.better.items()
+        }
+        return {**self._asdict(), "cells": cells, "better": better}
 
 
 def _mean(tasks: Sequence[Any]) -> float:

@@ -61,8 +61,12 @@ def eval_models(
     if line := constant_line(task, rows):
         say(line)
     made = []
+    threads = torch.get_num_threads()
     for each, tokenizer in zip(found, tokenizers, strict=True):
-        made.append(_one(each, tokenizer, task, settings, greedy, say))
+        try:
+            made.append(_one(each, tokenizer, task, settings, greedy, say))
+        finally:
+            torch.set_num_threads(threads)
         if out:
             path = Path(out)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,8 @@ class Own:
 def _source_of(function: Any) -> str:
     """The text of a function, or of an object's class, and of all that it goes on to name in its own module."""
     texts: dict[str, str] = {}
+    if isinstance(function, partial):
+        texts["partial"], function = repr((function.args, sorted(function.keywords.items()))), function.func
     waiting = [function if inspect.isroutine(function) or isinstance(function, type) else type(function)]
     while waiting:
         found = waiting.pop()
@@ -159,7 +161,7 @@ def _source_of(function: Any) -> str:
         scope = getattr(found, "__globals__", None) or vars(module or object)
         for name in sorted(set(re.findall(r"\w+", texts[found.__qualname__])) & set(scope)):
             value = scope[name]
-            if isinstance(value, int | float | str):
+            if isinstance(value, int | float | str | tuple | list | dict) and " at 0x" not in repr(value):
                 texts[name] = repr(value)
             elif getattr(value, "__module__", None) == found.__module__ and hasattr(value, "__qualname__"):
                 waiting += [] if value.__qualname__ in texts else [value]

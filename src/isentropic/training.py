@@ -45,7 +45,6 @@ from .tasks.environments import EnvironmentTask
 
 SETTLED = 20  # optimizer steps before the entropy error counts
 SMALL_MODEL = 10_000_000  # parameters
-_THREADS = torch.get_num_threads()
 
 
 def train(config: RunConfig, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -200,12 +199,12 @@ def load_tokenizer(path: str) -> Any:
 
 
 def suit_threads(model: Any) -> None:
-    """One thread for a tiny model, else torch's own number, unless OMP_NUM_THREADS says.
+    """One thread for a tiny model, unless OMP_NUM_THREADS says.
 
     Threads that meet at every small operation make a tiny model many times slower on a busy machine.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1 if model.num_parameters() < SMALL_MODEL else _THREADS)
+    if "OMP_NUM_THREADS" not in os.environ and model.num_parameters() < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def load_weights(path: str, dtype: str = "float32") -> Any:
