@@ -20,7 +20,7 @@ test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-verl: $(VERL) ## run the tests of the verl engine, in .venv-verl
-	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile tests/verl $(ARGS)
+	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile tests/engines/verl $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -15,15 +15,8 @@ from pathlib import Path
 
 import torch
 
-from isentropic.precision import (
-    WIDTHS,
-    half_ulp,
-    head,
-    independent_bias,
-    ratio_error,
-    sequence_error,
-)
-from isentropic.record import versions, write_json
+from isentropic.entropy.audit import WIDTHS, half_ulp, head, independent_bias, ratio_error, sequence_error
+from isentropic.runs.record import versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB, WIDTH, PLANTED, MOVE = 8192, 128, 16, 0.004

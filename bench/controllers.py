@@ -66,7 +66,7 @@ def figures(entropy, target, knob, low, high):
 def lab(seeds):
     import torch
 
-    from isentropic.lab import simulate
+    from isentropic.engines.tabular import simulate
     from isentropic.recipes import compose, knob_range
 
     torch.set_num_threads(1)
@@ -119,7 +119,7 @@ def run(controller, seed, home):
 
 def collect(home, seeds):
     from isentropic.recipes import compose, knob_range
-    from isentropic.record import Record
+    from isentropic.runs.record import Record
 
     span, found = knob_range(compose("isentropic")), {}
     for controller in CONTROLLERS:
@@ -141,7 +141,7 @@ def collect(home, seeds):
 
 
 def save(part, found):
-    from isentropic.record import versions, write_json
+    from isentropic.runs.record import versions, write_json
 
     made = {
         "date": date.today().isoformat(),
@@ -169,7 +169,7 @@ COLUMNS = {
 
 
 def cell(values, form):
-    from isentropic.evaluation import bootstrap_interval
+    from isentropic.runs.statistics import bootstrap_interval
 
     mean = form.format(float(np.mean(values)))
     if len(values) < 3:

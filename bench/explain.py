@@ -55,7 +55,7 @@ def shares(size, head, steps):
     from transformers import PrinterCallback
 
     from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
-    from isentropic.engines.trl_explain import Explainer
+    from isentropic.engines.trl.explain import Explainer
     from isentropic.tasks import load_task
 
     spent, rows = [0.0], []
@@ -133,7 +133,7 @@ def main():
     import torch
     import trl
 
-    from isentropic.training import quiet
+    from isentropic.experiments.train import quiet
 
     quiet()
     torch.set_num_threads(1)

@@ -100,8 +100,8 @@ class Restated(torch.autograd.Function):
 
 
 def ours_fused(hidden, weight, ids, adv):
-    from isentropic.kernels import fused_policy_loss
-    from isentropic.reduce import SumCount
+    from isentropic.entropy.kernels import fused_policy_loss
+    from isentropic.losses.reduce import SumCount
 
     def loss_fn(stats, where):
         return SumCount(-(stats.logp * adv[None][where]).sum(), adv.new_tensor(float(stats.logp.numel())))
@@ -121,7 +121,7 @@ def per_token(function):
 
 def ours(arithmetic):
     def function(hidden, weight, ids):
-        from isentropic.kernels import fused_logp, token_stats
+        from isentropic.entropy.kernels import fused_logp, token_stats
 
         call = fused_logp if torch.is_grad_enabled() else token_stats
         return call(hidden, weight, ids, arithmetic=arithmetic).logp
@@ -245,7 +245,7 @@ def floor_seconds(hidden, weight, tile=(256, 2048)):
 
 def statistics_cost(hidden, weight, ids, repeats):
     """Time of all statistics over that of log π(a) alone by the same code; median of interleaved pairs."""
-    from isentropic.kernels import cpu, token_stats
+    from isentropic.entropy.kernels import cpu, token_stats
 
     whole, ratios = cpu._fold, []
 
@@ -368,7 +368,7 @@ def step_child(options):
     from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from isentropic.engines.trl_head import install
+    from isentropic.engines.trl.head import install
     from isentropic.models.tiny import character_tokenizer
 
     torch.manual_seed(0)

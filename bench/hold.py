@@ -68,7 +68,7 @@ def where(home, cell, seed):
 
 
 def collect(home, seeds):
-    from isentropic.record import Record
+    from isentropic.runs.record import Record
 
     found = {}
     for cell in CELLS:
@@ -110,7 +110,7 @@ def show(values):
 
 
 def report(home, seeds):
-    from isentropic.record import Record, write_json
+    from isentropic.runs.record import Record, write_json
 
     found = collect(home, seeds)
     header = Record(where(home, next(iter(found)), seeds[0])).header()
@@ -136,7 +136,7 @@ def draw(home, found):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    from isentropic.record import Record
+    from isentropic.runs.record import Record
 
     plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))

@@ -215,7 +215,7 @@ def sequence(grids, plt):
 
 def better(ours, theirs):
     """The probability that a run of ours beats one of theirs, with its interval where seeds allow one."""
-    from isentropic.evaluation import probability_of_improvement, stratified_interval
+    from isentropic.runs.statistics import probability_of_improvement, stratified_interval
 
     value = f"**{probability_of_improvement([ours], [theirs]):.2f}**"
     interval = stratified_interval(probability_of_improvement, [ours], [theirs])
@@ -332,7 +332,7 @@ def report(name, grids):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    from isentropic.compare import compare, render
+    from isentropic.experiments.compare import compare, render
 
     plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     parts = []
@@ -360,7 +360,7 @@ def main():
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args()
-    from isentropic.grid import load_grid, run
+    from isentropic.experiments.grid import load_grid, run
 
     os.chdir(ROOT)
     flags = {"seeds": options.seeds, "jobs": options.jobs}

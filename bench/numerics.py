@@ -79,8 +79,8 @@ def trainer_class(cast):
 
 def work(recipe, cast, seed, steps, out):
     """One cell, in this process."""
-    from isentropic import training
-    from isentropic.config import load
+    from isentropic.experiments import train as training
+    from isentropic.experiments.config import load
 
     training.IsentropicTrainer = trainer_class(CASTS[cast])
     training.quiet()
@@ -141,7 +141,7 @@ def figures(record):
 
 
 def collect(options):
-    from isentropic.record import Record
+    from isentropic.runs.record import Record
 
     found = {}
     for recipe, cast in CELLS:
@@ -172,7 +172,7 @@ def table(found):
 
 def differences(found):
     """bf16 minus fp32 at the same seed: the mean, and its 95 % interval over seeds."""
-    from isentropic.evaluation import bootstrap_interval
+    from isentropic.runs.statistics import bootstrap_interval
 
     lines = ["| | pairs | directions that differ | H end | reward | pass@1 |", "|---|---|---|---|---|---|"]
     result = {}
@@ -203,7 +203,7 @@ def interval(gap):
 
 
 def report(options):
-    from isentropic.record import Record, write_json
+    from isentropic.runs.record import Record, write_json
 
     found = collect(options)
     if not found:
@@ -250,7 +250,7 @@ def draw(options, found):
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    from isentropic.record import Record
+    from isentropic.runs.record import Record
 
     plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     figure, axes = plt.subplots(1, len(RECIPES), figsize=(9, 3.2), sharey=True)

@@ -21,7 +21,8 @@ os.environ |= {"OMP_NUM_THREADS": "1"}
 import matplotlib
 import torch
 
-from isentropic import __version__, lab
+from isentropic import __version__
+from isentropic.engines import tabular as lab
 from isentropic.recipes import compose
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

@@ -31,9 +31,9 @@ def child(kind, options, pipe):
     from trl import GRPOConfig, GRPOTrainer
 
     from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+    from isentropic.experiments.train import quiet
     from isentropic.models import resolve_model
     from isentropic.tasks import load_task
-    from isentropic.training import quiet
 
     quiet()
     torch.set_num_threads(1)

@@ -129,7 +129,7 @@ def process(rounds, out):
     global counter
     import torch
 
-    from isentropic.training import quiet
+    from isentropic.experiments.train import quiet
 
     quiet()
     torch.set_num_threads(1)

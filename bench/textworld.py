@@ -62,9 +62,9 @@ def warm(out):
 
 
 def run(recipe, seed, model, out):
-    from isentropic.config import load
-    from isentropic.record import Record
-    from isentropic.training import quiet, train
+    from isentropic.experiments.config import load
+    from isentropic.experiments.train import quiet, train
+    from isentropic.runs.record import Record
 
     quiet()
     home = out / f"{recipe}-s{seed}"
@@ -98,7 +98,7 @@ def by_game(found, when):
 
 
 def with_interval(values):
-    from isentropic.evaluation import bootstrap_interval
+    from isentropic.runs.statistics import bootstrap_interval
 
     low, high = bootstrap_interval(values)
     return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
@@ -141,7 +141,7 @@ def difference(cells):
 
 
 def page(cells):
-    from isentropic.record import versions
+    from isentropic.runs.record import versions
 
     last = lines()[-1]
     made = f"{last['date']}, {last['machine']['platform']}, one thread; " + ", ".join(

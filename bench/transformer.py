@@ -21,9 +21,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import numpy as np
 import torch
 
-from isentropic import __version__, recipes
-from isentropic.dynamics import change_of, effective_weights, natural_change, predicted_change
-from isentropic.entropy import logits_stats, token_entropy
+from isentropic import __version__
+from isentropic.entropy.prediction import change_of, effective_weights, natural_change, predicted_change
+from isentropic.entropy.statistics import logits_stats, token_entropy
+from isentropic.recipes import compose as recipes
 from isentropic.types import TokenBatch
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"

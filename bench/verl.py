@@ -19,7 +19,7 @@ from datetime import date
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/verl"))
+sys.path.insert(0, str(ROOT / "tests/engines/verl"))
 
 RESULTS = ROOT / "docs/results"
 UPDATES, PROMPTS, GROUP = 4, 32, 8

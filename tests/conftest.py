@@ -16,6 +16,6 @@ from jaxtyping import install_import_hook
 torch.set_num_threads(1)
 
 # Before any import of isentropic: the hook rewrites a module as it is loaded.
-ROOMS = """types reduce advantages selection penalties shaping bounds objectives entropy dynamics evaluation
-    precision.casts precision.checks lab""".split()
-install_import_hook([f"isentropic.{room}" for room in ROOMS], "beartype.beartype")
+MODULES = """types losses entropy.statistics entropy.prediction entropy.audit.casts entropy.audit.checks runs.statistics
+    engines.tabular""".split()
+install_import_hook([f"isentropic.{module}" for module in MODULES], "beartype.beartype")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from jaxtyping import TypeCheckError
 
-from isentropic.advantages import group_mean
+from isentropic.losses.advantages import group_mean
 
 
 @pytest.mark.parametrize("rewards", [torch.zeros(3), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)])

@@ -52,7 +52,6 @@ WITH_CODE = [name for name, found in ALL.items() if found]
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory):
     pytest.importorskip("trl")
-    sys.path.insert(0, str(Path(__file__).parent / "engines"))
     from trl_case import save_model
 
     return save_model(tmp_path_factory.mktemp("docs") / "model")
@@ -61,7 +60,6 @@ def model_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def example(model_dir, tmp_path_factory):
     """A run directory with the files of a long run and the checkpoints of a short one."""
-    sys.path.insert(0, str(Path(__file__).parent / "report"))
     from run_fixture import make_run
 
     from isentropic.cli import main
@@ -183,7 +181,7 @@ def run_shell(block, names, site):
 
 def shell_isentropic(args, site):
     from isentropic.cli import _parser, main
-    from isentropic.config import load
+    from isentropic.experiments.config import load
     from isentropic.tasks import load_task
 
     (site.home / "run.toml").touch()
@@ -243,7 +241,7 @@ def shell_tail(args, site):
 
 def shell_python(args, site):
     """A command of verl's: its recipe is one, and the settings of ours that it names are there and hold."""
-    from isentropic.engines.verl_plugin import MONITOR, group_entry
+    from isentropic.engines.verl.plugin import MONITOR, group_entry
     from isentropic.recipes import RECIPES, compose
 
     assert args[:2] == ["-m", "verl.trainer.main_ppo"]
@@ -359,7 +357,7 @@ def the_tracker_has_our_names(names, home):
     """TensorBoard's files are in the run directory and hold every figure of metrics.jsonl that is a number."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from isentropic.record import Record
+    from isentropic.runs.record import Record
 
     (events,) = home.glob("out-*/runs/*/events*")
     seen = EventAccumulator(str(events))

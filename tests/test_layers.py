@@ -159,14 +159,14 @@ def test_every_module_imports_or_lacks_a_named_extra(name):
 
 
 PLANTED = [
-    ("upwards", {"types.py": "from isentropic.entropy import read"}, "entropy stands below types"),
+    ("upwards", {"types.py": "from isentropic.entropy.statistics import read"}, "entropy stands below types"),
     ("nested", {"reduce.py": "def f():\n    import isentropic.cli"}, "cli stands below reduce"),
     ("relative", {"reduce.py": "from .shaping import mask"}, "shaping stands below reduce"),
     ("relative package", {"kernels/__init__.py": "from .. import entropy"}, "entropy stands below kernels"),
     ("relative parent", {"kernels/cpu.py": "from ..entropy import read"}, "entropy stands below kernels"),
-    ("type checking", {"types.py": "if TYPE_CHECKING:\n    from isentropic.lab import Policy"}, "lab stands below"),
-    ("by name", {"types.py": "import_module('isentropic.lab')"}, "lab stands below types"),
-    ("method", {"types.py": "class A:\n    def f(self):\n        import isentropic.lab"}, "lab stands below types"),
+    ("type checking", {"types.py": "if TYPE_CHECKING:\n    from isentropic.engines.tabular import Policy"}, "lab stands below"),
+    ("by name", {"types.py": "import_module('isentropic.engines.tabular')"}, "lab stands below types"),
+    ("method", {"types.py": "class A:\n    def f(self):\n        import isentropic.engines.tabular"}, "lab stands below types"),
     ("neighbours", {"report/html.py": "from isentropic.engines.trl import Trainer"}, "do not import one another"),
     ("public name", {"lab.py": "from isentropic import Recipe"}, "import from the room"),
     ("foreign core", {"evaluation.py": "def f():\n    import scipy.stats"}, "the core imports"),
@@ -181,7 +181,7 @@ PLANTED = [
     (
         "torch indirectly",
         {"types.py": "import torch.nn", "config.py": "from isentropic import types"},
-        "isentropic.config -> isentropic.types -> torch",
+        "isentropic.experiments.config -> isentropic.types -> torch",
     ),
     ("torch in a package", {"tasks/__init__.py": "import torch"}, "isentropic.tasks -> torch"),
     ("argparse", {"lab.py": "import argparse"}, "argparse belongs to"),
@@ -209,7 +209,7 @@ def test_allowed_imports_pass():
         "grid.py": "import tomllib",
         "tasks/__init__.py": "def make():\n    from isentropic.tasks import gym",
         "tasks/gym.py": "import torch\nimport reasoning_gym",
-        "config.py": "import argparse\nimport isentropic.controllers",
+        "config.py": "import argparse\nimport isentropic.control.controllers",
         "cli.py": "def main():\n    from isentropic import __version__, config\n    from isentropic.engines import trl",
         "reduce.py": 'def f():\n    """' + "\n" * MAX_LINES + '"""\n' + "    x = 1\n" * (MAX_LINES - 1),
     }

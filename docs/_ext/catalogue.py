@@ -5,8 +5,9 @@ from dataclasses import fields
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
-from isentropic.config import RunConfig
-from isentropic.controllers import CONTROLLERS
+from isentropic.control.controllers import CONTROLLERS
+from isentropic.control.targets import TARGETS
+from isentropic.experiments.config import RunConfig
 from isentropic.recipes import (
     BOUNDS,
     CONSTANTS,
@@ -20,7 +21,6 @@ from isentropic.recipes import (
     compose,
     knob_range,
 )
-from isentropic.targets import TARGETS
 
 
 def _table(heads, rows):

@@ -1,20 +1,17 @@
 """Warm-up: a model of whole words that learns to play from an environment's advice."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
-sys.path.insert(0, str(Path(__file__).parents[1] / "tasks"))
 from test_environments import corridor
 
 from isentropic.cli import main
 from isentropic.models.warmup import IGNORED, WarmUp, demonstrations, make, warm_up, win_rate
 from isentropic.models.words import word_model, word_tokenizer, words_of
-from isentropic.record import Record
+from isentropic.runs.record import Record
 from isentropic.tasks import load_task
 
 walk = corridor(max_turns=4)
@@ -94,7 +91,6 @@ def test_from_warm_up_to_a_run_and_its_evaluation_by_commands(tmp_path, capsys):
 
 @pytest.mark.parametrize("played_first", [True, False])
 def test_an_environment_and_a_task_that_is_answered_in_turn(tmp_path, played_first):
-    sys.path.insert(0, str(Path(__file__).parents[1] / "engines"))
     from trl_case import save_model
 
     model, run = save_model(tmp_path / "model"), tmp_path / "run"

@@ -5,11 +5,11 @@ import threading
 from itertools import pairwise
 
 import pytest
-from report.browser import Page, chromium
-from report.run_fixture import SCRIPT, make_run
+from browser import Page, chromium
+from run_fixture import SCRIPT, make_run
 
 from isentropic import report
-from isentropic.watch import Server
+from isentropic.report.watch import Server
 
 MARKS = ".scatterlayer .js-line, .scatterlayer .point, .barlayer .point"
 

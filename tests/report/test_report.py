@@ -9,13 +9,13 @@ import time
 import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
-from report.run_fixture import SCRIPT, make_run
+from run_fixture import SCRIPT, make_run
 
 from isentropic import report
 from isentropic.cli import main
-from isentropic.record import Record
 from isentropic.report import about, answers, bundle, control, figures, page, why
 from isentropic.report.runs import read
+from isentropic.runs.record import Record
 
 MAX_BYTES = 2_500_000
 EVERY = "hold phase knob passk distinct quadrants where predicted clip cov length samples precision config".split()

@@ -11,8 +11,8 @@ import pytest
 
 from isentropic.tasks import load_task
 from isentropic.tasks.environments import EnvironmentTask, demonstrate
+from isentropic.tasks.environments.textworld import Games, content_hash, tidy
 from isentropic.tasks.spec import options
-from isentropic.tasks.textworld import Games, content_hash, tidy
 
 NAME = "textworld:coin_collector:level=102:train=1:test=1:text=brief:turns=5:commands=4"
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from isentropic.config import load
-from isentropic.sequence import in_order
+from isentropic.experiments.config import load
+from isentropic.experiments.sequence import in_order
 from isentropic.tasks import KINDS, Task, load_task
 from isentropic.tasks import spec as spec_module
 from isentropic.tasks.checks import best_constant, constant_line, training_rows

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from isentropic.models import check_saved, resolve_model
-from isentropic.record import Record
+from isentropic.runs.record import Record
 
 
 class Candidate(NamedTuple):

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isentropic.engines.trl_rollout import Sampling, wins
-from isentropic.evaluation import bootstrap_interval
+from isentropic.engines.trl.rollout import Sampling, wins
+from isentropic.runs.statistics import bootstrap_interval
 from isentropic.tasks.environments import EnvironmentTask, demonstrate
 
 IGNORED = -100

@@ -1,6 +1,6 @@
 """The report: one page that shows a run, or several side by side, without a network.
 
-``write`` reads run directories (their schema is in :mod:`isentropic.record`) and writes one HTML file that holds all it
+``write`` reads run directories (their schema is in :mod:`isentropic.runs.record`) and writes one HTML file that holds all it
 needs. A panel without data is absent.
 """
 

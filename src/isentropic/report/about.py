@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..evaluation import rms_relative_error
+from ..runs.statistics import rms_relative_error
 from .answers import evaluations, ks_of, tasks_of
 from .figures import Panel, collect
 from .html import Html, el, table

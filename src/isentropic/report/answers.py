@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..evaluation import Interval, bootstrap_interval, pass_at_k
+from ..runs.statistics import Interval, bootstrap_interval, pass_at_k
 from .figures import Figure, Panel, Trace, collect, layout, line, plain, rounded, step_layout
 from .html import Html, el, number
 from .runs import Run, is_number

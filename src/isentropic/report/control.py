@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..targets import Level, parse_level
+from ..control.targets import Level, parse_level
 from .figures import (
     BAND,
     Figure,

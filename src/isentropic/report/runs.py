@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
-from ..record import Record
+from ..runs.record import Record
 
 # Names in page.css: Okabe and Ito's colours, which colour-blind eyes tell apart, lightened where the page is dark.
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")

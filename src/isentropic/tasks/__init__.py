@@ -37,10 +37,10 @@ KINDS: dict[str, tuple[str, str, str]] = {
         "a data set of the hub",
     ),
     "mix": ("isentropic.tasks.mixture:load", "mix:TASK@WEIGHT+TASK@WEIGHT...", "several tasks by share"),
-    "textworld": ("isentropic.tasks.textworld:load", "textworld:GAME[:option=value...]", "text adventures, generated"),
-    "textarena": ("isentropic.tasks.textarena:load", "textarena:GAME[:option=value...]", "games for one player"),
+    "textworld": ("isentropic.tasks.environments.textworld:load", "textworld:GAME[:option=value...]", "text adventures, generated"),
+    "textarena": ("isentropic.tasks.environments.textarena:load", "textarena:GAME[:option=value...]", "games for one player"),
     "appworld": (
-        "isentropic.tasks.appworld:load",
+        "isentropic.tasks.environments.appworld:load",
         "appworld:train=FILE:test=FILE:ports=8000-8007",
         "apps behind a server",
     ),

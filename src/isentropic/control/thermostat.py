@@ -1,0 +1,126 @@
+"""The loop that closes: a controller and a target joined into one pure pair ``init()``, ``update(state, reading)``.
+
+An engine, or a hand-written loop, hands in one :class:`~isentropic.types.EntropyReading` an optimizer step and reads
+``state.value``, the knob of the next step. A refused reading never moves the knob: it is counted in ``state.refused``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ..types import EntropyReading
+from .controllers import Controller, Forecast
+from .targets import Target, TargetState
+
+
+class ThermostatState(NamedTuple):
+    """Plain numbers; goes into a checkpoint as JSON.
+
+    Attributes:
+        controller: the controller's own state; its ``value`` is the knob.
+        target: the target's state.
+        sum, count: Σ H and tokens since the controller last acted.
+        waited: readings since the controller last acted.
+        predicted, gain, steps: Σ of what those readings predicted, and how many of them did.
+        refused: readings refused in a row.
+    """
+
+    controller: Any
+    target: TargetState
+    sum: float = 0.0
+    count: float = 0.0
+    waited: int = 0
+    refused: int = 0
+    predicted: float = 0.0
+    gain: float = 0.0
+    steps: int = 0
+
+    @property
+    def value(self) -> float:
+        """The knob."""
+        return self.controller.value
+
+
+class Thermostat(NamedTuple):
+    """A pair of pure functions, the target in force, and the way back from JSON."""
+
+    init: Callable[[], ThermostatState]
+    update: Callable[..., ThermostatState]
+    level: Callable[[ThermostatState], float | None]
+    restore: Callable[[dict[str, Any]], ThermostatState]
+
+
+def thermostat(controller: Controller, target: Target, every: int | None = None) -> Thermostat:
+    """Join a controller and a target.
+
+    Args:
+        controller: from :mod:`isentropic.control.controllers`.
+        target: from :mod:`isentropic.control.targets`.
+        every: act once in so many readings (optimizer steps), on their token-weighted mean; ``None`` acts where the
+            caller says ``act=True``, which engines do at the end of a generation batch (REPO's published rule).
+
+    Returns:
+        ``update(state, reading, act=True)``. The target hears every accepted reading.
+
+    Raises:
+        ValueError: ``every`` below 1.
+
+    Example:
+        >>> from isentropic.control.controllers import Range, sign_step
+        >>> from isentropic.control.targets import parse_target
+        >>> t = thermostat(sign_step(Range(0.0, -1.0, 1.0), step=0.1), parse_target("1.0"))
+        >>> state = t.update(t.init(), EntropyReading(sum=8.0, count=10.0))
+        >>> state.value, t.level(state)
+        (0.1, 1.0)
+        >>> t.update(state, EntropyReading(sum=float("nan"), count=10.0)).refused
+        1
+    """
+    if every is not None and every < 1:
+        raise ValueError(f"every must be >= 1 optimizer steps or None (a generation batch), got {every}")
+
+    def init() -> ThermostatState:
+        return ThermostatState(controller.init(), target.init())
+
+    def update(state: ThermostatState, reading: EntropyReading, act: bool = True) -> ThermostatState:
+        if reading.problem():
+            return state._replace(refused=state.refused + 1)
+        state = state._replace(
+            target=target.update(state.target, reading.mean, reading.count),
+            sum=state.sum + reading.sum,
+            count=state.count + reading.count,
+            waited=state.waited + 1,
+            refused=0,
+            predicted=state.predicted + reading.predicted,
+            gain=state.gain + reading.gain,
+            steps=state.steps + reading.steps,
+        )
+        if not (act if every is None else state.waited >= every):
+            return state
+        level = target.level(state.target)
+        if level is not None and not target.hold(state.target):
+            more = (Forecast(state.predicted, state.gain, state.steps, state.waited),) if controller.forecasts else ()
+            turned = controller.update(state.controller, state.sum / state.count, level, *more)
+            state = state._replace(controller=turned)
+        return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0)
+
+    def restore(saved: dict[str, Any]) -> ThermostatState:
+        blank = init()
+        controller = type(blank.controller)(**saved["controller"])
+        fields: dict[str, Any] = {**saved, "controller": controller, "target": TargetState(**saved["target"])}
+        return blank._replace(**fields)
+
+    return Thermostat(init, update, lambda state: target.level(state.target), restore)
+
+
+def to_json(state: ThermostatState) -> dict[str, Any]:
+    """The state as nested plain dicts; ``Thermostat.restore`` takes them back.
+
+    Example:
+        >>> from isentropic.control.controllers import Range, fixed
+        >>> from isentropic.control.targets import parse_target
+        >>> t = thermostat(fixed(Range(0.2, 0.1, 0.4)), parse_target("initial"))
+        >>> t.restore(to_json(t.init())) == t.init()
+        True
+    """
+    return {**state._asdict(), "controller": state.controller._asdict(), "target": state.target._asdict()}

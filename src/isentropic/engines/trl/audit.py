@@ -1,0 +1,192 @@
+"""The audit of a TRL trainer as it is configured: its own sampler, its own mask, its own scoring.
+
+A batch is generated and scored by the trainer's methods, with stand-ins for the rewards, and goes through
+:func:`isentropic.entropy.audit.audit`. The trainer and every random state are left as they were, so that a run that was
+audited is the run that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+
+from ...entropy.audit import AuditBatch, Clip, Report, Scored, audit
+from ...runs.record import write_json
+
+logger = logging.getLogger("isentropic")
+AUDIT_FILE = "audit.json"
+# A whole distribution is kept for each sampled token: this many numbers at most.
+_MAX_SCORES = 20_000_000
+_IN_PLACE = ("_metrics", "_logs", "_samples", "_batch_facts")
+
+
+@torch.no_grad()
+def audit_trainer(trainer: Any, prompts: int = 2, tokens: int = 64) -> Report:
+    """Audit a GRPOTrainer, or one of its subclasses, before it trains.
+
+    Args:
+        trainer: made, not yet trained; under FSDP2 it has to be prepared, as it is when training begins.
+        prompts: prompts of the training set that are answered, each by a group.
+        tokens: limit of a completion's length; a large vocabulary lowers it.
+
+    Returns:
+        Findings, what was looked at, measured figures. Every rank must call this; each sees its own completions.
+    """
+    with _untouched(trainer):
+        trainer.model.train()
+        batch = _generated(trainer, prompts, tokens)
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        with trainer.accelerator.autocast():
+            return audit(
+                model,
+                batch,
+                lambda scored, part: _score(trainer, scored, part),
+                _clip(trainer, batch),
+                torch.float32 if trainer.args.cast_lm_head_to_fp32 else None,
+                "trainer",
+            )
+
+
+def _score(trainer: Any, model: Any, batch: AuditBatch) -> Scored:
+    num = batch.mask.shape[1]
+    logp, entropy, _ = trainer._get_per_token_logps_and_entropies(
+        model, batch.input_ids, batch.attention_mask, num, compute_entropy=True
+    )
+    return Scored(logp, entropy)
+
+
+def _clip(trainer: Any, batch: AuditBatch) -> Clip:
+    """The trainer's clip; CISPO's upper one is a ceiling, and its lower one is not there."""
+    low, high = trainer.epsilon_low, trainer.epsilon_high
+    if trainer.loss_type == "cispo":
+        low, high = 1.0, max(high - 1, 0.0)
+    by_sequence = getattr(trainer, "importance_sampling_level", "token") == "sequence"
+    return Clip(low, high, max(1, round(batch.mask.sum(1).double().mean().item())) if by_sequence else 1)
+
+
+def _generated(trainer: Any, prompts: int, tokens: int) -> AuditBatch:
+    """A batch by the trainer's own generation, and the distributions it was drawn from, where they can be had."""
+    rows = [row for row in islice(iter(trainer.train_dataset), prompts) for _ in range(trainer.num_generations)]
+    vocab = trainer.model.get_output_embeddings().weight.shape[0]
+    limit = max(1, min(tokens, trainer.args.max_completion_length, _MAX_SCORES // (vocab * len(rows))))
+    trainer.reward_funcs = [_stand_in] * len(trainer.reward_funcs)
+    config = getattr(trainer, "generation_config", None)
+    if config is not None:
+        trainer.generation_config = config = copy.deepcopy(config)
+        config.max_new_tokens = limit
+    with _scores(trainer) as seen:
+        output = trainer._generate_and_score_completions(rows)
+    ids, mask = output["completion_ids"], output["completion_mask"]
+    tools = output.get("tool_mask")
+    logp_sampler, kept = output.get("sampling_per_token_logps"), None
+    if logp_sampler is None and tools is None and len(seen) == 1 and seen[0].shape[:2] == ids.shape:
+        logp_sampler = seen[0].log_softmax(-1).gather(2, ids[:, :, None])[:, :, 0]
+        kept = seen[0].isfinite()
+    sampler = config if config is not None else trainer.args
+    return AuditBatch(
+        torch.cat([output["prompt_ids"], ids], 1),
+        torch.cat([output["prompt_mask"], mask], 1),
+        mask if tools is None else mask * tools,
+        _tokens_made(trainer, ids, native=bool(seen)) if tools is None else mask * tools,
+        output.get("old_per_token_logps"),
+        logp_sampler,
+        kept,
+        trainer.temperature,
+        sampler.top_k or 0,
+        1.0 if sampler.top_p is None else sampler.top_p,
+        sampler.min_p or 0.0,
+    )
+
+
+def _stand_in(completions: list[Any], **columns: Any) -> list[float]:
+    """Rewards that differ within every group, so that nothing is sampled again: an audit judges no answer."""
+    return [float(i % 2) for i in range(len(completions))]
+
+
+def _tokens_made(trainer: Any, ids: torch.Tensor, native: bool) -> torch.Tensor:
+    """What the sampler made, read from the tokens alone: up to the first end of text.
+
+    Without one, the native sampler has filled the row, and may have drawn the padding token; another one may have
+    stopped on a string, and what follows is padding.
+    """
+    ends = torch.isin(ids, torch.tensor(trainer.eos_token_ids, device=ids.device))
+    padding = ids == trainer._tokenizer.pad_token_id
+    trailing = padding.flip(1).long().cumprod(1).flip(1).bool()
+    ended = ends.any(1, keepdim=True)
+    unended = torch.ones_like(padding) if native else ~trailing
+    made = torch.where(ended, ends.long().cumsum(1) - ends.long() == 0, unended)
+    if trainer.mask_truncated_completions:
+        made = made & ended
+    return made.long()
+
+
+@contextmanager
+def _scores(trainer: Any) -> Iterator[list[torch.Tensor]]:
+    """Have ``generate`` also give the logits it drew from, after temperature, truncation and penalties: [b t v]."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    native, seen = model.generate, []
+
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if "generation_config" not in kwargs:
+            # A rollout_func's own call, which hands over the log-probs itself.
+            return native(*args, **kwargs)
+        config = copy.deepcopy(kwargs["generation_config"])
+        config.output_scores = config.return_dict_in_generate = True
+        out = native(*args, **{**kwargs, "generation_config": config})
+        seen.append(torch.stack(out.scores, 1))
+        return out.sequences
+
+    model.generate = generate
+    try:
+        yield seen
+    finally:
+        del model.generate
+
+
+@contextmanager
+def _untouched(trainer: Any) -> Iterator[None]:
+    """Put back everything that generating and scoring a batch changes, random states included."""
+    attributes = dict(vars(trainer))
+    attributes |= {name: copy.deepcopy(attributes[name]) for name in _IN_PLACE if name in attributes}
+    tokens_seen, training = trainer.state.num_input_tokens_seen, trainer.model.training
+    python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (rewards, tools and environments use it)
+    try:
+        with torch.random.fork_rng(range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        trainer.model.train(training)
+        trainer.state.num_input_tokens_seen = tokens_seen
+        for name in set(vars(trainer)) - set(attributes):
+            delattr(trainer, name)
+        vars(trainer).update(attributes)
+
+
+class StartAudit(TrainerCallback):
+    """Audits a trainer as its training begins, warns of what is serious, and writes audit.json to its run directory.
+
+    Args:
+        trainer: the trainer this callback is added to.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        report = audit_trainer(self.trainer)
+        if not state.is_world_process_zero:
+            return
+        write_json(Path(args.output_dir) / AUDIT_FILE, report.as_dict())
+        for finding in report.serious:
+            logger.warning("audit: %s (%s); %s; %s", finding.what, finding.where, finding.effect, finding.remedy)

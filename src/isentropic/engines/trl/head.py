@@ -1,0 +1,155 @@
+"""The fused head of :mod:`isentropic.entropy.kernels` in place of TRL's, behind TRL's own call.
+
+TRL scores tokens by ``model(..., labels=..., fused_lm_head=True)``: the backbone, then one function from the last
+hidden states and the head to log-probabilities and entropies. That one function is exchanged while such a call runs,
+and for the models it was installed in alone; gathering, masking, capping, scaling and auxiliary losses stay TRL's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from trl.trainer import utils
+
+from ...entropy.kernels import fused_logp
+from ...types import TokenStats
+
+# What this head can return of what TRL may ask for.
+KNOWN_OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs"}
+_FUNCTION = "_ChunkedLogProbFunction"
+
+
+class _Head:
+    """Stands where TRL's autograd function stands for the length of one call, and remembers what it saw last."""
+
+    def __init__(self) -> None:
+        self.stats: TokenStats | None = None
+        self.mask: torch.Tensor | None = None
+        self.native: Any = None
+
+    def __enter__(self) -> None:
+        self.native = getattr(utils, _FUNCTION)
+        setattr(utils, _FUNCTION, self)
+
+    def __exit__(self, *exception: object) -> None:
+        setattr(utils, _FUNCTION, self.native)
+
+    def apply(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        ids: torch.Tensor,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[torch.Tensor | None, ...]:
+        """TRL's arguments in, TRL's tuple out."""
+        self.stats = None
+        if not KNOWN_OUTPUTS.issuperset(outputs):
+            return self.native.apply(hidden, weight, bias, ids, temperature, chunk_size, softcap, scale, outputs)
+        assert self.mask is not None
+        # Where TRL has not left out the unscored positions itself, the mask does.
+        every = self.mask.numel() == len(ids)
+        mask = self.mask.reshape(-1) if every else None
+        stats = fused_logp(
+            hidden, weight, ids, float(temperature), mask=mask, bias=bias, softcap=softcap, scale=float(scale)
+        )
+        self.stats = TokenStats(*(self._placed(x.detach(), every) for x in stats if x is not None))
+        assert stats.sum_p2 is not None
+        return (
+            stats.logp,
+            stats.entropy if "entropy" in outputs else None,
+            stats.sum_p2.log() if "log_sum_sq_probs" in outputs else None,
+            None,
+            None,
+        )
+
+    def _placed(self, x: torch.Tensor, every: bool) -> torch.Tensor:
+        assert self.mask is not None
+        return x.reshape(self.mask.shape) if every else x.new_zeros(self.mask.shape).masked_scatter(self.mask, x)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _models(target: Any) -> list[Any]:
+    """The causal language models of a trainer, the policy first, or the one that was given."""
+    if not hasattr(target, "accelerator"):
+        return [_base(target)]
+    unwrap = target.accelerator.unwrap_model
+    policy, reference = target.model, getattr(target, "ref_model", None)
+    return [_base(unwrap(model)) for model in (policy, reference) if model is not None]
+
+
+def _replaceable(model: Any, anywhere: bool) -> bool:
+    """Whether TRL has given this model its fused head, and the head is a plain linear layer held here whole."""
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if type(head) is not torch.nn.Linear or hasattr(head.weight, "ds_id") or not hasattr(utils, _FUNCTION):
+        return False
+    # TRL's head is a forward of the instance's own.
+    return "forward" in model.__dict__ and head.weight.device.type in (("cpu", "cuda") if anywhere else ("cpu",))
+
+
+def install(target: Any, anywhere: bool = False) -> bool:
+    """Have TRL score tokens by :func:`isentropic.entropy.kernels.fused_logp`, in all models of a trainer or in none.
+
+    Call it once the trainer is made. Log-probabilities and entropies then come from fp32 logits whatever the dtype of
+    the model, positions that are not scored are not computed, and the moments of the entropy dynamics are read on the
+    way (:func:`last_stats`). Training is not bit-identical to TRL's any more: it rounds less.
+
+    Args:
+        target: a GRPOTrainer, or a causal language model that went through ``trl``'s ``add_fused_lm_head``.
+        anywhere: also on CUDA devices, where it has not been measured; without it, on CPUs, where it is faster.
+
+    Returns:
+        False, with nothing changed, where a head is not known here: not a plain ``nn.Linear`` (quantised, or carrying
+        an adapter), partitioned by DeepSpeed ZeRO-3, on another device, or without TRL's own fused head.
+    """
+    models = _models(target)
+    if not all(_replaceable(model, anywhere) for model in models):
+        return False
+    for model in models:
+        if "_isentropic_head" not in model.__dict__:
+            _wrap(model)
+    return True
+
+
+def _wrap(model: Any) -> None:
+    inner, head = model.forward, _Head()
+
+    @functools.wraps(inner)
+    def forward(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return inner(*args, **kwargs)
+        labels = kwargs.get("shift_labels")
+        labels = kwargs["labels"][:, 1:] if labels is None else labels
+        head.mask = labels.to(model.get_output_embeddings().weight.device) != -100
+        with head:
+            return inner(*args, fused_lm_head=True, **kwargs)
+
+    model.forward, model._isentropic_head = forward, head
+
+
+def last_stats(target: Any) -> TokenStats | None:
+    """The statistics of the last scoring call of the policy, taken: a second reading gives None.
+
+    Args:
+        target: what :func:`install` was called with.
+
+    Returns:
+        ``[b s-1]`` each, as the labels without their first column (``[b s]`` for ``shift_labels``), without gradient,
+        0 where nothing was scored; those of a completion of t tokens are ``[:, -t:]``. None where no call was made by
+        this head since the last reading.
+    """
+    head = _models(target)[0].__dict__.get("_isentropic_head")
+    if head is None:
+        return None
+    stats, head.stats = head.stats, None
+    return stats

@@ -1,0 +1,186 @@
+"""Between a recipe and TRL's settings: what a recipe sets, and what a plain GRPOConfig amounts to. Needs no TRL."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from dataclasses import MISSING, asdict, fields
+from typing import Any
+
+from ...recipes.compose import Recipe, compose
+
+logger = logging.getLogger("isentropic")
+_LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
+# What a native loss type is to a recipe: has it a clip, and what divides it.
+_NATIVE = {
+    "grpo": ("clipped", "sequence"),
+    "bnpo": ("clipped", "token"),
+    "dapo": ("clipped", "token"),
+    "dr_grpo": ("clipped", "constant"),
+    "luspo": ("clipped", "sequence"),
+    "cispo": ("cispo", "token"),
+    "sapo": ("sapo", "sequence"),
+    "vespo": ("importance", "token"),
+}
+
+
+def clip_settings(recipe: Recipe) -> dict[str, float]:
+    """TRL's clip fields: bounds 1 − epsilon and 1 + epsilon_high, except that CISPO's epsilon_high is the ceiling."""
+    low = recipe.clip_low if recipe.bounds == "additive" else 1 - 1 / (1 + recipe.clip_low)
+    return {"epsilon": low, "epsilon_high": recipe.clip_high + (recipe.objective == "cispo")}
+
+
+def native_objective(recipe: Recipe) -> bool:
+    """Whether TRL has the recipe's objective, bounds and reduction in one of its own losses.
+
+    Example:
+        >>> from isentropic.recipes import RECIPES
+        >>> native_objective(RECIPES["dapo"]), native_objective(RECIPES["dcpo"])
+        (True, False)
+    """
+    if recipe.objective == "cispo":
+        return recipe.bounds in ("additive", "reciprocal") and recipe.reduction == "token"
+    clips = recipe.objective in ("clipped", "sequence_clipped") and recipe.bounds in ("additive", "reciprocal")
+    return clips or recipe.objective == "reinforce"
+
+
+def is_native(args: Any, recipe: Recipe) -> bool:
+    """Whether a trainer's loss is TRL's own: always, where the config names no recipe."""
+    return getattr(args, "recipe", None) is None or native_objective(recipe)
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """The GRPOConfig fields that a recipe decides.
+
+    Example:
+        >>> from isentropic.recipes import RECIPES
+        >>> settings(RECIPES["gspo"])["importance_sampling_level"]
+        'sequence'
+    """
+    native = native_objective(recipe)
+    by_sequence = native and recipe.objective == "sequence_clipped" and recipe.plain
+    return {
+        "loss_type": "cispo" if native and recipe.objective == "cispo" else _LOSS_TYPES[recipe.reduction],
+        "scale_rewards": "group" if recipe.baseline == "mean_std" else "none",
+        "importance_sampling_level": "sequence" if by_sequence else "token",
+        **clip_settings(recipe),
+    }
+
+
+def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
+    """The recipe that a config means, and the settings it takes over (none where no recipe is named).
+
+    Raises:
+        ValueError: an unknown name or option, or a composition that cannot work.
+    """
+    options = getattr(args, "recipe_options", None) or {}
+    options = json.loads(options) if isinstance(options, str) else dict(options)
+    changes = {name: getattr(args, name, None) for name in ("knob", "controller", "target")}
+    if changes["controller"] == "none":
+        changes |= {"knob": "none", "controller": None}
+    name = getattr(args, "recipe", None)
+    if name is not None:
+        recipe = compose(name, **changes, **options)
+        _check_general(args, recipe)
+        return recipe, settings(recipe)
+    fixed = {"baseline", "objective", "reduction", "bounds", "on_policy"} & set(options)
+    if fixed:
+        raise ValueError(
+            f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one"
+        )
+    return compose(_as_recipe(args), **changes, **options), {}
+
+
+def _check_general(args: Any, recipe: Recipe) -> None:
+    """On the general road TRL's loss sees a ratio of 1: what TRL makes of the ratio beside it would be lost."""
+    if native_objective(recipe):
+        return
+    lost = {"delta": args.delta is not None, "use_bias_correction_kl": bool(args.beta and args.use_bias_correction_kl)}
+    for name in (name for name, on in lost.items() if on):
+        raise ValueError(
+            f"{name} has no effect on objective {recipe.objective} with bounds {recipe.bounds}, which TRL's loss does "
+            f"not have; switch {name} off"
+        )
+
+
+def _as_recipe(args: Any) -> Recipe:
+    objective, reduction = _NATIVE.get(args.loss_type, ("importance", "token"))
+    if args.importance_sampling_level == "sequence" and objective == "clipped":
+        objective = "sequence_clipped"
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    return Recipe(
+        formula=f"TRL's {args.loss_type}",
+        source="the trainer's own settings",
+        baseline="mean_std" if args.scale_rewards in ("group", "batch", True) else "mean",
+        objective=objective,
+        reduction=reduction,
+        clip_low=args.epsilon,
+        # A CISPO ceiling below 1 (TRL's own default is 0.2) scales every token down; it is not a width to start from.
+        clip_high=max(high - 1, 1e-6) if objective == "cispo" else high,
+    )
+
+
+def adopt(args: Any, owned: dict[str, Any]) -> None:
+    """Write a recipe's settings into a config, unless the user set them otherwise.
+
+    Raises:
+        ValueError: a field set by hand to what the recipe excludes.
+    """
+    default = {f.name: f.default for f in fields(args)}
+    for name, value in owned.items():
+        got = getattr(args, name)
+        if got not in (default[name], value):
+            hint = "set clip_low and clip_high in recipe_options" if "epsilon" in name else f"leave {name} out"
+            raise ValueError(
+                f"recipe {args.recipe} sets {name}={value!r}, got {got!r}; {hint}, or leave the recipe out"
+            )
+        setattr(args, name, value)
+
+
+def updates_per_batch(args: Any) -> int:
+    """Optimizer steps that reuse one generated batch; 1 is strictly on-policy."""
+    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+
+
+def boundary(args: Any) -> int:
+    """Optimizer steps between the moments at which both a step ends and a new batch is about to be generated."""
+    every = args.steps_per_generation * args.num_iterations
+    return math.lcm(every, args.gradient_accumulation_steps) // args.gradient_accumulation_steps
+
+
+def round_save_steps(args: Any) -> None:
+    """TRL does not save its generation buffer: a resume is exact only where a new batch is about to be generated."""
+    period = boundary(args)
+    if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps" or period == 1:
+        return
+    steps = args.save_steps if args.save_steps >= 1 else math.ceil(args.save_steps * max(args.max_steps, 0))
+    rounded = max(1, math.ceil(steps / period)) * period
+    if rounded != args.save_steps:
+        logger.warning(
+            "save_steps=%s is rounded up to %s, a multiple of the %s optimizer steps of a generated batch, so that a "
+            "resumed run equals an uninterrupted one",
+            args.save_steps,
+            rounded,
+            period,
+        )
+        args.save_steps = rounded
+
+
+def write_header(trainer: Any) -> None:
+    """Write run.json where `isentropic train` has not: what the config changes, and the recipe."""
+    record, args = trainer.record, trainer.args
+    if not trainer.accelerator.is_main_process or (record.path / "run.json").exists():
+        return
+    private = ("output_dir", "run_name", "logging_dir", "seed")
+    default = {
+        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
+    }
+    changed = {
+        name: getattr(args, name)
+        for name, value in default.items()
+        if name not in private and "token" not in name and getattr(args, name) != value
+    }
+    steps = args.max_steps if args.max_steps > 0 else None
+    known = {"steps": steps, "recipe": getattr(args, "recipe", None) or args.loss_type, "out": args.output_dir}
+    record.start({**changed, **known}, asdict(trainer.recipe), args.seed)

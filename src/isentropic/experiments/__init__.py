@@ -1,0 +1,1 @@
+"""What makes runs: their settings, one run, its evaluation, and grids of runs side by side."""

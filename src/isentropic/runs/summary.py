@@ -1,0 +1,86 @@
+"""The closing figures of a run: one definition for summary.json, the closing table and the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from .statistics import rms_relative_error
+
+SETTLED = 20  # optimizer steps before the entropy error counts
+
+Row = dict[str, Any]
+
+
+def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float | None = None) -> dict[str, Any]:
+    """Sum a run up in a few figures.
+
+    The end of a run is its last tenth, at least one step; the target error is
+    ``√ mean(((H − target) / target)²)`` over the steps after the first 20.
+
+    Args:
+        rows: of metrics.jsonl, in order of steps.
+        evaluations: rows of evaluations.jsonl, in the order they were written.
+        seconds: how long the run took.
+
+    Returns:
+        ``steps``, ``seconds``, ``samples``, ``entropy/start``, ``entropy/target``, ``entropy/end``, ``entropy/mean``
+        (over the settled steps, nats per token), ``entropy/rms_error`` and ``knob/saturated`` (shares of 1),
+        ``reward/start``, ``reward/end``; None for a figure that the rows do not hold. With evaluations also ``start``
+        and ``end`` (step, ``pass@k`` and ``distinct`` on the last task) and, after a sequence of tasks, ``before``: the
+        same at every evaluation of the tasks before the last, by name.
+
+    Example:
+        >>> rows = [{"step": t, "entropy/mean": 1.1, "entropy/target": 1.0, "reward/mean": t / 40} for t in range(1, 41)]
+        >>> figures = summary(rows)
+        >>> round(figures["entropy/rms_error"], 3), figures["reward/start"], figures["reward/end"]
+        (0.1, 0.025, 0.9624999999999999)
+        >>> summary([])["steps"]
+        0
+    """
+    first, last = (rows[0], rows[-1]) if rows else ({}, {})
+    tail, settled = rows[-max(1, len(rows) // 10) :], rows[SETTLED:]
+    figures: dict[str, Any] = {
+        "steps": last.get("step", 0),
+        "seconds": None if seconds is None else round(seconds, 1),
+        "samples": last.get("samples/total"),
+        "entropy/start": first.get("entropy/mean"),
+        "entropy/target": last.get("entropy/target"),
+        "entropy/end": _mean(tail, "entropy/mean"),
+        "entropy/mean": _mean(settled or rows, "entropy/mean"),
+        "entropy/rms_error": _target_error(rows),
+        "knob/saturated": _mean(settled, "knob/saturated"),
+        "reward/start": first.get("reward/mean"),
+        "reward/end": _mean(tail, "reward/mean"),
+    }
+    return figures | _evaluated(evaluations)
+
+
+def _known(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _mean(rows: Sequence[Row], name: str) -> float | None:
+    values = [row[name] for row in rows if _known(row.get(name))]
+    return sum(values) / len(values) if values else None
+
+
+def _target_error(rows: Sequence[Row]) -> float | None:
+    """RMS relative error over the settled steps with a target; a target of 0 gives no scale and is left out."""
+    pairs = [(row.get("entropy/mean"), row.get("entropy/target")) for row in rows if row["step"] > SETTLED]
+    pairs = [(value, target) for value, target in pairs if _known(value) and _known(target) and target]
+    return float(rms_relative_error(*map(list, zip(*pairs, strict=True)))) if pairs else None
+
+
+def _evaluated(evaluations: Sequence[Row]) -> dict[str, Any]:
+    by_task: dict[Any, list[Row]] = {}
+    for row in evaluations:
+        scores = {key: value for key, value in row.items() if key == "distinct" or key.startswith("pass@")}
+        by_task.setdefault(row.get("task"), []).append({"step": row["step"], **scores})
+    if not by_task:
+        return {}
+    *others, final = by_task.values()
+    ends = dict(zip(("start", "end"), [final[0], final[-1]] if len(final) > 1 else final, strict=False))
+    # Of tasks before the last: at the start, at the switch, at the end.
+    return ends | ({"before": dict(zip(by_task, others, strict=False))} if others else {})

@@ -1,0 +1,100 @@
+"""Targets: levels, measuring the start, annealing, and the band's hysteresis."""
+
+import pytest
+
+from isentropic.control.targets import parse_target
+
+
+def levels(text, *entropies, first=1, steps=None):
+    target = parse_target(text, first, steps)
+    state = target.init()
+    seen = []
+    for entropy in entropies:
+        state = target.update(state, entropy, 10.0)
+        seen.append((target.level(state), target.hold(state)))
+    return seen
+
+
+def test_initial_is_the_token_weighted_mean_of_the_first_readings():
+    target = parse_target("initial", 2)
+    state = target.update(target.init(), 1.0, 10.0)
+    assert target.level(state) is None
+    state = target.update(state, 2.0, 30.0)
+    assert target.level(state) == pytest.approx(1.75)
+    assert target.hold(state)
+    assert not target.hold(target.update(state, 5.0, 10.0))
+
+
+def test_constant_acts_at_once():
+    assert levels("0.8", 2.0) == [(0.8, False)]
+
+
+def test_share_of_initial():
+    assert levels("80%", 2.0, 1.0) == [(1.6, True), (1.6, False)]
+
+
+def test_anneal_from_the_start_to_a_constant():
+    seen = levels("anneal:100%:0.5:4", 1.5, 1.5, 1.5, 1.5, 1.5, 1.5)
+    assert [level for level, _ in seen] == pytest.approx([1.5, 1.25, 1.0, 0.75, 0.5, 0.5])
+    assert [hold for _, hold in seen] == [True] + [False] * 5
+
+
+def test_a_target_over_the_whole_run_needs_its_length():
+    assert levels("anneal:2.0:1.0", *[1.5] * 6, steps=4) == levels("anneal:2.0:1.0:4", *[1.5] * 6)
+    assert levels("anneal:2.0:1.0:2", 1.5, 1.5, steps=4) == levels("anneal:2.0:1.0:2", 1.5, 1.5)
+    with pytest.raises(ValueError, match=r"got steps=None; pass steps, or write anneal:100%:50%:STEPS"):
+        parse_target("anneal:100%:50%")
+
+
+def test_a_longer_run_goes_on_from_where_the_level_is():
+    short, long = (parse_target("anneal:2.0:1.0", steps=steps) for steps in (4, 8))
+    state = short.init()
+    for _ in range(4):
+        state = short.update(state, 1.5, 1.0)
+    assert short.level(state) == 1.25
+    seen = []
+    for _ in range(5):
+        state = long.update(state, 1.5, 1.0)
+        seen.append(long.level(state))
+    assert seen == [1.25, 1.25, 1.25, 1.125, 1.0]
+
+
+def test_band_waits_inside_and_comes_back_to_the_middle():
+    # Middle 2: below 1 it steers up until 2 is passed, above 3 down until 2 is passed.
+    seen = [hold for _, hold in levels("band:1.0:3.0", 1.5, 0.9, 1.9, 2.05, 2.9, 3.1, 2.1, 1.9)]
+    assert seen == [True, False, False, True, True, False, False, True]
+
+
+def test_state_is_plain_numbers():
+    target = parse_target("band:80%:120%")
+    state = target.update(target.init(), 1.0, 5.0)
+    assert type(state)(**state._asdict()) == state
+    assert all(isinstance(x, int | float) for x in state)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "initail",
+        "-1",
+        "0",
+        "0%",
+        "nan",
+        "anneal:1",
+        "anneal:1:2:3:4",
+        "anneal:1:2:0",
+        "band:2:1",
+        "band:x:1",
+        "inf",
+        "1e400",
+    ],
+)
+def test_bad_targets_are_refused(text):
+    with pytest.raises(ValueError, match=r"got|>="):
+        parse_target(text)
+
+
+def test_first_must_be_positive():
+    with pytest.raises(ValueError, match="initial readings must be >= 1"):
+        parse_target("initial", 0)

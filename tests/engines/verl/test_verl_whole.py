@@ -1,0 +1,145 @@
+"""The whole of verl on the embedded task: main_ppo with Ray, transfer queue, agent loop, logger, checkpoints."""
+
+import json
+import os
+import re
+import signal
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+import pytest
+
+try:
+    version("verl")  # not by import: this directory would be found as a package of that name
+except PackageNotFoundError:
+    pytest.skip("verl has an environment of its own: make test-verl", allow_module_level=True)
+
+from whole import lines, prepare, start
+
+SECONDS = 400  # a run takes 40 to 60 s where two cores are free
+UPDATES = 2  # optimizer steps a generated batch
+SMALL = """
+    data.train_batch_size=16 actor_rollout_ref.actor.ppo_mini_batch_size=8 actor_rollout_ref.rollout.n=8
+    actor_rollout_ref.actor.optim.lr=5e-4 trainer.save_freq=1
+""".split()
+# What TRL's log and metrics.jsonl call the same figures.
+NAMES = {
+    *("entropy/mean", "entropy/tokens", "entropy/refused", "entropy/target", "entropy/error"),
+    *("knob/value", "knob/saturated", "clip/low_frac", "clip/high_frac", "ratio/mean", "ratio/outside_frac"),
+    *("cov/adv_logp", "adv/mean", "predict/change", "predict/gain"),
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    from isentropic.models.tiny import TinySettings
+
+    return prepare(tmp_path_factory.mktemp("home"), TinySettings(steps=300))
+
+
+def run(home, out, *flags, workers=1):
+    process = start(home, out, *SMALL, *flags, workers=workers)
+    try:
+        code = process.wait(timeout=SECONDS)
+    finally:
+        process.terminate()
+    assert code == 0, (out / "output.txt").read_text()[-4000:]
+
+
+def last_step(out):
+    path = out / "checkpoints/latest_checkpointed_iteration.txt"
+    return int(path.read_text()) if path.exists() else 0
+
+
+def sidecar(out, step):
+    return json.loads((out / f"checkpoints/global_step_{step}/actor/isentropic.json").read_text())
+
+
+def rows(out):
+    return lines(out / "checkpoints/isentropic/metrics.jsonl")
+
+
+def replayed(recipe, found, steps=None):
+    """The controller on the readings of these rows: it must have stood where each row says; its state in the end."""
+    from isentropic.control.thermostat import to_json
+    from isentropic.recipes import build_thermostat
+    from isentropic.types import EntropyReading
+
+    thermostat = build_thermostat(recipe, steps)
+    state = thermostat.init()
+    for row in found:
+        assert row["knob/value"] == state.value
+        tokens = row["entropy/tokens"]
+        reading = EntropyReading(row["entropy/mean"] * tokens, tokens)
+        state = thermostat.update(state, reading, act=row["step"] % UPDATES == 0)
+    return to_json(state)
+
+
+@pytest.fixture(scope="module")
+def held(home, tmp_path_factory):
+    out = tmp_path_factory.mktemp("held")
+    flags = ["+isentropic=repo-r-loop", "actor_rollout_ref.actor.policy_loss.target=anneal:80%:40%"]
+    run(home, out, *flags, "trainer.total_training_steps=3")
+    return out
+
+
+def test_verls_own_loggers_have_our_figures_by_the_names_of_trl(held):
+    logged, ours = lines(held / "verl.jsonl"), rows(held)
+    assert [x["step"] for x in logged] == [1, 2, 3]
+    assert [x["step"] for x in ours] == [1, 2, 3, 4, 5, 6]
+    for turn, entry in enumerate(logged):
+        part = ours[turn * UPDATES : (turn + 1) * UPDATES]
+        for name in NAMES:
+            assert entry["data"][f"actor/{name}"] == pytest.approx(sum(row[name] for row in part) / UPDATES), name
+    console = (held / "output.txt").read_text()
+    assert re.search(r"step:3 .* actor/entropy/mean:\d\.\d+ .* actor/knob/value:\d", console)
+
+
+def test_the_reading_is_the_entropy_that_verl_sees(held):
+    for entry in lines(held / "verl.jsonl"):
+        # verl's own mean, of the same batch before its first update: two small steps lie between them at most.
+        assert entry["data"]["actor/entropy/mean"] == pytest.approx(entry["data"]["actor/entropy"], rel=0.1)
+
+
+def test_a_falling_target_goes_over_the_steps_that_verls_trainer_plans(held):
+    start = rows(held)[0]["entropy/mean"]
+    wanted = [(0.8 - 0.4 * step / 6) * start for step in range(6)]
+    assert [row["entropy/target"] for row in rows(held)] == pytest.approx(wanted)
+
+
+def test_the_knob_follows_the_controller_exactly(held):
+    from isentropic.recipes import compose
+
+    assert replayed(compose("repo-r-loop", target="anneal:80%:40%"), rows(held), 6) == sidecar(held, 3)["state"]
+    assert len({row["knob/value"] for row in rows(held)}) > 1
+
+
+def test_a_killed_worker_ends_the_run_and_its_checkpoint_resumes(home, tmp_path):
+    from isentropic.recipes import compose
+
+    process = start(home, tmp_path, *SMALL, "+isentropic=adapo", "trainer.total_training_steps=99", workers=2)
+    output = tmp_path / "output.txt"
+    try:
+        until = time.monotonic() + SECONDS
+        while last_step(tmp_path) < 2 and process.poll() is None and time.monotonic() < until:
+            time.sleep(0.2)
+        workers = sorted({int(pid) for pid in re.findall(r"WorkerDict pid=(\d+)", output.read_text())})
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        assert process.wait(timeout=SECONDS) == 1
+    finally:
+        process.terminate()
+    assert "ActorDiedError" in output.read_text()
+
+    step = last_step(tmp_path)
+    saved, recipe = sidecar(tmp_path, step), compose("adapo")
+    before = [row for row in rows(tmp_path) if row["step"] <= saved["step"]]
+    assert saved["step"] == step * UPDATES
+    assert replayed(recipe, before) == saved["state"]
+
+    run(home, tmp_path, "+isentropic=adapo", f"trainer.total_training_steps={step + 1}", workers=2)
+    after = rows(tmp_path)
+    assert after[: len(before)] == before
+    assert [row["step"] for row in after] == list(range(1, (step + 1) * UPDATES + 1))
+    assert after[len(before)]["knob/value"] == saved["state"]["controller"]["value"]
+    assert replayed(recipe, after) == sidecar(tmp_path, step + 1)["state"]

@@ -1,0 +1,182 @@
+"""Lines of finished runs, their estimates, and the tables."""
+
+import csv
+import json
+
+import pytest
+
+from isentropic.experiments.compare import compare, fingerprint, line_of, name_cells, render, write
+from isentropic.runs.record import Record, write_json
+from isentropic.runs.statistics import interquartile_mean, probability_of_improvement, stratified_interval
+
+
+def line(cell, seed, task="expr", settings=None, **figures):
+    settings = settings or {}
+    return {
+        "cell": cell,
+        "task": task,
+        "seed": seed,
+        "settings": settings,
+        "fingerprint": fingerprint(settings, {}),
+        "figures": figures,
+    }
+
+
+def test_a_hand_worked_comparison():
+    lines = [line("a", seed, **{"pass@1": value}) for seed, value in enumerate([0.2, 0.4, 0.9])]
+    lines += [line("b", seed, **{"pass@1": value}) for seed, value in enumerate([0.3, 0.5, 0.7])]
+    found = compare(lines, "a")
+    assert found.cells["a"]["pass@1"].mean == pytest.approx(0.5)
+    assert found.cells["b"]["pass@1"].interval.low >= 0.3
+    # b beats a in (0.3 > 0.2), (0.5 > 0.2, 0.4), (0.7 > 0.2, 0.4): 5 of 9.
+    chance, interval = found.better["b"]["pass@1"]
+    assert chance == pytest.approx(5 / 9)
+    assert interval.low < chance < interval.high
+    assert "a" not in {name for name, row in found.better.items() if row}
+
+
+def test_fewer_than_three_seeds_give_no_interval_and_it_says_so():
+    found = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1)])
+    assert found.cells["a"]["pass@1"].interval is None
+    assert "fewer than 3 seeds: a" in render(found)
+    three = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1, 2)])
+    assert "fewer than" not in render(three)
+    assert "0.500 (0.500..0.500)" in render(three)
+
+
+def test_every_task_weighs_the_same_and_the_bootstrap_keeps_them_apart():
+    lines = [line("a", seed, "easy", **{"pass@1": 1.0}) for seed in range(6)]
+    lines += [line("a", seed, "hard", **{"pass@1": 0.0}) for seed in range(3)]
+    estimate = compare(lines).cells["a"]["pass@1"]
+    assert estimate.mean == pytest.approx(0.5)
+    # Resampling within a task leaves nothing to vary; over all runs it would.
+    assert tuple(estimate.interval) == (0.5, 0.5)
+
+
+def test_bad_comparisons_are_refused():
+    with pytest.raises(ValueError, match="no run has ended"):
+        compare([])
+    with pytest.raises(ValueError, match="baseline must be one of a; got 'b'"):
+        compare([line("a", 0)], "b")
+
+
+def test_one_name_for_several_settings_is_told_apart():
+    lines = [line("x", 0, settings={"target": "80%"}), line("x", 0, settings={}), line("y", 0)]
+    assert [row["cell"] for row in name_cells(lines)] == ["x target=80%", "x target=default", "y"]
+    # The seed is what tells runs of a cell apart, not a setting.
+    same = [line("x", seed, settings={"seed": seed}) for seed in (1, 2)]
+    assert [row["cell"] for row in name_cells(same)] == ["x", "x"]
+
+
+def test_fingerprint_ignores_the_place_and_hears_the_rest():
+    assert fingerprint({"out": "a", "steps": 1}, {}) == fingerprint({"out": "b", "steps": 1}, {})
+    assert fingerprint({"steps": 1}, {}) != fingerprint({"steps": 2}, {})
+    assert fingerprint({}, {"clip_high": 0.2}) != fingerprint({}, {"clip_high": 0.3})
+    assert fingerprint({}, {"source": "one paper"}) == fingerprint({}, {"source": "another"})
+
+
+def test_interquartile_mean_drops_a_quarter_at_each_end():
+    assert interquartile_mean([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="at least one"):
+        interquartile_mean([])
+
+
+def test_probability_of_improvement_is_a_half_of_itself_and_symmetric():
+    x, y = [[0.1, 0.5, 0.9]], [[0.2, 0.4, 0.5, 0.6]]
+    assert probability_of_improvement(x, x) == pytest.approx(0.5)
+    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="1 and 2 tasks"):
+        probability_of_improvement(x, [[1.0], [2.0]])
+    assert stratified_interval(probability_of_improvement, x, [[0.0, 1.0]]) is None
+
+
+def run_directory(path, entropies=(1.0, 0.5), spent=(1.0, 2.0), **summary):
+    record = Record(path)
+    record.start({"recipe": "grpo", "steps": len(entropies), "out": str(path)}, {"clip_high": 0.2}, 3, task="expr")
+    for step, (entropy, so_far) in enumerate(zip(entropies, spent, strict=True), 1):
+        record.append("metrics", {"step": step, "seconds": so_far, "entropy/mean": entropy, "reward/mean": 0.25})
+    record.append("evaluations", {"step": 2, "task": "expr", "k": 4, "pass@1": 0.5, "distinct": 1.5, "prompts": ["p"]})
+    whole = {"steps": 2, "seconds": 2.5, "samples": 8, "entropy/mean": 0.75, "entropy/end": 0.5, "reward/end": 0.25}
+    write_json(record.path / "summary.json", {**whole, "end": {"pass@1": 0.5, "distinct": 1.5}, **summary})
+    return record
+
+
+def test_the_line_of_a_run_holds_its_figures_and_curve(tmp_path):
+    found = line_of(run_directory(tmp_path / "run"))
+    assert (found["cell"], found["task"], found["seed"]) == ("grpo", "expr", 3)
+    assert found["figures"]["pass@1"] == 0.5
+    assert found["figures"]["seconds"] == 2.5
+    assert found["curve"]["entropy"] == [1.0, 0.5]
+    assert "prompts" not in found["evaluations"][0]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_seconds_of_a_resumed_run_add_up(tmp_path):
+    found = line_of(run_directory(tmp_path / "run", (1.0, 0.9, 0.8, 0.7), (1.0, 2.0, 0.5, 4.0), seconds=5.0))
+    assert found["figures"]["seconds"] == 7.0  # 2 before it was killed, 5 after
+
+
+def test_a_run_that_goes_on_is_not_compared(tmp_path):
+    record = run_directory(tmp_path / "run")
+    (record.path / "summary.json").unlink()
+    with pytest.raises(ValueError, match=r"has not ended.*--resume"):
+        line_of(record)
+
+
+def test_what_is_written_reads_back(tmp_path):
+    lines = [line("a", seed, **{"pass@1": 0.25 * seed, "seconds": 1.0}) for seed in range(3)]
+    found = compare(lines)
+    write(found, lines, tmp_path)
+    with (tmp_path / "compare.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["pass@1"]) for row in rows] == [0.0, 0.25, 0.5]
+    estimates = json.loads((tmp_path / "compare.json").read_text())
+    assert estimates["cells"]["a"]["pass@1"]["mean"] == pytest.approx(0.25)
+    assert len(estimates["cells"]["a"]["pass@1"]["interval"]) == 2
+
+
+def test_the_largest_k_has_a_column_of_its_own_once():
+    def table(**passed):
+        lines = [line("a", s, **{"pass@1": 0.5}) for s in range(3)]
+        for each in lines:
+            each["figures"] |= {f"pass@{k[1:]}": v for k, v in passed.items()}
+        return render(compare(lines), markdown=True).splitlines()[0]
+
+    assert table(k4=0.6, k8=0.7) == "| cell | seeds | pass@1 | pass@4 | pass@8 |"
+    assert table(k2=0.5, k4=0.6) == "| cell | seeds | pass@1 | pass@4 |"
+
+
+def test_the_largest_k_is_scored_whichever_it_is():
+    lines = [
+        line(c, s, **{"pass@1": 0.5 + s / 10, "pass@4": x + s / 10})
+        for c, x in (("a", 0.6), ("b", 0.9))
+        for s in range(3)
+    ]
+    found = compare(lines, "a")
+    assert found.better["b"]["pass@4"][0] == 1.0
+    assert "P(pass@4 better)" in render(found)
+    assert "IQM pass@4" in render(compare(lines))
+    assert found.as_json()["cells"]["a"]["pass@4"]["mean"] == pytest.approx(0.7)
+    assert found.as_json()["better"]["b"]["pass@4"]["probability"] == 1.0
+
+
+def test_a_run_counts_once():
+    with pytest.raises(ValueError, match="a on expr has 2 runs of seed 1, which count once"):
+        compare([line("a", 0), line("a", 1), line("a", 1)])
+    assert compare([line("a", 1), line("a", 1, "other")]).seeds == {"a": 1}
+
+
+def test_what_makes_a_comparison_unfair_is_said():
+    lines = [line("a", 0, samples=8), line("a", 0, "hard", samples=8), line("b", 0, samples=16)]
+    lines[0]["stopped"] = "entropy stood above 3 x 1.0 nats"
+    text = render(compare(lines))
+    assert "Stopped early, and counted as it stood: a on expr, seed 0: entropy stood above 3 x 1.0 nats." in text
+    assert "Not run on every task, so no fair mean: b (hard)." in text
+    assert "Not the same number of generated answers: a 8; b 16." in text
+    assert compare([line("a", 0, samples=8), line("b", 0, samples=8)]).notes == []
+
+
+def test_markdown_is_a_table():
+    text = render(compare([line("a", 0, **{"pass@1": 0.5})]), markdown=True)
+    assert text.splitlines()[:2] == ["| cell | seeds | pass@1 |", "| --- | --- | --- |"]

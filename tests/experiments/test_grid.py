@@ -1,0 +1,234 @@
+"""Grids: read from a file and flags, checked before anything runs, finished cell by cell whatever interrupts them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from isentropic.cli import main
+from isentropic.experiments.compare import line_of
+from isentropic.experiments.config import ConfigError
+from isentropic.experiments.grid import load_grid
+from isentropic.runs.record import Record
+
+GRID = """
+baseline = "plain"
+seeds = [0, 1]
+recipes = ["dapo"]
+[settings]
+steps = 40
+[cells.plain]
+recipe = "grpo"
+[cells.held]
+recipe = "isentropic"
+target = "60%"
+"""
+
+
+def test_an_edited_method_of_ones_own_is_to_be_run_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for version, factor in enumerate((0.5, 0.5, 0.4)):
+        (tmp_path / "my_method.py").write_text(
+            "from isentropic.recipes import compose\n"
+            f"def half(batch, recipe):\n    return {factor} * batch.adv\n"
+            "HALF = compose('loop', shaping=half)\n"
+        )
+        os.utime(tmp_path / "my_method.py", ns=(version, version))
+        found.append(load_grid(None, {"recipes": ["my_method.py:HALF", "grpo"]}).cells[0].print)
+    assert found[0] == found[1] != found[2]
+
+
+def test_cells_are_names_times_tasks_times_seeds_with_the_settings_of_each(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    grid = load_grid(str(path), {})
+    assert [(c.name, c.seed) for c in grid.cells] == [(n, s) for s in (0, 1) for n in ("dapo", "plain", "held")]
+    assert {c.config.steps for c in grid.cells} == {40}
+    assert grid.cells[2].config.target == "60%"
+    assert len({c.folder(grid.out) for c in grid.cells}) == 6
+    # One cell is one fingerprint, whatever the seed.
+    assert len({c.print for c in grid.cells}) == 3
+    assert grid.results == grid.out / "results.jsonl" == Path("runs/grid/results.jsonl")
+
+
+def test_a_choice_without_the_baseline_has_none(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    assert load_grid(str(path), {"recipes": ["held", "dapo"]}).baseline is None
+    assert load_grid(str(path), {"recipes": ["held", "plain"]}).baseline == "plain"
+    with pytest.raises(ConfigError, match="baseline: got 'plain'"):
+        load_grid(str(path), {"recipes": ["held"], "baseline": "plain"})
+
+
+def test_flags_override_the_file(tmp_path):
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID)
+    flags = {"recipes": ["held", "plain"], "seeds": [7], "jobs": 3, "settings": {"steps": 8}, "out": "elsewhere"}
+    grid = load_grid(str(path), flags)
+    assert [(c.name, c.seed, c.config.steps) for c in grid.cells] == [("held", 7, 8), ("plain", 7, 8)]
+    assert grid.cells[0].config.target == "60%"
+    assert (grid.jobs, grid.out) == (3, Path("elsewhere"))
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "parts"),
+    [
+        ("seedz = [1]", {}, ["unknown key 'seedz'", "did you mean seeds?"]),
+        ("seeds = 1", {}, ["seeds: got 1", "list of int"]),
+        ("recipes = ['gpro']", {}, ["gpro", "did you mean"]),
+        ("", {}, ["recipes: got none"]),
+        ("recipes = ['grpo']\nbaseline = 'gpo'", {}, ["baseline", "did you mean grpo?"]),
+        ("recipes = ['grpo']\n[settings]\nstepps = 1", {}, ["unknown setting 'stepps'", "did you mean steps?"]),
+        ("recipes = ['grpo']\n[settings]\nout = 'x'", {}, ["unknown setting 'out'"]),
+        ("recipes = ['grpo']\n[cells.same]\nrecipe = 'grpo'", {}, ["grpo and same are the same run"]),
+        ("cells = 3", {}, ["cells: got 3, must be a table"]),
+        ("recipes = ['grpo']", {"jobs": -1}, ["jobs: got -1"]),
+        ("recipes = ['rloo']\n[settings]\nupdates = 4", {}, ["rloo", "strictly on-policy"]),
+        ("x = = 1", {}, ["not valid TOML"]),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(tmp_path, text, flags, parts):
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_grid(str(path), flags)
+    assert all(part in str(refused.value) for part in parts), refused.value
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["nowhere.toml"], "nowhere.toml: no such file"),
+        (["nowhere"], "nowhere is not a run directory"),
+        (["--recipes", "grpo", "--set", "steps"], "must be KEY=VALUE"),
+        (["--recipes", "grpo", "--set", "steps=x"], "steps: got 'x', must be int"),
+        (["run", "--seeds", "1"], "--seeds belongs to a grid"),
+        (["a.toml", "b.toml"], "one grid"),
+        (["--recipes", "grpo", "--only-table", "--out", "nowhere"], "no run has ended"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys, argv, part):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *argv])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+
+
+def test_dry_run_lists_the_cells(capsys):
+    assert main(["compare", "--recipes", "grpo", "dapo", "--seeds", "0", "1", "--set", "steps=8", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("8 steps  to run") == 4
+    assert "4 of 4 runs to do" in out
+
+
+pytest.importorskip("trl")
+from trl_case import save_model
+
+from isentropic.experiments.train import train
+
+
+def run_grid(home, out, **signals):
+    """`isentropic compare` in a process of its own; with ``after`` and ``by``, a signal once so many steps are done."""
+    command = [sys.executable, "-m", "isentropic.cli", "compare", str(home / "grid.toml"), "--out", str(out)]
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    if signals:
+        while process.poll() is None:
+            rows = sum(len(p.read_text().splitlines()) for p in Path(out).glob("*/metrics.jsonl"))
+            if rows >= signals["after"]:
+                process.send_signal(signals["by"])
+                break
+            time.sleep(0.05)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def figures(lines):
+    kept = {(x["cell"], x["seed"]): {k: v for k, v in x["figures"].items() if k != "seconds"} for x in lines}
+    assert len(kept) == len(lines)
+    return kept, {(x["cell"], x["seed"]): (x["curve"], x["evaluations"]) for x in lines}
+
+
+def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypatch):
+    model = save_model(tmp_path / "model")
+    (tmp_path / "grid.toml").write_text(
+        f"""
+        seeds = [0]
+        recipes = ["grpo"]
+        tasks = ["test_training:letters"]
+        jobs = 1
+        [settings]
+        model = "{model}"
+        steps = 24
+        prompts = 4
+        generations = 4
+        eval_k = 2
+        save_every = 8
+        audit = "off"
+        [cells.held]
+        recipe = "isentropic"
+        """
+    )
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    cut, whole = tmp_path / "cut", []
+    for cell in load_grid(str(tmp_path / "grid.toml"), {}).cells:
+        run = cell.folder(tmp_path / "whole")
+        train(replace(cell.config, out=str(run)), say=lambda text: None)
+        whole.append(line_of(Record(run), cell.name))
+
+    # The first time asked to stop, the second time killed outright: its run is told by the system, and stops too.
+    code, _, err = run_grid(tmp_path, cut, after=10, by=signal.SIGTERM)
+    assert code == 130, err
+    assert not (cut / "results.jsonl").exists()
+    code, _, _ = run_grid(tmp_path, cut, after=34, by=signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert len((cut / "results.jsonl").read_text().splitlines()) == 1
+    code, out, err = run_grid(tmp_path, cut)
+    assert code == 0, err
+    assert "[1/1] held" in err  # grpo was not run again
+    assert "held" in out
+    assert (cut / "compare.csv").exists()
+    lines = [json.loads(text) for text in (cut / "results.jsonl").read_text().splitlines()]
+    assert figures(lines) == figures(whole)
+
+    grid = load_grid(str(tmp_path / "grid.toml"), {"out": str(cut)})
+    assert grid.missing() == []
+    assert [line["cell"] for line in grid.lines()] == ["grpo", "held"]
+
+
+def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    model = save_model(tmp_path / "model")
+    settings = ["steps=4", "prompts=2", "generations=4", "eval_k=0", "audit=off", "stop_above=0"]
+    flags = ["--recipes", "grpo", "--tasks", "test_training:letters", "test_grid:broken", "--jobs", "1", "--out", "o"]
+    assert main(["compare", *flags, "--set", f"model={model}", *settings]) == 1
+    out, err = capsys.readouterr()
+    assert "failed: grpo, test_grid:broken, seed 0: RuntimeError: verifier is down" in err
+    assert "grpo" in out
+
+
+def _down(completion):
+    raise RuntimeError("verifier is down")
+
+
+def __getattr__(name):
+    if name != "broken":
+        raise AttributeError(name)
+    from dataclasses import replace
+
+    from test_train import letters
+
+    return replace(letters, name="broken", verify=_down)

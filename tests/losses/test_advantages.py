@@ -1,0 +1,155 @@
+"""Baselines by hand, the degenerate groups, and what every baseline has to keep."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isentropic.losses.advantages import (
+    BASELINES,
+    group_mean,
+    informative_groups,
+    leave_one_out,
+    mean_std,
+    none,
+    overlong_penalty,
+    quantile,
+)
+
+NAN = math.nan
+GROUPED = [name for name in BASELINES if name != "none"]
+
+
+def check(got, expected):
+    torch.testing.assert_close(got, torch.tensor(expected), rtol=0, atol=1e-5, equal_nan=False)
+
+
+def test_numbers_by_hand():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 3.0]])  # sum 4, mean 1, squares 0+1+1+4 = 6, std √(6/3) = √2
+    check(none(rewards), [1.0, 0.0, 0.0, 3.0])
+    check(group_mean(rewards), [0.0, -1.0, -1.0, 2.0])
+    check(leave_one_out(rewards), [0.0, -4 / 3, -4 / 3, 8 / 3])  # others: 3/3, 4/3, 4/3, 1/3
+    root = math.sqrt(2)
+    check(mean_std(rewards, eps=0.0), [0.0, -1 / root, -1 / root, root])
+    check(mean_std(rewards, eps=root), [0.0, -1 / (2 * root), -1 / (2 * root), 1 / root])
+    check(quantile(rewards, k=0.5), [0.5, -0.5, -0.5, 2.5])  # the median of 0 0 1 3 is ½
+    assert mean_std(rewards)[3] == pytest.approx(2 / (root + 1e-4))
+
+
+def test_rows_are_prompts_and_come_out_in_order():
+    rewards = torch.tensor([[1.0, 0.0], [5.0, 9.0], [2.0, 2.0]])
+    check(group_mean(rewards), [0.5, -0.5, -2.0, 2.0, 0.0, 0.0])
+
+
+def test_unscorable_samples_are_as_if_never_drawn():
+    rewards = torch.tensor([[1.0, NAN, 0.0, 0.0]])
+    for name in BASELINES:
+        got = BASELINES[name](rewards)
+        assert got[1] == 0.0
+        check(got[[0, 2, 3]], BASELINES[name](rewards[:, [0, 2, 3]]).tolist())
+    check(none(torch.tensor([[NAN, NAN]])), [0.0, 0.0])
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_degenerate_groups_are_exactly_zero(name):
+    # Three times 0.1 or 0.7 does not always average to itself in binary; division by a tiny std would blow that up.
+    for value in (0.1, 0.7, -1e6 / 3, 1e-30):
+        assert BASELINES[name](torch.full((1, 7), value)).eq(0).all()
+    one_scorable = torch.tensor([[NAN, 0.3, NAN], [NAN, NAN, NAN]])
+    assert BASELINES[name](one_scorable).eq(0).all()
+
+
+def test_one_sample_a_prompt():
+    single = torch.tensor([[1.0], [0.0]])
+    for function in (mean_std, leave_one_out):
+        with pytest.raises(ValueError, match="at least 2 samples a prompt, got 1; sample more"):
+            function(single)
+    check(none(single), [1.0, 0.0])
+    check(group_mean(single), [0.0, 0.0])
+    check(quantile(single), [0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("interpolation", "baseline"),
+    [("linear", 0.8), ("lower", 0.0), ("higher", 1.0), ("nearest", 1.0), ("midpoint", 0.5), ("inverted_cdf", 1.0)],
+)
+def test_the_interpolation_of_the_quantile(interpolation, baseline):
+    rewards = torch.tensor([[1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 1.0]])  # 5 of 8: position 0.4·7 = 2.8
+    check(quantile(rewards, 0.4, interpolation), (rewards[0] - baseline).tolist())
+
+
+def test_inverted_cdf_is_the_two_regime_rule():
+    # The baseline is 1 where the share of right answers exceeds 1 − k, else 0: only one side of a group then teaches.
+    for n in (5, 8, 10, 30):
+        for right in range(1, n):
+            rewards = torch.tensor([[1.0] * right + [0.0] * (n - right)])
+            baseline = 1.0 if n - right < 0.4 * n - 1e-9 else 0.0
+            check(quantile(rewards, 0.4, "inverted_cdf"), (rewards[0] - baseline).tolist())
+    rewards = torch.arange(50.0)[None]
+    assert quantile(rewards, 0.3, "inverted_cdf")[0] == -14.0  # 0.3·50 is the 15th, although it exceeds 15 in fp32
+    assert quantile(rewards, 0.0, "inverted_cdf")[0] == 0.0
+    assert quantile(rewards, 1.0, "inverted_cdf")[49] == 0.0
+
+
+def test_quantile_limits():
+    rewards = torch.tensor([[3.0, 1.0, 2.0]])
+    check(quantile(rewards, 0.0), [2.0, 0.0, 1.0])  # the minimum
+    check(quantile(rewards, 1.0), [0.0, -2.0, -1.0])  # the maximum
+    with pytest.raises(ValueError, match=r"k must be in \[0, 1\], got 1.5"):
+        quantile(rewards, 1.5)
+    with pytest.raises(ValueError, match=r"interpolation must be one of linear.* got 'cubic'"):
+        quantile(rewards, 0.4, "cubic")
+
+
+def test_eps():
+    with pytest.raises(ValueError, match=r"eps must be >= 0, got -1\.0"):
+        mean_std(torch.zeros(1, 2), eps=-1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(p=st.integers(1, 4), g=st.integers(2, 7), seed=st.integers(0, 999), shift=st.sampled_from([0.0, 3.0, -100.0]))
+def test_what_baselines_keep(p, g, seed, shift):
+    generator = torch.Generator().manual_seed(seed)
+    rewards = torch.randn(p, g, generator=generator, dtype=torch.float64)
+    for name in GROUPED:
+        function = BASELINES[name]
+        adv = function(rewards)
+        assert adv.shape == (p * g,)
+        torch.testing.assert_close(function(rewards + shift), adv, rtol=0, atol=1e-9)
+        order = torch.randperm(g, generator=generator)
+        torch.testing.assert_close(function(rewards[:, order]), adv.view(p, g)[:, order].flatten())
+        if name != "quantile":
+            torch.testing.assert_close(adv.view(p, g).sum(1), torch.zeros(p, dtype=adv.dtype), rtol=0, atol=1e-9)
+    torch.testing.assert_close(leave_one_out(rewards), group_mean(rewards) * g / (g - 1))
+    torch.testing.assert_close(
+        mean_std(rewards), ((rewards - rewards.mean(1, True)) / (rewards.std(1, keepdim=True) + 1e-4)).flatten()
+    )
+
+
+def test_half_precision_rewards():
+    adv = group_mean(torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.bfloat16))
+    check(adv, [2 / 3, -1 / 3, -1 / 3])
+
+
+def test_overlong_penalty():
+    lengths = torch.tensor([0, 79, 80, 81, 85, 99, 100, 101, 900])
+    check(overlong_penalty(lengths, 100, 20), [0.0, 0.0, 0.0, -0.05, -0.25, -0.95, -1.0, -1.0, -1.0])
+    check(overlong_penalty(torch.tensor([0, 50, 100]), 100, 100), [0.0, -0.5, -1.0])
+    for buffer in (0, 101):
+        with pytest.raises(ValueError, match=f"buffer must be in .*, got {buffer} with max_length 100"):
+            overlong_penalty(lengths, 100, buffer)
+
+
+def test_informative_groups():
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0], [NAN, 0.5, 0.5], [NAN, 0.5, 0.6], [NAN] * 3])
+    assert informative_groups(rewards).tolist() == [True, False, False, True, False]
+
+
+def test_nothing_waits_for_the_device():
+    # Tensors without data: reading a value, which would synchronise, raises.
+    rewards = torch.empty(2, 3, device="meta")
+    for function in [*BASELINES.values(), informative_groups, lambda r: quantile(r, 0.4, "inverted_cdf")]:
+        assert function(rewards).is_meta
+    assert overlong_penalty(torch.empty(4, device="meta", dtype=torch.int64), 10, 2).is_meta

@@ -1,0 +1,111 @@
+"""Rules for the bounds of the ratio, by hand and against what they are meant to say."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isentropic.losses.clipping import BOUNDS, RatioFacts, balanced, bounds_of, dcpo, linear
+from isentropic.losses.objectives import clipped
+from isentropic.recipes.parts import CONSTANTS
+from isentropic.types import TokenBatch
+
+
+def facts(ratio, adv, prob_old=None, mask=None):
+    ratio, adv = (torch.tensor([x], dtype=torch.float64) for x in (ratio, adv))
+    prob_old = torch.ones_like(ratio) if prob_old is None else torch.tensor([prob_old], dtype=torch.float64)
+    return RatioFacts(ratio, prob_old, adv, torch.ones_like(ratio).bool() if mask is None else torch.tensor([mask]))
+
+
+def test_linear_by_hand():
+    lower, upper = linear(0.2, 0.28, facts([1.0] * 3, [1.0] * 3, [0.0, 0.5, 1.0]), slope=-0.4)
+    assert lower == 0.8
+    assert upper.flatten().tolist() == pytest.approx([1.28, 1.08, 1.0])  # 0.28 − 0.4 is no width: the bound stays at 1
+
+
+def test_dcpo_by_hand():
+    # q = 0.64: ½ + ½√(1 − 4·0.16/0.64) = ½; q = 1: ½ + ½√0.36 = 0.8; q = 0.8 above: ½ + ½√2.
+    lower, upper = dcpo(0.16, 0.2, facts([1.0] * 3, [1.0] * 3, [0.64, 1.0, 0.8]))
+    assert lower.flatten().tolist() == pytest.approx([0.5, 0.8, 0.5 + 0.5 * math.sqrt(0.2)])
+    assert upper.flatten().tolist() == pytest.approx([1.25, 0.5 + 0.5 * math.sqrt(1.8), 0.5 + 0.5 * math.sqrt(2)])
+    assert dcpo(0.16, 0.2, facts([1.0], [1.0], [1e-9]))[1].item() == 10.0
+
+
+@given(st.floats(0.01, 1.0), st.floats(0.05, 5.0))
+def test_dcpo_bounds_the_change_weighted_with_the_new_probability(q, ratio):
+    lower, upper = (x.item() for x in dcpo(0.16, 0.2, facts([ratio], [1.0], [q])))
+    change = (ratio - 1) * ratio * q
+    if abs(change - 0.2) > 1e-9 and ratio < 10:
+        assert (ratio <= upper) == (change <= 0.2)
+    if 1 - 4 * 0.16 / q > 0 and ratio > 0.5 and abs(change + 0.16) > 1e-9:
+        assert (ratio >= lower) == (change >= -0.16)
+
+
+PATH = [(0.6, 1.2), (0.6, 1.7), (0.6, 2.0), (0.7, 2.0), (0.8, 2.0)]
+STEPS = {"lower_to": 0.8, "upper_to": 2.0, "lower_step": 0.1, "upper_step": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "adv", "at"),
+    [
+        ([1.0, 1.0], [1.0, -1.0], 0),  # even from the start
+        ([3.0, 1.0], [1.0, -1.6], 1),  # min(3, 1.7)·1 ≥ 1.6
+        ([3.0, 1.0], [1.0, -1.9], 2),
+        ([3.0, 1.0], [1.0, -9.0], 4),  # never: the end of the path
+        ([1.0, 0.1], [-1.0, -1.0], 4),
+        ([1.0, 0.1], [1.0, 1.0], 0),
+    ],
+)
+def test_balanced_takes_the_first_point_of_its_path(ratio, adv, at):
+    lower, upper = balanced(0.4, 0.2, facts(ratio, adv), **STEPS)
+    assert (lower.item(), upper.item()) == pytest.approx(PATH[at])
+
+
+def test_balanced_against_a_walk_along_the_path():
+    for seed in range(30):
+        g = torch.Generator().manual_seed(seed)
+        ratio, adv = torch.rand(4, 6, generator=g) * 3, torch.randn(4, 6, generator=g) - 0.3
+        mask = torch.rand(4, 6, generator=g) < 0.7
+        lower, upper = 0.6, 1.2
+        while True:
+            kept = torch.where(adv > 0, ratio.clamp(max=upper), ratio.clamp(min=lower)) * adv * mask
+            share = kept.clamp(min=0).sum() / kept.abs().sum()
+            if share >= 0.5 or (upper >= 3.0 - 1e-6 and lower >= 0.9 - 1e-6):
+                break
+            if upper < 3.0 - 1e-6:
+                upper = min(upper + 0.05, 3.0)
+            else:
+                lower = min(lower + 0.02, 0.9)
+        got = balanced(0.4, 0.2, RatioFacts(ratio, torch.ones_like(ratio), adv, mask))
+        assert [x.item() for x in got] == pytest.approx([lower, upper], abs=1e-5)
+
+
+def test_a_rule_bounds_the_clip():
+    # π_old = ½, ratio 1.3: with ε_high 0.28 clipped by 1.28 − 0.2·½ = 1.18.
+    logp_old = torch.tensor([[0.5]]).log()
+    batch = TokenBatch((0.5 * torch.tensor([[1.3]])).log(), logp_old, torch.tensor([1.0]), torch.ones(1, 1))
+    assert clipped(batch, 0.2, 0.28, "linear")[0].item() == pytest.approx(-1.18)
+    assert clipped(batch, 0.2, 0.28, "linear", slope=0.0)[0].item() == pytest.approx(-1.28)
+    assert clipped(batch, 0.2, 0.28, "dcpo")[1].clipped_high.item() is (0.3 * 0.65 > 0.28)
+
+
+def test_constants_have_the_defaults_of_the_catalogue():
+    for name, function in BOUNDS.items():
+        found = inspect.signature(function).parameters.values()
+        assert {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY} == CONSTANTS.get(name, {})
+
+
+def test_errors_and_devices():
+    some = facts([1.0], [1.0])
+    with pytest.raises(ValueError, match="widths by token"):
+        balanced(torch.ones(1, 1), 0.2, some)
+    with pytest.raises(ValueError, match="steps > 0, got 0"):
+        balanced(0.4, 0.2, some, lower_step=0.0)
+    with pytest.raises(ValueError, match="clip_low must be >= 0"):
+        bounds_of("dcpo", -1.0, 0.2, some, some.mask)
+    meta = RatioFacts(*(x.to("meta") for x in some))
+    for name in BOUNDS:
+        assert all(isinstance(x, float) or x.is_meta for x in bounds_of(name, 0.2, 0.2, meta, meta.mask))

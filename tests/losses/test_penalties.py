@@ -1,0 +1,89 @@
+"""Penalties by hand: values, gradients, and what they leave alone."""
+
+import inspect
+import math
+
+import pytest
+import torch
+
+from isentropic.losses.penalties import PENALTIES, aent, kl_cov, lp_reg
+from isentropic.recipes.parts import CONSTANTS
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=0, atol=1e-6)
+
+
+def test_kl_cov_by_hand():
+    # Covariances 0.75, −0.5, −0.25, 1.0: the last is the largest quarter. |−4 + 3| = 1, with the slope −1.
+    adv = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
+    logp = torch.tensor([[-0.5, -1.0, -2.5, -4.0]], requires_grad=True)
+    old = torch.tensor([[-1.0, -1.0, -1.0, -3.0]])
+    term = kl_cov(logp, old, adv, torch.ones(1, 4), kl_share=0.25)
+    close(term.detach(), [[0.0, 0.0, 0.0, 1.0]])
+    close(torch.autograd.grad(term.sum(), logp)[0], [[0.0, 0.0, 0.0, -1.0]])
+    close(kl_cov(logp, old, adv, torch.ones(1, 4), kl_share=0.5).detach(), [[0.5, 0.0, 0.0, 1.0]])
+    # At r = 1 it is 0, and has no gradient.
+    still = kl_cov(logp, None, adv, torch.ones(1, 4), kl_share=0.5)
+    close(torch.autograd.grad(still.sum(), logp)[0], torch.zeros(1, 4))
+    # What is masked may hold anything.
+    masked = kl_cov(logp, torch.full_like(old, math.nan), adv, torch.zeros(1, 4), kl_share=0.5)
+    close(masked.detach(), torch.zeros(1, 4))
+
+
+def rows_of(*rows):
+    logits = torch.tensor([rows], dtype=torch.float64).log().requires_grad_()
+    return logits, logits.log_softmax(-1)
+
+
+def test_lp_reg_by_hand():
+    # κ = 0.2 keeps π ≥ 0.1: π' = (0.5, 0.25, 0.2)/0.95, KL(π'‖π) = −log 0.95, and its slope by the logits is π − π'.
+    logits, rows = rows_of([0.5, 0.25, 0.2, 0.05])
+    one = torch.ones(1, 1)
+    term = lp_reg(rows, rows[..., 2], -one, one, lp_kappa=0.2)
+    close(term.detach(), [[-math.log(0.95)]])
+    kept = torch.tensor([0.5, 0.25, 0.2, 0.0], dtype=torch.float64)
+    close(torch.autograd.grad(term.sum(), logits)[0][0, 0], logits.detach()[0, 0].exp() - kept / 0.95)
+    # A token that the filter drops, a positive advantage and a masked token are left alone.
+    assert lp_reg(rows, rows[..., 3], -one, one, lp_kappa=0.2).item() == 0
+    assert lp_reg(rows, rows[..., 2], one, one, lp_kappa=0.2).item() == 0
+    assert lp_reg(rows, rows[..., 2], -one, 0 * one, lp_kappa=0.2).item() == 0
+
+
+def test_lp_reg_holds_the_least_likely_of_what_falls():
+    _, rows = rows_of([0.5, 0.3, 0.2], [0.6, 0.3, 0.1], [0.4, 0.4, 0.2], [0.9, 0.05, 0.05])
+    logp = rows.detach()[..., 1]  # 0.3, 0.3, 0.4, 0.05
+    adv = torch.tensor([[-1.0, 1.0, -1.0, -1.0]])
+    # Three fall: ⌊0.7·3⌋ = 2, the least likely of them the fourth and the first. The fourth passes a filter of 0.05.
+    term = lp_reg(rows, logp, adv, torch.ones(1, 4), lp_share=0.7, lp_kappa=0.5)
+    assert (term > 0).tolist() == [[True, False, False, False]]
+    term = lp_reg(rows, logp, adv, torch.ones(1, 4), lp_share=0.7, lp_kappa=0.05)
+    close(term.detach(), torch.zeros(1, 4))  # a filter that drops nothing is the policy itself
+
+
+def test_aent_by_hand():
+    # Half of the tokens: (0.6, 0.3)/0.9 = (⅔, ⅓).
+    logits, rows = rows_of([0.6, 0.3, 0.06, 0.04])
+    term = aent(rows, torch.ones(1, 1), aent_drop=0.5)
+    entropy = -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
+    close(term.detach(), [[-entropy]])
+    slope = torch.autograd.grad(term.sum(), logits)[0][0, 0]
+    assert slope[0] > 0 > slope[1]  # minimising it evens the two out
+    close(slope[2:], [0.0, 0.0])
+    # Without a drop it is −H of the row; a uniform one has log v.
+    _, even = rows_of([0.25] * 4)
+    close(aent(even, torch.ones(1, 1), aent_drop=0.0).detach(), [[-math.log(4)]])
+    assert aent(even, torch.zeros(1, 1)).item() == 0
+
+
+def test_constants_have_the_defaults_of_the_catalogue():
+    for name, function in PENALTIES.items():
+        defaults = {k: p.default for k, p in inspect.signature(function).parameters.items() if k in CONSTANTS[name]}
+        assert defaults == CONSTANTS[name]
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_nothing_waits_for_the_device(name):
+    x, rows = torch.ones(2, 3, device="meta"), torch.ones(2, 3, 5, device="meta")
+    args = {"kl_cov": (x, x, x, x), "lp_reg": (rows, x, x, x), "aent": (rows, x)}[name]
+    assert PENALTIES[name](*args).is_meta

@@ -1,0 +1,241 @@
+"""Shapings by hand, the knob at 0, the clamps, and what they do to entropy in expectation."""
+
+import inspect
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isentropic.losses.shaping import SHAPINGS, one_sided, repo, repo_d, repo_r, sign_weight, surprisal_boost
+
+LOGP = torch.tensor([[-0.5, -3.0], [-0.5, -3.0]])
+ENTROPY = torch.tensor([[1.0, 1.0], [1.0, 1.0]])  # L = 0.5, −2
+ADV = torch.tensor([2.0, -2.0])
+ONES = torch.ones(2, 2)
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, torch.as_tensor(expected, dtype=got.dtype), rtol=0, atol=1e-6)
+
+
+def random_tokens(seed, b=4, t=5):
+    generator = torch.Generator().manual_seed(seed)
+    adv = torch.randn(b, t, generator=generator)
+    adv[0, 0], adv[-1, -1] = 0.0, -0.0
+    return adv, -5 * torch.rand(b, t, generator=generator), 3 * torch.rand(b, t, generator=generator)
+
+
+def test_repo_by_hand():
+    close(repo(ADV, LOGP, ENTROPY, 0.5), [[1.75, 3.0], [-2.25, -1.0]])  # A − 0.5·L
+    close(repo(ADV, LOGP, ENTROPY, -1.0), [[2.5, 0.0], [-1.5, -4.0]])
+    by_token = torch.tensor([[0.5, -1.0], [0.0, 2.0]])
+    close(repo(ADV, LOGP, ENTROPY, by_token), [[1.75, 0.0], [-2.0, 2.0]])
+    close(repo(ADV, LOGP, ENTROPY, torch.tensor(0.5)), [[1.75, 3.0], [-2.25, -1.0]])
+
+
+def test_sign_weight_by_hand():
+    close(sign_weight(ADV, LOGP, 0.25), [[2.5, 2.5], [-1.5, -1.5]])  # 2·1.25, −2·0.75
+    close(sign_weight(ADV, LOGP, torch.tensor(-1.0)), [[0.0, 0.0], [-4.0, -4.0]])
+
+
+def test_one_sided_by_hand():
+    close(one_sided(ADV, LOGP, 1.0), [[0.0, 0.0], [-2.0, -2.0]])
+    close(one_sided(ADV, LOGP, -1.0), [[2.0, 2.0], [0.0, 0.0]])
+    close(one_sided(ADV, LOGP, 0.25), [[1.5, 1.5], [-2.0, -2.0]])
+    close(one_sided(ADV, LOGP, torch.tensor([[0.0, 1.0], [-0.5, 0.0]])), [[2.0, 0.0], [-1.0, -2.0]])
+
+
+def test_surprisal_boost_by_hand():
+    logp = torch.tensor([[-0.5, -3.0, -1.0], [-5.0, -0.1, -9.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    # The two rarest of five are −5 (where A < 0) and −3 (where A > 0); the masked −9 counts for nothing.
+    close(surprisal_boost(ADV, logp, mask, 1.5, surprisal_share=0.4), [[2.0, 3.0, 2.0], [-2.0, -2.0, -2.0]])
+    close(surprisal_boost(ADV, logp, mask, 1.5), [[2.0] * 3, [-2.0] * 3])  # one of five: −5
+    close(surprisal_boost(ADV, logp, mask, 1.0, surprisal_share=0.4), [[2.0] * 3, [-2.0] * 3])
+
+
+def test_repo_r_by_hand():
+    # Raw, ζ = 0.1: A(1 − ζ logp) = 2·1.05, 2·1.3; A(1 + ζ logp) = −2·0.95, −2·0.7
+    close(repo_r(ADV, LOGP, 0.1), [[2.1, 2.6], [-1.9, -1.4]])
+    # Centred: A − ζ|A|L = 2 − 0.1·2·(0.5, −2), −2 − the same
+    close(repo_r(ADV, LOGP, 0.1, ENTROPY), [[1.9, 2.4], [-2.1, -1.6]])
+    close(repo_r(ADV, LOGP, 0.1, positive_only=True), [[2.1, 2.6], [-2.0, -2.0]])
+
+
+def test_repo_r_clamps():
+    # Raw, ζ = 0.5: −2·(1 − 1.5) = +1 becomes 0. Centred, ζ = 3: 2 − 6·0.5 = −1 and −2 + 12 = 10 become 0.
+    close(repo_r(ADV, LOGP, 0.5), [[2.5, 5.0], [-1.5, 0.0]])
+    close(repo_r(ADV, LOGP, 0.5, clamp=False), [[2.5, 5.0], [-1.5, 1.0]])
+    close(repo_r(ADV, LOGP, 3.0, ENTROPY), [[0.0, 14.0], [-5.0, 0.0]])
+    close(repo_r(ADV, LOGP, 3.0, ENTROPY, clamp=False), [[-1.0, 14.0], [-5.0, 10.0]])
+
+
+def test_repo_r_signs_are_opposite():
+    assert torch.equal(repo_r(ADV, LOGP, 0.1, sign="lowers"), repo_r(ADV, LOGP, -0.1))
+    assert torch.equal(repo_r(ADV, LOGP, -0.1, ENTROPY, sign="lowers"), repo_r(ADV, LOGP, 0.1, ENTROPY))
+
+
+def test_repo_r_is_repo_with_beta_by_token():
+    adv, logp, entropy = random_tokens(0)
+    close(repo_r(adv, logp, 0.02, entropy, clamp=False), repo(adv, logp, entropy, 0.02 * adv.abs()))
+
+
+def test_repo_d_by_hand():
+    predicted = torch.tensor([[-1.0, 0.5], [-2.0, 0.5]])
+    # By token: A + 0.5·ΔH·L = 2 − 0.25, 2 − 0.5; −2 − 0.5, −2 − 0.5
+    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, ONES), [[1.75, 1.5], [-2.5, -2.5]])
+    # As one scalar: mean −0.5, so β = 0.25 and A − 0.25·L
+    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, ONES, per="batch"), [[1.875, 2.5], [-2.125, -1.5]])
+    # The mean is over the tokens inside the mask: (−1 + 0.5 + 0.5)/3 = 0
+    mask = torch.tensor([[1, 1], [0, 1]])
+    predicted[1, 0] = math.nan
+    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, mask, per="batch"), [[2.0, 2.0], [-2.0, -2.0]])
+
+
+def test_repo_d_raises_what_is_predicted_to_fall():
+    falling = torch.full((2, 2), -1.0)
+    assert torch.equal(repo_d(ADV, LOGP, ENTROPY, falling, 0.5, ONES), repo(ADV, LOGP, ENTROPY, 0.5))
+    for per in ("token", "batch"):  # a constant is its own mean: the way to pass the mean of a whole step
+        assert torch.equal(repo_d(ADV, LOGP, ENTROPY, falling, 0.5, ONES, per=per), repo(ADV, LOGP, ENTROPY, 0.5))
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0, 0, torch.tensor(0.0), torch.zeros(4, 5)])
+def test_a_knob_of_zero_is_the_identity_bit_for_bit(zero):
+    adv, logp, entropy = random_tokens(1)
+    logp[1, 1], entropy[2, 2] = -math.inf, math.nan
+    shaped = [
+        repo(adv, logp, entropy, zero),
+        repo_r(adv, logp, zero),
+        repo_r(adv, logp, zero, entropy, sign="lowers"),
+        repo_r(adv, logp, zero, positive_only=True, clamp=False),
+        repo_d(adv, logp, entropy, entropy, zero, torch.ones(4, 5)),
+        repo_d(adv, logp, entropy, entropy, zero, torch.ones(4, 5), per="batch"),
+    ]
+    for result in shaped:
+        assert torch.equal(result.view(torch.int32), adv.view(torch.int32))
+
+
+def test_broadcasting():
+    _, logp, entropy = random_tokens(2)
+    adv = torch.tensor([1.0, -1.0, 0.5, 0.0])
+    full = adv[:, None].expand(4, 5).contiguous()
+    for shape in (
+        lambda a: repo(a, logp, entropy, 0.1),
+        lambda a: repo_r(a, logp, 0.1),
+        lambda a: repo_r(a, logp, 0.0),
+        lambda a: repo_d(a, logp, entropy, logp, 0.1, torch.ones(4, 5)),
+    ):
+        for narrow in (adv, adv[:, None]):
+            assert shape(narrow).shape == (4, 5)
+            assert torch.equal(shape(narrow), shape(full))
+    assert repo_r(adv.bfloat16(), logp, 0.0).dtype == torch.float32
+
+
+def test_no_gradient_passes():
+    adv, logp, entropy = random_tokens(3)
+    logp.requires_grad_()
+    entropy.requires_grad_()
+    for result in (
+        repo(adv, logp, entropy, 0.1),
+        repo_r(adv, logp, 0.1),
+        repo_r(adv, logp, 0.1, entropy),
+        repo_d(adv, logp, entropy, logp * entropy, 0.1, torch.ones(4, 5)),
+    ):
+        assert not result.requires_grad
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    zeta=st.floats(-50, 50, width=32),
+    centred=st.booleans(),
+    positive_only=st.booleans(),
+    sign=st.sampled_from(["raises", "lowers"]),
+)
+def test_the_clamp_keeps_signs(seed, zeta, centred, positive_only, sign):
+    adv, logp, entropy = random_tokens(seed)
+    given_entropy = entropy if centred else None
+    shaped = repo_r(adv, logp, zeta, given_entropy, positive_only=positive_only, sign=sign)
+    assert (shaped[adv > 0] >= 0).all()
+    assert (shaped[adv < 0] <= 0).all()
+    assert (shaped[adv == 0] == 0).all()
+    free = repo_r(adv, logp, zeta, given_entropy, positive_only=positive_only, sign=sign, clamp=False)
+    kept = free * adv > 0
+    assert torch.equal(shaped[kept], free[kept])
+
+
+def test_where_the_clamps_bind():
+    # ζ = 0.25. Raw: A<0 and surprisal > 4. Centred: A>0 and L > 4, A<0 and L < −4.
+    logp, entropy = torch.tensor([[-3.99, -4.01]]), torch.zeros(1, 2)
+    assert (repo_r(torch.tensor([-1.0]), logp, 0.25) == 0).tolist() == [[False, True]]
+    assert (repo_r(torch.tensor([1.0]), logp, 0.25) == 0).tolist() == [[False, False]]
+    assert (repo_r(torch.tensor([-1.0]), logp, 0.25, entropy) == 0).tolist() == [[False, True]]
+    entropy = torch.tensor([[7.98, 8.02]])  # L = 3.99, 4.01
+    assert (repo_r(torch.tensor([1.0]), logp, 0.25, entropy) == 0).tolist() == [[False, True]]
+
+
+def random_rows(num=200, v=6):
+    logits = 2 * torch.randn(num, v, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logp = logits.log_softmax(-1)
+    return logp, -(logp.exp() * logp).sum(-1, keepdim=True).expand(num, v)
+
+
+def test_constant_beta_is_the_score_function_gradient_of_an_entropy_bonus():
+    # E_π[(−βL)·∂log π(a)/∂z] = −β π L, which is β ∂H/∂z.
+    logp, entropy = random_rows()
+    p, adv = logp.exp(), torch.zeros_like(logp)
+    added = repo(adv, logp, entropy, 0.3)
+    expected_grad = p * added - p * (p * added).sum(-1, keepdim=True)
+    z = logp.clone().requires_grad_()
+    lp = z.log_softmax(-1)
+    (0.3 * -(lp.exp() * lp).sum()).backward()
+    torch.testing.assert_close(expected_grad, z.grad, rtol=0, atol=1e-12)
+
+
+def test_raw_and_centred_have_the_same_expected_gradient_for_constant_size():
+    logp, entropy = random_rows()
+    sign = torch.where(torch.rand(logp.shape, generator=torch.Generator().manual_seed(5)) < 0.5, 1.0, -1.0).double()
+
+    def expected_grad(adv):
+        return logp.exp() * (adv - (logp.exp() * adv).sum(-1, keepdim=True))
+
+    raw, centred = repo_r(sign, logp, 0.05, clamp=False), repo_r(sign, logp, 0.05, entropy, clamp=False)
+    torch.testing.assert_close(expected_grad(raw), expected_grad(centred), rtol=0, atol=1e-12)
+
+
+def test_signs_raise_and_lower_entropy():
+    # Natural-gradient change of the added term, −E[(A' − A)·L], for any advantages.
+    logp, entropy = random_rows()
+    adv = torch.randn(logp.shape, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+
+    def change(shaped):
+        return -(logp.exp() * (shaped - adv) * (logp + entropy)).sum(-1)
+
+    assert (change(repo(adv, logp, entropy, 0.1)) > 0).all()
+    assert (change(repo_r(adv, logp, 0.05, entropy, clamp=False)) > 0).all()
+    assert (change(repo_r(adv, logp, 0.05, entropy, clamp=False, sign="lowers")) < 0).all()
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="sign must be 'raises' or 'lowers', got 'up'"):
+        repo_r(ADV, LOGP, 0.1, sign="up")
+    with pytest.raises(ValueError, match="per must be 'token' or 'batch', got 'row'"):
+        repo_d(ADV, LOGP, ENTROPY, LOGP, 0.1, ONES, per="row")
+
+
+def test_nothing_waits_for_the_device():
+    # Tensors without data: reading a value, which would synchronise, raises.
+    adv, logp, entropy, ones = (x.to("meta") for x in (ADV, LOGP, ENTROPY, ONES))
+    for knob in (0.1, torch.tensor(0.1, device="meta")):
+        assert repo(adv, logp, entropy, knob).is_meta
+        assert repo_r(adv, logp, knob, entropy).is_meta
+        for per in ("token", "batch"):
+            assert repo_d(adv, logp, entropy, logp, knob, ones, per=per).is_meta
+
+
+def test_the_table_starts_every_signature_alike():
+    assert {f.__name__: f for f in (repo, repo_r, repo_d, sign_weight, one_sided, surprisal_boost)} == SHAPINGS
+    for function in SHAPINGS.values():
+        assert list(inspect.signature(function).parameters)[:2] == ["adv", "logp"]
