@@ -2,26 +2,24 @@
 
 A planted head: a few likely tokens over a Gaussian background, so that the entropy of rows spans 1e-3 to 8 nats and
 their top logits 10 to 36. The new policy is the old one with its hidden states moved by 0.4 %. Everything else is fp64,
-which is also the truth. Writes docs/results/casts.md and casts.json.
+which is also the truth. Writes docs/results/casts.md and casts.json.gz.
 
-    python bench/casts.py [--tokens 10240] [--seeds 0 1 2] [--out docs/results]
+    python bench/casts.py [--tokens 10240] [--seeds 0 1 2] [--only-table]
 """
 
 import argparse
 import os
-import platform
-from datetime import date
-from pathlib import Path
 
+from results import ONE_THREAD, load, made, save, table, versions
+
+os.environ |= ONE_THREAD
 import torch
 
 from isentropic.entropy.audit import WIDTHS, half_ulp, head, independent_bias, ratio_error, sequence_error
-from isentropic.runs.record import versions, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCAB, WIDTH, PLANTED, MOVE = 8192, 128, 16, 0.004
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# One place each; then what a head run in the dtype amounts to, and that with a rounded result as well.
+# One place each; then a head that runs in the dtype, and that with a rounded result as well.
 PLACES = {
     "hidden": ("hidden",),
     "weights": ("weights",),
@@ -64,14 +62,14 @@ def measure(num, seed):
     old, new, weight, ids = planted(num, seed)
     logp_old, _ = head(old, weight, ids)
     logp_new, entropy = head(new, weight, ids)
-    found = {"log_ratio": logp_new - logp_old, "entropy": entropy, "logit": (old * weight[ids]).sum(-1), "errors": {}}
+    data = {"log_ratio": logp_new - logp_old, "entropy": entropy, "logit": (old * weight[ids]).sum(-1), "errors": {}}
     for place, places in PLACES.items():
         for name, dtype in DTYPES.items():
             cast_old, _ = head(old, weight, ids, places, dtype)
             cast_new, cast_entropy = head(new, weight, ids, places, dtype)
-            found["errors"][place, name] = (cast_new - logp_new, cast_old - logp_old, cast_entropy - entropy)
+            data["errors"][place, name] = (cast_new - logp_new, cast_old - logp_old, cast_entropy - entropy)
             print(f"seed {seed}: {place}, {name}", flush=True)
-    return found
+    return data
 
 
 def by_move(num, seed):
@@ -100,7 +98,7 @@ def join(parts):
 
 
 def compared(data, key, side, at=slice(None)):
-    """Error statistics of the ratio where the named sides went through the cast."""
+    """Error statistics of the ratio if the named sides go through the cast."""
     new, old, _ = data["errors"][key]
     use_new, use_old = SIDES[side]
     true = data["log_ratio"][at]
@@ -128,11 +126,11 @@ def statistics(parts):
     for place, dtype in data["errors"]:
         for band, (low, high) in BANDS.items():
             at = (data["entropy"] >= low) & (data["entropy"] < high)
-            where = {"place": place, "dtype": dtype, "band": band, "tokens": int(at.sum())}
+            rows = {"place": place, "dtype": dtype, "band": band, "tokens": int(at.sum())}
             by_entropy += [
-                {**where, "side": side, **compared(data, (place, dtype), side, at)._asdict()} for side in SIDES
+                {**rows, "side": side, **compared(data, (place, dtype), side, at)._asdict()} for side in SIDES
             ]
-            entropy_error.append({**where, "rms": rms(data["errors"][place, dtype][2][at])})
+            entropy_error.append({**rows, "rms": rms(data["errors"][place, dtype][2][at])})
     by_size = []
     for size, (low, high) in SIZES.items():
         at = (data["logit"].abs() >= low) & (data["logit"].abs() < high)
@@ -160,10 +158,6 @@ def statistics(parts):
     }
 
 
-def table(columns, rows):
-    return "\n".join(["| " + " | ".join(row) + " |" for row in (columns, ["---"] * len(columns), *rows)])
-
-
 def percent(x):
     return "0" if x == 0 else f"{100 * x:.2g} %"
 
@@ -172,7 +166,9 @@ def pair(row, i):
     return f"{percent(row['wrong_high'][i])} / {percent(row['wrong_low'][i])}"
 
 
-def write(found, made, num, out):
+def page(facts):
+    """The Markdown page of what the JSON file holds."""
+
     def pick(rows, **want):
         return [
             row for row in rows if all(row[k] in v if isinstance(v, tuple) else row[k] == v for k, v in want.items())
@@ -183,44 +179,45 @@ def write(found, made, num, out):
             r["place"], r["dtype"], r["side"], f"{r['std']:.2g}", f"{r['bias']:+.1e} ({r['bias_se']:.0e})",
             f"{r['half_var']:.1e}", *(pair(r, i) for i in range(3)), percent(r["stuck"]),
         ]
-        for r in found["tokens"]
+        for r in facts["tokens"]
     ]  # fmt: skip
     bands = [
         [r["place"], r["band"], str(r["tokens"]), f"{r['std']:.2g}", f"{r['bias']:+.1e} ({r['bias_se']:.0e})",
          *(pair(r, i) for i in range(3)), percent(r["stuck"])]
-        for r in pick(found["by_entropy"], dtype="bf16", side="both")
+        for r in pick(facts["by_entropy"], dtype="bf16", side="both")
     ]  # fmt: skip
     sizes = [
         [r["logit"], r["side"], str(r["num_tokens"]), f"{r['bias']:+.1e} ({r['bias_se']:.0e})",
          f"{r['half_var']:.1e}", f"{r['envelope']:.1e}", *(pair(r, i) for i in range(3))]
-        for r in found["by_size"]
+        for r in facts["by_size"]
     ]  # fmt: skip
     sequences = [
         [r["place"], r["dtype"], r["side"], str(r["length"]), f"{r['std']:.1e}", percent(r["outside"]),
          f"{r['median']:.3g} / {r['mean']:.3g}"]
-        for r in found["sequences"]
+        for r in facts["sequences"]
     ]  # fmt: skip
     entropies = [
-        [place, dtype, *(f"{r['rms']:.1e}" for r in pick(found["entropy_error"], place=place, dtype=dtype))]
+        [place, dtype, *(f"{r['rms']:.1e}" for r in pick(facts["entropy_error"], place=place, dtype=dtype))]
         for place in PLACES
         for dtype in DTYPES
     ]
     stuck = [
-        [place, dtype, *(percent(r["stuck"]) for r in pick(found["by_move"], place=place, dtype=dtype))]
+        [place, dtype, *(percent(r["stuck"]) for r in pick(facts["by_move"], place=place, dtype=dtype))]
         for place in ("logits", "logp", "head", "head + logp")
         for dtype in ("bf16", "fp16")
     ]
-    moves = {r["move"]: r["rms"] for r in found["by_move"]}
+    moves = {r["move"]: r["rms"] for r in facts["by_move"]}
     wrong = [f"wrong at {w}: high / low" for w in WIDTHS]
     spread = ["std, nats", "E[r/r*] − 1 (se)"]
-    text = f"""# What does a cast cost?
+    num = facts["tokens_a_seed"]
+    return f"""# What does a cast cost?
 
-One command, `python bench/casts.py`, makes everything on this page and [the figures](casts.json). {made}.
+One command, `python bench/casts.py`, makes everything on this page and [the figures](casts.json.gz). {facts["made"]}.
 
 A planted head (vocabulary {VOCAB}, width {WIDTH}, {num} tokens a seed): rows of 1e-3 to 8 nats, top logits of 10 to 36.
 The new policy is the old one with its hidden states moved by {MOVE:.1%}; the true log-ratio has an rms of
-{found["true_log_ratio_rms"]:.4f}. One place is rounded, everything else is fp64; `head` rounds hidden states, weights
-and logits, which is what a head run in that dtype does, and `head + logp` its result as well. *old only* is a trainer
+{facts["true_log_ratio_rms"]:.4f}. One place is rounded, everything else is fp64; `head` rounds hidden states, weights
+and logits, as a head that runs in that dtype does, and `head + logp` its result as well. *old only* is a trainer
 in full precision with a sampler that rounds. *Wrong* is a token outside the clip whose true ratio is inside; *stuck* a
 ratio of exactly 1 in fp32 that is not 1 in truth. Errors are those of the log-ratio.
 
@@ -238,7 +235,7 @@ The envelope is `(sinh a / a)² − 1` with half an ulp a at the lower end: two 
 
 {table(["abs logit", "side", "tokens", spread[1], "Var/2", "envelope", *wrong], sizes)}
 
-## Stuck ratios by how far the policy moved, both sides rounded (seed {found["by_move_seed"]})
+## Stuck ratios by how far the policy moved, both sides rounded (seed {facts["by_move_seed"]})
 
 The less it moves, the more ratios stay at exactly 1: one small step is lost whole.
 
@@ -254,25 +251,22 @@ Tokens of H < 2 nats, drawn independently; the true ratio of every sequence is 1
 
 {table(["place", "dtype", *(f"H {band}" for band in BANDS)], entropies)}
 """
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "casts.md").write_text(text)
-    write_json(out / "casts.json", {"made": made, "tokens_a_seed": num, **found})
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=10240)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--only-table", action="store_true", help="the page from the figures that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = statistics([measure(options.tokens, seed) for seed in options.seeds])
-    found |= {"by_move": by_move(options.tokens, options.seeds[0]), "by_move_seed": options.seeds[0]}
-    with_versions = ", ".join(f"{k} {v}" for k, v in versions().items() if k in ("python", "isentropic", "torch"))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
-    made = f"{date.today().isoformat()}; {machine}; {with_versions}; seeds {options.seeds}"
-    write(found, made, options.tokens, options.out)
-    print((options.out / "casts.md").read_text())
+    if not options.only_table:
+        facts = statistics([measure(options.tokens, seed) for seed in options.seeds])
+        facts |= {"by_move": by_move(options.tokens, options.seeds[0]), "by_move_seed": options.seeds[0]}
+        line = made(versions("python", "isentropic", "torch"), f"seeds {options.seeds}")
+        save("casts.json.gz", {"made": line, "tokens_a_seed": options.tokens, **facts})
+    save("casts.md", page(load("casts.json.gz")))
+    print(page(load("casts.json.gz")))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,27 @@
-"""Which controller holds entropy best? In the lab, where a run takes seconds, and on the embedded task.
+"""Which controller holds entropy best? In the tabular engine, whose runs take seconds, and on the embedded task.
 
 Every controller turns the same knob at every optimizer step, from the same start. Embedded cells are runs of
 `isentropic train`, each in a process of its own; a finished cell is never run again, a killed one starts afresh.
 
-    python bench/controllers.py lab [--seeds 0 1 2 3 4]
+    python bench/controllers.py tabular [--seeds 0 1 2 3 4]
     python bench/controllers.py embedded [--runs DIR] [--seeds 0 1 2 3 4] [--jobs 2]
-    python bench/controllers.py report          # the table and the picture from what has run
+    python bench/controllers.py report          # the table and the picture from the figures that are there
 """
 
 import argparse
 import json
 import os
-import platform
-import shutil
-import subprocess
-import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+from results import ONE_THREAD, ROOT, exists, load, made, pyplot, run_cells, save, save_figure, table, train_arguments
+
+os.environ |= ONE_THREAD
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
 CONTROLLERS = ["double_halve", "multiplicative", "sign_step", "pi", "predictive"]
 BASELINE = "pi"
-# What the lab holds: a knob on a recipe, and a step size.
+# What is controlled in the tabular engine: a knob on a recipe, and a step size.
 PLANTS = {
     "ζ on LOOP": ({"recipe": "loop", "knob": "zeta", "target": "75%"}, 4.0),
     "ζ on LOOP, steps four times as large": ({"recipe": "loop", "knob": "zeta", "target": "75%"}, 16.0),
@@ -38,19 +32,19 @@ PLANTS = {
     ),
 }
 STEPS = 400  # half of the default run, learning rate decayed over them
-LAB_STEPS = 500
+TABULAR_STEPS = 500
 SETTLED, BAND, WINDOW = 20, 0.05, 20
 
 
 def figures(entropy, target, knob, low, high):
-    """What the table holds, from readings, targets in force and knobs, a number a step."""
+    """The figures of the table, from readings, targets in force and knobs, a number a step."""
     entropy, target = np.asarray(entropy, float), np.asarray(target, float)
     target = np.where(np.isfinite(target), target, target[np.isfinite(target)][0])
     error = (entropy - target) / target
     smooth = np.convolve(error, np.ones(WINDOW) / WINDOW, mode="valid")
     inside = np.abs(smooth) <= BAND
     settling = int(np.argmax(inside)) if inside.any() else len(entropy)
-    # How far it goes past the target, on the other side from where it began, once it has come there.
+    # How far it overshoots: beyond the target, on the other side from its start, once it has reached it.
     after = smooth[settling:] * -np.sign(smooth[0])
     knob = np.asarray(knob, float)
     return {
@@ -63,14 +57,14 @@ def figures(entropy, target, knob, low, high):
     }
 
 
-def lab(seeds):
+def tabular(seeds):
     import torch
 
     from isentropic.engines.tabular import simulate
     from isentropic.recipes import compose, knob_range
 
     torch.set_num_threads(1)
-    found = {}
+    plants = {}
     for plant, (settings, rate) in PLANTS.items():
         for controller in CONTROLLERS:
             recipe = compose(**settings, controller=controller, every=1)
@@ -78,50 +72,34 @@ def lab(seeds):
             began = time.monotonic()
             rows = []
             for seed in seeds:
-                run = simulate(recipe, LAB_STEPS, seed, lr=rate)
+                run = simulate(recipe, TABULAR_STEPS, seed, lr=rate)
                 row = figures(run.entropy, run.target, run.knob, span.low, span.high)
-                # In the lab the policy's own entropy is known: the error without the noise of readings.
+                # The policy's own entropy is known here: the error without the noise of readings.
                 exact = figures(run.exact, run.target, run.knob, span.low, span.high)
                 row["true rms after 100"] = exact["rms after 100"]
                 rows.append(row | {"reward": float(run.reward[-100:].mean())})
-            found.setdefault(plant, {})[controller] = rows
+            plants.setdefault(plant, {})[controller] = rows
             print(f"{plant}, {controller}: {time.monotonic() - began:.0f} s", flush=True)
-    save("lab", found)
+    keep("tabular", plants)
 
 
 def embedded(home, seeds, jobs):
-    from isentropic.models import resolve_model
-
-    resolve_model("tiny")
-    cells = [(controller, seed) for seed in seeds for controller in CONTROLLERS]
-    with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(lambda cell: run(*cell, home), cells))
+    shared = {"target": "75%", "steps": STEPS, "save_every": 0}
+    cells = []
+    for seed in seeds:
+        for controller in CONTROLLERS:
+            out = home / f"{controller}-s{seed}"
+            settings = {**shared, "controller": controller, "seed": seed, "out": out}
+            cells.append((f"{controller}, seed {seed}", out, train_arguments(settings)))
+    run_cells(cells, jobs)
     collect(home, seeds)
-
-
-def run(controller, seed, home):
-    out = home / f"{controller}-s{seed}"
-    if (out / "summary.json").exists():
-        return
-    shutil.rmtree(out, ignore_errors=True)
-    flags = ["--target", "75%", "--controller", controller, "--seed", str(seed), "--steps", str(STEPS)]
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "isentropic.cli", "train", *flags, "--save-every", "0", "--out", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{controller}, seed {seed}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    print(f"{controller}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
 
 
 def collect(home, seeds):
     from isentropic.recipes import compose, knob_range
     from isentropic.runs.record import Record
 
-    span, found = knob_range(compose("isentropic")), {}
+    span, by_controller = knob_range(compose("isentropic")), {}
     for controller in CONTROLLERS:
         for seed in seeds:
             record = Record(home / f"{controller}-s{seed}")
@@ -136,20 +114,15 @@ def collect(home, seeds):
             row |= {name: summary["end"][name] for name in ("pass@1", "pass@16", "distinct")}
             row["trace"] = [round(float(x), 4) for x in np.convolve(entropy, np.ones(WINDOW) / WINDOW, "valid")[::8]]
             row["target"] = target[-1]
-            found.setdefault(controller, []).append(row)
-    save("embedded", {f"the embedded task, {STEPS} steps": found})
+            by_controller.setdefault(controller, []).append(row)
+    keep("embedded", {f"the embedded task, {STEPS} steps": by_controller})
 
 
-def save(part, found):
-    from isentropic.runs.record import versions, write_json
+def keep(part, plants):
+    from isentropic.runs.record import versions
 
-    made = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread a run",
-        "versions": versions(),
-    }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    write_json(RESULTS / f"controllers-{part}.json", {"made": made, "plants": found})
+    line = made(versions(), threads="one thread a run")
+    save(f"controllers-{part}.json.gz", {"made": line, "plants": plants})
     report()
 
 
@@ -180,38 +153,29 @@ def cell(values, form):
 
 def report():
     lines = []
-    for part in ("embedded", "lab"):
-        path = RESULTS / f"controllers-{part}.json"
-        if not path.exists():
+    for part in ("embedded", "tabular"):
+        if not exists(f"controllers-{part}.json.gz"):
             continue
-        found = json.loads(path.read_text())
-        for plant, by_controller in found["plants"].items():
+        facts = load(f"controllers-{part}.json.gz")
+        for plant, by_controller in facts["plants"].items():
             names = [n for n in COLUMNS if n in next(iter(by_controller.values()))[0]]
-            lines += [f"## {plant}", "", "| controller | " + " | ".join([*names, f"rms − {BASELINE}'s"]) + " |"]
-            lines.append("|---" * (len(names) + 2) + "|")
+            cells = []
             for controller, rows in by_controller.items():
-                cells = [cell([row[name] for row in rows], COLUMNS[name]) for name in names]
                 pairs = [a["rms"] - b["rms"] for a, b in zip(rows, by_controller[BASELINE], strict=False)]
                 gap = "" if controller == BASELINE else cell(pairs, "{:+.1%}")
-                lines.append(f"| {controller} | " + " | ".join([*cells, gap]) + " |")
+                cells.append([controller, *(cell([row[name] for row in rows], COLUMNS[name]) for name in names), gap])
             number = len(next(iter(by_controller.values())))
-            lines += ["", f"Mean over {number} seeds (0 to {number - 1}), 95 % bootstrap interval over seeds.", ""]
-        made = found["made"]
-        versions = ", ".join(f"{k} {v}" for k, v in made["versions"].items())
-        lines += [f"{made['date']}; {made['machine']}; {versions}.", ""]
+            lines += [f"## {plant}", "", table(["controller", *names, f"rms − {BASELINE}'s"], cells), ""]
+            lines += [f"Mean over {number} seeds (0 to {number - 1}), 95 % bootstrap interval over seeds.", ""]
+        lines += [f"{facts['made']}.", ""]
         if part == "embedded":
-            draw(found["plants"])
-    (RESULTS / "controllers-table.md").write_text("\n".join(lines))
+            draw(facts["plants"])
+    save("controllers-table.md", "\n".join(lines))
     print("\n".join(lines))
 
 
 def draw(plants):
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    plt = pyplot()
     colours = dict(zip(CONTROLLERS, ["#999999", "#e69f00", "#009e73", "#d55e00", "#0072b2"], strict=True))
     (by_controller,) = plants.values()
     figure, axis = plt.subplots(figsize=(8, 3.4))
@@ -226,19 +190,18 @@ def draw(plants):
     )
     axis.set_ylim(0.7, 1.4)
     axis.legend(frameon=False, fontsize=8, ncols=3)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "controllers.svg", metadata={"Date": None})
+    save_figure(figure, "controllers.svg")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=["lab", "embedded", "report"])
+    parser.add_argument("part", choices=["tabular", "embedded", "report"])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "controllers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    if options.part == "lab":
-        lab(options.seeds)
+    if options.part == "tabular":
+        tabular(options.seeds)
     elif options.part == "embedded":
         embedded(options.runs, options.seeds, options.jobs)
     else:

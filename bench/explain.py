@@ -1,22 +1,20 @@
 """What share of a training step goes into explaining it? On the embedded task and at SmolLM2's size, one thread.
 
 The real trainer trains; the calls that explaining adds (weights of the loss, moments, attribution, gain, writing them
-out) are timed inside it, step by step, with the fused head, which brings the moments, and with TRL's, where a second
-product does. At SmolLM2's size the model is random, in fp32: 30 layers, width 576, vocabulary 49,152.
+out) are timed inside it, step by step, with the fused head, which brings the moments, and with TRL's, which needs a
+second product for them. At SmolLM2's size the model is random, in fp32: 30 layers, width 576, vocabulary 49,152.
 
     python bench/explain.py [--size embedded smollm2]
 """
 
 import argparse
 import os
-import platform
 import tempfile
 import time
-from datetime import date
-from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+from results import ONE_THREAD, made, save, table, versions
+
+os.environ |= ONE_THREAD
 SIZES = {
     "embedded": {"batch": 128, "tokens": None, "warm": 4, "steps": 56},
     "smollm2": {"batch": 8, "tokens": 24, "warm": 1, "steps": 24},
@@ -115,7 +113,7 @@ def shares(size, head, steps):
 
 
 def summary(rows, warm):
-    """Seconds a step and the share of explaining over all steps after the first batches, and its range by batch.
+    """Seconds a step and the share of explaining, over all steps after the first batches, and the range by batch.
 
     Generation happens in one step of four, the comparison of the fused head in one of ten: totals weigh both rightly.
     """
@@ -131,25 +129,22 @@ def main():
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=list(SIZES))
     options = parser.parse_args()
     import torch
-    import trl
 
     from isentropic.experiments.train import quiet
 
     quiet()
     torch.set_num_threads(1)
-    lines = ["| size | head | CPU seconds a step | share of explaining it | lowest..highest |", "|---|---|---|---|---|"]
+    rows = []
     for size in options.size:
         for head in ("auto", "trl"):
             step, part, low, high = summary(shares(size, head, SIZES[size]["steps"]), SIZES[size]["warm"] * 4)
             name = {"auto": "fused", "trl": "TRL's"}[head]
-            lines.append(f"| {size} | {name} | {step:.3f} | {part:.2%} | {low:.2%}..{high:.2%} |")
-            print(lines[-1], flush=True)
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread"
-    made = f"{date.today().isoformat()}; {machine}; torch {torch.__version__}"
-    how = "seed 0; totals over steps, range over generated batches of 4 steps"
-    text = "\n".join([*lines, "", f"{made}, trl {trl.__version__}; {how}."])
-    (RESULTS / "explain-table.md").write_text(text + "\n")
-    print(text)
+            rows.append([size, name, f"{step:.3f}", f"{part:.2%}", f"{low:.2%}..{high:.2%}"])
+            print(*rows[-1], flush=True)
+    head = ["size", "head", "CPU seconds a step", "share of explaining it", "lowest..highest"]
+    line = made(versions("torch", "trl"), "seed 0", "totals over steps, range over generated batches of 4 steps")
+    save("explain-table.md", f"{table(head, rows)}\n\n{line}.\n")
+    print(table(head, rows))
 
 
 if __name__ == "__main__":

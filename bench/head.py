@@ -3,14 +3,14 @@
 Hidden states and a weight are drawn so that entropies go from 1e-3 to 10 nats; ids are drawn from the rows. A mode is
 ``forward`` (statistics without gradient), ``train`` (a policy loss, gradients of both) or ``frozen`` (of the hidden
 states alone, as under LoRA). Implementations take turns, so that a machine whose speed drifts drifts for all; the time
-is the median CPU time of the process. Peak memory is what a child process of its own needs beyond its inputs.
-Peers that are not installed are left out; two that are no packages are restated here and marked so.
+is the median CPU time of the process. Peak memory is that of a child process, beyond its inputs. Peers that are not
+installed are left out; two that are no packages are restated here and marked so.
 
     python bench/head.py time   [--size smollm2|qwen3] [--tokens N] [--dtype float32|bfloat16] [--repeats 3]
     python bench/head.py memory [--size ...] [--tokens N] [--dtype ...] [--modes train]
     python bench/head.py accuracy
     python bench/head.py step       a training step in TRL, a random model of SmolLM2's size, the head on and off
-    python bench/head.py table --json FILE    what a file holds, as Markdown
+    python bench/head.py table --json FILE    a file of results as Markdown
     --only PART,PART  of the implementations' names; --json FILE adds the result to a list in a file
 """
 
@@ -25,8 +25,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from results import ONE_THREAD, exists, load, save, table
 
+os.environ |= ONE_THREAD
 import torch
 import torch.nn.functional as F
 
@@ -178,7 +179,7 @@ def restated(rows, columns):
     return per_token(lambda hidden, weight, ids: Restated.apply(hidden, weight, ids, rows, columns)[0])
 
 
-# name -> (function, what it gives beside logp)
+# name -> (function, its other outputs beside logp)
 PEERS = {
     "ours": (ours("exact"), "H, 3 moments"),
     "ours, shifted": (ours("shifted"), "H, 3 moments"),
@@ -227,7 +228,7 @@ def cpu_seconds(work):
 
 
 def attempt(name, mode, data):
-    """CPU seconds of one run; NaN, and why, where a peer fails."""
+    """CPU seconds of one run; NaN, and why, if a peer fails."""
     try:
         return cpu_seconds(lambda: once(name, mode, *data))
     except Exception as error:
@@ -302,7 +303,7 @@ def child(options):
     data = draw(options.tokens or tokens, d, v, dtype)
     # Imports and thread pools count as inputs.
     once(options.only[0], options.modes[0], *(x[:64] if i != 1 else x[:4096] for i, x in enumerate(small(data))))
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what drawing the inputs left behind is no room for the run
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # memory left over from drawing the inputs is not the run's
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_kilobytes()[1]
     once(options.only[0], options.modes[0], *data)
@@ -412,15 +413,15 @@ def step_child(options):
 
 
 def measure_step(options):
-    found, result = {"off": [], "on": []}, {"what": "step", "dtype": options.dtype}
+    turns, result = {"off": [], "on": []}, {"what": "step", "dtype": options.dtype}
     for turn in range(2):
         for flag in ("off", "on") if turn else ("on", "off"):
             command = [sys.executable, __file__, "step-child", "--exact", flag, "--dtype", options.dtype]
             done = subprocess.run([*command, "--repeats", str(options.repeats)], capture_output=True, text=True)
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
-            found[flag].append(json.loads(done.stdout.strip().splitlines()[-1]))
-    for flag, runs in found.items():
+            turns[flag].append(json.loads(done.stdout.strip().splitlines()[-1]))
+    for flag, runs in turns.items():
         seconds = statistics.median(second for run in runs for second in run[0])
         result[flag] = {"seconds": seconds, "peak_megabytes": statistics.median(run[1] for run in runs)}
         print(f"head {flag:4}{seconds:8.2f} CPU s a step, peak {result[flag]['peak_megabytes']:7.0f} MB", flush=True)
@@ -429,33 +430,34 @@ def measure_step(options):
 
 def markdown(options):
     """Print the tables of a file of results."""
-    found = json.loads(options.json.read_text())
-    for result in (r for r in found if r["what"] in ("time", "memory")):
+    results = load(options.json)
+    for result in (r for r in results if r["what"] in ("time", "memory")):
         modes = result["modes"] if result["what"] == "time" else result["megabytes"]
         unit = "CPU seconds (over the least of ours)" if result["what"] == "time" else "MB beyond the inputs"
         n, d, v = result["size"]
         print(f"\n**{n:,} tokens, width {d:,}, vocabulary {v:,}, {result['dtype']}**, {unit}:\n")
-        print(f"| | {' | '.join(modes)} |\n|---{'|---' * len(modes)}|")
         best = {
             m: min((s for name, s in rows.items() if name.startswith("ours")), default=1) for m, rows in modes.items()
         }
-        for name in dict.fromkeys(name for rows in modes.values() for name in rows):
-            cells = [_cell(result["what"], rows.get(name), best[m]) for m, rows in modes.items()]
-            print(f"| {name} | {' | '.join(cells)} |")
+        names = dict.fromkeys(name for rows in modes.values() for name in rows)
+        cells = [[n, *(_cell(result["what"], rows.get(n), best[m]) for m, rows in modes.items())] for n in names]
+        print(table(["", *modes], cells))
         if "gemm_floor" in result:
             more = result.get("all_over_logp_alone")
             costs = f"; all five statistics over log π(a) alone: {more:.3f}" if more else ""
             print(f"\nOne product of the head at the rate of a tile in the cache: {result['gemm_floor']:.2f} s{costs}.")
-    for result in (r for r in found if r["what"] == "step"):
+    for result in (r for r in results if r["what"] == "step"):
         for flag in ("off", "on"):
             row = result[flag]
             print(f"\nstep, head {flag}: {row['seconds']:.1f} CPU s, peak {row['peak_megabytes']:,.0f} MB")
-    for result in (r for r in found if r["what"] == "accuracy"):
-        print("\n| | dtype | log π rms | log π max | gradient, median | gradient, sure |\n|---|---|---|---|---|---|")
+    for result in (r for r in results if r["what"] == "accuracy"):
         keys = ("logp_rms", "logp_max", "gradient_median", "gradient_sure")
-        for dtype, rows in result["rows"].items():
-            for name, row in rows.items():
-                print(f"| {name} | {dtype} | {' | '.join(f'{row[k]:.1e}' if k in row else '-' for k in keys)} |")
+        cells = [
+            [name, dtype, *(f"{row[k]:.1e}" if k in row else "-" for k in keys)]
+            for dtype, rows in result["rows"].items()
+            for name, row in rows.items()
+        ]
+        print("", table(["", "dtype", "log π rms", "log π max", "gradient, median", "gradient, sure"], cells), sep="\n")
 
 
 def _cell(what, value, best):
@@ -476,7 +478,7 @@ def main():
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--only", default="", help="parts of names, with commas")
     parser.add_argument("--exact", help="one name")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=lambda name: Path(name).resolve())
     options = parser.parse_args()
     options.modes = options.modes.split(",")
     options.only = [options.exact] if options.exact else [part for part in options.only.split(",") if part]
@@ -485,8 +487,7 @@ def main():
     if options.json and result:
         machine = {"machine": platform.machine(), "cores": os.cpu_count(), "threads": 1, "torch": torch.__version__}
         machine |= {"date": time.strftime("%Y-%m-%d"), "isa": torch.backends.cpu.get_cpu_capability()}
-        rows = json.loads(options.json.read_text()) if options.json.exists() else []
-        options.json.write_text(json.dumps([*rows, {**result, **machine}], indent=1) + "\n")
+        save(options.json, [*(load(options.json) if exists(options.json) else []), {**result, **machine}])
 
 
 if __name__ == "__main__":

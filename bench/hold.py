@@ -1,26 +1,19 @@
-"""Recipes side by side on the embedded task: which keeps its entropy, and what does that do to reward?
+"""Recipes side by side on the embedded task: which keeps its entropy, and how does reward change?
 
 Every cell is one run of `isentropic train` in a process of its own, two at a time; a finished cell is never run again,
-a killed one starts afresh. Then the table, the figures by run and the picture are made from the run directories.
+a killed one starts afresh. Then the table, the figures by run and the picture are made from the run directories;
+`--only-table` makes the table from docs/results/hold.json.gz.
 
-    python bench/hold.py [--runs DIR] [--seeds 0 1 2] [--jobs 2] [--report-only]
+    python bench/hold.py [--runs DIR] [--seeds 0 1 2] [--jobs 2] [--report-only | --only-table]
 """
 
 import argparse
 import json
-import os
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "docs" / "results"
+from results import ROOT, load, made, pyplot, run_cells, save, save_figure, table, train_arguments
+
 # Chosen for plain GRPO's reward and fixed before the comparison; see docs/results/hold.md.
 SHARED = {"steps": 800, "prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
 CELLS = {
@@ -35,45 +28,30 @@ CELLS = {
     "isentropic at 100%": {"recipe": "isentropic", "controller": "pi", "target": "initial"},
     "isentropic at 80%": {"recipe": "isentropic", "controller": "pi", "target": "80%"},
     "isentropic at 60%": {"recipe": "isentropic", "controller": "pi", "target": "60%"},
-    # How the learning rate was chosen, and whether ADAPO gets a hold where ratios move more.
+    # How the learning rate was chosen, and whether ADAPO has more effect if ratios move more.
     "grpo lr 3e-4": {"recipe": "grpo", "learning_rate": 3e-4},
     "grpo lr 8e-4": {"recipe": "grpo", "learning_rate": 8e-4},
     "adapo 16 updates": {"recipe": "adapo", "target": "80%", "updates": 16, "steps": 3200, "warmup": 200},
 }
 
 
-def run(cell, seed, home):
-    out = where(home, cell, seed)
-    if (out / "summary.json").exists():
-        return
-    shutil.rmtree(out, ignore_errors=True)
+def cell_of(cell, seed, home):
+    out = directory(home, cell, seed)
     settings = {**SHARED, **CELLS[cell], "seed": seed, "save_every": 0, "out": out}
-    flags = [x for key, value in settings.items() for x in (f"--{key.replace('_', '-')}", str(value))]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "isentropic.cli", "train", *flags],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    if done.returncode:
-        raise SystemExit(f"{cell}, seed {seed}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    print(f"{cell}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+    return f"{cell}, seed {seed}", out, train_arguments(settings)
 
 
-def where(home, cell, seed):
+def directory(home, cell, seed):
     return home / f"{cell.replace(' ', '-').replace('%', '')}-s{seed}"
 
 
 def collect(home, seeds):
     from isentropic.runs.record import Record
 
-    found = {}
+    cells = {}
     for cell in CELLS:
         for seed in seeds:
-            record = Record(where(home, cell, seed))
+            record = Record(directory(home, cell, seed))
             if not (record.path / "summary.json").exists():
                 continue
             summary = json.loads((record.path / "summary.json").read_text())
@@ -84,8 +62,8 @@ def collect(home, seeds):
             summary["clip/low_frac"] = sum(r["clip/low_frac"] for r in settled) / len(settled)
             saturated = [r["knob/saturated"] for r in settled if r.get("knob/saturated") is not None]
             summary["knob/saturated"] = sum(saturated) / len(saturated) if saturated else None
-            found.setdefault(cell, {})[seed] = summary
-    return found
+            cells.setdefault(cell, {})[seed] = summary
+    return cells
 
 
 COLUMNS = {
@@ -110,50 +88,45 @@ def show(values):
 
 
 def report(home, seeds):
-    from isentropic.runs.record import Record, write_json
+    from isentropic.runs.record import Record
 
-    found = collect(home, seeds)
-    header = Record(where(home, next(iter(found)), seeds[0])).header()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    lines = ["| recipe | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for cell, by_seed in found.items():
-        lines.append(
-            f"| {cell} | " + " | ".join(show([f(s) for s in by_seed.values()]) for f in COLUMNS.values()) + " |"
-        )
-    text = "\n".join(lines)
-    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread a run"
-    made = f"{date.today().isoformat()}; {machine}; {versions}; seeds {seeds}"
-    (RESULTS / "hold-table.md").write_text(f"{text}\n\nMean over seeds (lowest..highest). {made}.\n")
-    write_json(RESULTS / "hold.json", {"made": made, "cells": found, "shared": SHARED, "recipes": CELLS})
-    draw(home, found)
+    cells = collect(home, seeds)
+    header = Record(directory(home, next(iter(cells)), seeds[0])).header()
+    line = made(header["versions"], f"seeds {seeds}", threads="one thread a run")
+    save("hold.json.gz", {"made": line, "cells": cells, "shared": SHARED, "recipes": CELLS})
+    draw(home, cells)
+
+
+def write_table():
+    facts = load("hold.json.gz")
+    rows = [
+        [cell, *(show([figure(summary) for summary in by_seed.values()]) for figure in COLUMNS.values())]
+        for cell, by_seed in facts["cells"].items()
+    ]
+    text = table(["recipe", *COLUMNS], rows)
+    save("hold-table.md", f"{text}\n\nMean over seeds (lowest..highest). {facts['made']}.\n")
     print(text)
 
 
-def draw(home, found):
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
+def draw(home, cells):
     from isentropic.runs.record import Record
 
-    plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    plt = pyplot()
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
     colours = {"grpo": "#d55e00", "isentropic": "#0072b2", "isentropic at 60%": "#56b4e9", "rloo": "#009e73"}
     for cell, colour in colours.items():
-        for seed in found.get(cell, {}):
-            rows = Record(where(home, cell, seed)).rows("metrics")
+        for seed in cells.get(cell, {}):
+            rows = Record(directory(home, cell, seed)).rows("metrics")
             samples = [row["samples/total"] / 1000 for row in rows]
-            label = {"label": {"isentropic": "isentropic (75%)"}.get(cell, cell)} if seed == min(found[cell]) else {}
+            label = {"label": {"isentropic": "isentropic (75%)"}.get(cell, cell)} if seed == min(cells[cell]) else {}
             for axis, name in ((left, "entropy/mean"), (middle, "reward/mean")):
                 values = smooth([row[name] for row in rows])
                 axis.plot(samples[::5], values[::5], color=colour, lw=1.1, alpha=0.85, **label)
             if rows[-1].get("entropy/target"):
                 left.axhline(rows[-1]["entropy/target"], color=colour, lw=0.8, ls="--", alpha=0.6)
-            end = found[cell][seed]["end"]
+            end = cells[cell][seed]["end"]
             right.plot(end["pass@1"], end["distinct"], "o", color=colour, ms=5, alpha=0.85)
-            start = found[cell][seed]["start"]
+            start = cells[cell][seed]["start"]
             right.plot(start["pass@1"], start["distinct"], "x", color="#777777", ms=5)
     left.set(title="Does entropy stay where it was asked?", xlabel="thousand samples", ylim=(0, None))
     left.set_ylabel("nats per token")
@@ -161,8 +134,7 @@ def draw(home, found):
     right.set(title="What does it buy?", xlabel="pass@1, held-out (x: before)", ylim=(0, None), xlim=(0, 1))
     right.set_ylabel("different right answers of 16")
     left.legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(RESULTS / "hold.svg", metadata={"Date": None})
+    save_figure(figure, "hold.svg")
 
 
 def smooth(values, share=0.1):
@@ -180,15 +152,13 @@ def main():
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--cells", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args()
-    if not options.report_only:
-        from isentropic.models import resolve_model
-
-        resolve_model("tiny")
-        cells = [(cell, seed) for seed in options.seeds for cell in options.cells]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda cell: run(*cell, options.runs), cells))
-    report(options.runs, options.seeds)
+    if not options.report_only and not options.only_table:
+        run_cells([cell_of(cell, seed, options.runs) for seed in options.seeds for cell in options.cells], options.jobs)
+    if not options.only_table:
+        report(options.runs, options.seeds)
+    write_table()
 
 
 if __name__ == "__main__":

@@ -3,22 +3,20 @@
     python bench/methods.py collapse|quality|journey|sequence|offpolicy|targets|rates|smollm2
                             [--seeds 0 1] [--jobs 2] [--only-table]
 
-`isentropic compare` runs what the experiment's grid in bench/grids/ lacks; a finished run is a line of
-docs/results/methods.jsonl, or smollm2.jsonl, and never runs again. Then the table and the figure are made from those
-lines, of as many seeds as there are.
+`isentropic compare` runs the missing runs of the experiment's grid in bench/grids/; a finished run is a line of
+docs/results/methods.jsonl.gz, or smollm2.jsonl.gz, and never runs again. Then the table and the figure are made from
+those lines, of as many seeds as there are.
 """
 
 import argparse
 import json
 import os
-import platform
 import statistics
-from datetime import date
-from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-ROOT = Path(__file__).resolve().parent.parent
-GRIDS, RESULTS = ROOT / "bench" / "grids", ROOT / "docs" / "results"
+from results import ONE_THREAD, ROOT, pyplot, rows, save, save_figure, table
+
+os.environ |= ONE_THREAD
+GRIDS = ROOT / "bench" / "grids"
 EXPERIMENTS = {
     "collapse": ["collapse"],
     "quality": ["quality"],
@@ -49,20 +47,15 @@ COLOURS = (
 
 
 def by_cell(lines):
-    found = {}
+    cells = {}
     for line in lines:
-        found.setdefault(line["cell"], []).append(line)
-    return found
+        cells.setdefault(line["cell"], []).append(line)
+    return cells
 
 
 def mean(lines, figure):
     values = [line["figures"][figure] for line in lines if line["figures"].get(figure) is not None]
     return statistics.mean(values) if values else None
-
-
-def share(line):
-    """Mean entropy over the run, as a share of where it started."""
-    return line["figures"]["entropy/mean"] / line["entropy_start"]
 
 
 def collapse(grids, plt):
@@ -124,12 +117,12 @@ def quality(grids, plt):
 
 
 def journey(grids, plt):
-    """Does entropy along the way go with the final score? Spearman's ρ over runs, and within what is comparable."""
+    """Does mean entropy over a run correlate with its final score? Spearman's ρ over runs and over methods."""
     import numpy as np
 
     lines = list({(x["fingerprint"], x["seed"]): x for grid in grids for x in grid.lines()}.values())
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
-    rows = ["| score | runs | ρ over runs | ρ over methods (means over seeds) |", "|---|---|---|---|"]
+    cells = []
     for axis, key in zip(axes, ("pass@1", "pass@16", "distinct"), strict=True):
         x, y = (
             np.array([line["figures"]["entropy/mean"] for line in lines]),
@@ -143,10 +136,10 @@ def journey(grids, plt):
         for line in lines:
             groups.setdefault(line["fingerprint"], []).append(line)
         means = np.array([[mean(group, "entropy/mean"), mean(group, key)] for group in groups.values()])
-        rows.append(f"| {key} | {len(lines)} | {rank_interval(x, y)} | {rank_interval(*means.T)} |")
-    axes[0].set_title("Does the journey decide the end?")
+        cells.append([key, str(len(lines)), rank_interval(x, y), rank_interval(*means.T)])
+    axes[0].set_title("Does entropy over the run predict the score?")
     axes[0].legend(frameon=False, fontsize=7)
-    return figure, "\n".join(rows)
+    return figure, table(["score", "runs", "ρ over runs", "ρ over methods (means over seeds)"], cells)
 
 
 def rank_interval(x, y, num=2000):
@@ -172,14 +165,12 @@ def scores_on(line, task):
 
 
 def sequence(grids, plt):
-    """B after A against B alone, and what is left of A."""
+    """B after A against B alone, and how much of A is kept."""
     after, alone = by_cell(grids[0].lines()), by_cell(grids[1].lines())
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
-    rows = [
-        "| recipe | seeds | pass@1 of A: before, after A, after B | pass@1 of B: after A, alone, P(after A better) "
-        "| pass@16 of B: the same | distinct of B: the same |",
-        "|---" * 6 + "|",
-    ]
+    head = ["recipe", "seeds", "pass@1 of A: before, after A, after B"]
+    head += ["pass@1 of B: after A, alone, P(after A better)", "pass@16 of B: the same", "distinct of B: the same"]
+    cells = []
     for colour, name in zip(COLOURS, [n for n in after if n in alone], strict=False):
         first = [scores_on(line, "expr") for line in after[name]]
         kept = ", ".join(f"{statistics.mean(run[i]['pass@1'] for run in first):.3f}" for i in (0, 1, -1))
@@ -187,7 +178,7 @@ def sequence(grids, plt):
         for key in ("pass@1", "pass@16", "distinct"):
             a, b = ([scores_on(line, "expr-digit")[-1][key] for line in lines] for lines in (after[name], alone[name]))
             pairs.append(f"{span(a)}, {span(b)}, {better(a, b)}")
-        rows.append(f"| {name} | {len(after[name])}, {len(alone[name])} | {kept} | {' | '.join(pairs)} |")
+        cells.append([name, f"{len(after[name])}, {len(alone[name])}", kept, *pairs])
         for axis, lines, skip in ((left, after[name], 400), (left, alone[name], 0)):
             curve = lines[0]["curve"]
             steps = [s - skip for s in curve["step"] if s > skip]
@@ -210,11 +201,11 @@ def sequence(grids, plt):
         axis.set(xlabel=f"{key} of B, from the warm start", ylabel=f"{key} of B, after A")
     middle.set_title("Where does B end?")
     left.legend(frameon=False, fontsize=6.5)
-    return figure, "\n".join(rows)
+    return figure, table(head, cells)
 
 
 def better(ours, theirs):
-    """The probability that a run of ours beats one of theirs, with its interval where seeds allow one."""
+    """The probability that a run of ours beats one of theirs, with its interval if there are seeds enough."""
     from isentropic.runs.statistics import probability_of_improvement, stratified_interval
 
     value = f"**{probability_of_improvement([ours], [theirs]):.2f}**"
@@ -243,7 +234,7 @@ def offpolicy(grids, plt):
 
 
 def targets(grids, plt):
-    """Entropy and reward along the run, by target, and what was gained."""
+    """Entropy and reward along the run, by target, and the final scores."""
     cells = by_cell(grids[0].lines())
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
     for colour, (name, lines) in zip(COLOURS, cells.items(), strict=False):
@@ -268,20 +259,18 @@ def rates(grids, plt):
     cells = by_cell(grids[0].lines())
     recipes = list(dict.fromkeys(name.split(", ")[0] for name in cells))
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    rows = [
-        "| recipe | best rate | reward at 2.5e-4, 5e-4, 1e-3 | final entropy at its best | pass@1 at its best "
-        "| distinct at its best |",
-        "|---" * 6 + "|",
-    ]
+    head = ["recipe", "best rate", "reward at 2.5e-4, 5e-4, 1e-3"]
+    head += [f"{score} at its best" for score in ("final entropy", "pass@1", "distinct")]
+    best_rates = []
     for colour, recipe in zip(COLOURS, recipes, strict=False):
         mine = {name.split(", ")[1]: lines for name, lines in cells.items() if name.split(", ")[0] == recipe}
         for axis, key in zip(axes, ("reward/end", "entropy/end", "distinct"), strict=True):
             points = [(float(rate), mean(lines, key)) for rate, lines in mine.items()]
             axis.plot(*zip(*sorted(points), strict=True), "o-", color=colour, ms=4, lw=1, label=recipe)
         best = max(mine, key=lambda rate: mean(mine[rate], "reward/end"))
-        told = ", ".join(f"{mean(lines, 'reward/end'):.3f}" for lines in mine.values())
+        rewards = ", ".join(f"{mean(lines, 'reward/end'):.3f}" for lines in mine.values())
         ends = (f"{mean(mine[best], key):.3f}" for key in ("entropy/end", "pass@1", "distinct"))
-        rows.append(f"| {recipe} | {best} | {told} | {' | '.join(ends)} |")
+        best_rates.append([recipe, best, rewards, *ends])
     labels = ("reward, training prompts", "nats a token at the end", "different right answers of 16")
     for axis, label in zip(axes, labels, strict=True):
         axis.set(xscale="log", xlabel="learning rate", ylabel=label)
@@ -289,7 +278,7 @@ def rates(grids, plt):
         axis.set_xticks([], minor=True)
     axes[0].set_title("Which rate is best?")
     axes[0].legend(frameon=False, fontsize=6.5)
-    return figure, "\n".join(rows)
+    return figure, table(head, best_rates)
 
 
 def smollm2(grids, plt):
@@ -317,39 +306,33 @@ def smollm2(grids, plt):
     right.set_xticks(range(len(keys)), keys)
     left.legend(frameon=False, fontsize=6.5)
     right.legend(frameon=False, fontsize=6.5)
-    rows = ["| recipe | seeds | pass@1 | pass@8 | distinct |", "|---" * 5 + "|"]
-    started = " | ".join(span([start[key] for start in before]) for key in (*keys, "distinct"))
-    rows.append(f"| before | {len({line['seed'] for lines in cells.values() for line in lines})} | {started} |")
+    scores = (*keys, "distinct")
+    seeds = {line["seed"] for lines in cells.values() for line in lines}
+    scored = [["before", str(len(seeds)), *(span([start[key] for start in before]) for key in scores)]]
     for name, lines in cells.items():
-        ends = " | ".join(span([line["figures"][key] for line in lines]) for key in (*keys, "distinct"))
-        rows.append(f"| {name} | {len(lines)} | {ends} |")
-    return figure, "\n".join(rows)
+        scored.append([name, str(len(lines)), *(span([line["figures"][key] for line in lines]) for key in scores)])
+    return figure, table(["recipe", "seeds", *scores], scored)
 
 
 def report(name, grids):
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     from isentropic.experiments.compare import compare, render
 
-    plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 8, "axes.spines.top": False, "axes.spines.right": False}
     parts = []
     for grid in grids if name != "journey" else []:
         lines = grid.lines()
         base = grid.baseline if any(line["cell"] == grid.baseline for line in lines) else None
         parts.append(render(compare(lines, base), markdown=True))
-    figure, extra = globals()[name](grids, plt)
-    figure.tight_layout()
-    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+    figure, extra = globals()[name](grids, pyplot(8))
+    save_figure(figure, f"{name}.svg")
     lines = [line for grid in grids for line in grid.lines()]
-    versions = {json.dumps(line["versions"], sort_keys=True) for line in lines}
-    told = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in sorted(versions))
-    made = f"{date.today().isoformat()}; {platform.machine()}, {os.cpu_count()} cores, one thread a run; {told}"
-    done = f"{sum(len(grid.lines()) for grid in grids)} of {sum(len(grid.cells) for grid in grids)} runs of the grid"
-    text = "\n\n".join([*([extra] if extra else []), *parts, f"{done}. {made}."])
-    (RESULTS / f"{name}-table.md").write_text(text + "\n")
+    sets = sorted({json.dumps(line["versions"], sort_keys=True) for line in lines})
+    packages = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in sets)
+    count = f"{sum(len(grid.lines()) for grid in grids)} of {sum(len(grid.cells) for grid in grids)} runs of the grid"
+    dates, machines = ({line[key] for line in lines} for key in ("date", "machine"))
+    days = " to ".join(dict.fromkeys((min(dates), max(dates))))
+    line = f"{count}. {days}; {', '.join(sorted(machines))}, one thread a run; {packages}."
+    text = "\n\n".join([*([extra] if extra else []), *parts, line])
+    save(f"{name}-table.md", text + "\n")
     print(text)
 
 
@@ -368,6 +351,8 @@ def main():
     if not options.only_table:
         for grid in grids:
             run(grid, say=lambda text: print(text, flush=True))
+            # Lines that were added one by one compress better together.
+            save(grid.results.resolve(), rows(grid.results.resolve()))
     report(options.experiment, grids)
 
 

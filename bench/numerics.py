@@ -1,32 +1,26 @@
 """Does precision flip the direction of entropy? DAPO and ADAPO on the embedded task, log-probs in fp32 and in bf16.
 
-Three ways to score the same policy, old and current log-probs alike: all in fp32; with what the model returns rounded
-to bf16 (log-probs and entropies, as FSDP2's output_dtype does it, gradients included); and with hidden states, head
-and logits in bf16 before an fp32 log-softmax, as mixed precision does it. Weights and sampling stay fp32.
+Three ways to score the same policy, old and current log-probs alike: all in fp32; with the model's outputs rounded to
+bf16 (log-probs and entropies, as FSDP2's output_dtype does it, gradients included); and with hidden states, head and
+logits in bf16 before an fp32 log-softmax, as mixed precision does it. Weights and sampling stay fp32.
 
 Every cell is one run in a process of its own; a finished cell is never run again, a killed one starts afresh. Then the
-tables and the picture are made from the run directories: docs/results/numerics.md, .json and .svg.
+tables and the picture are made from the run directories: docs/results/numerics.md, .json.gz and .svg; `--only-table`
+makes the page from the figures that are there.
 
-    python bench/numerics.py [--runs DIR] [--seeds 0 1 2 3 4] [--jobs 2] [--steps 800] [--report-only] [--out DIR]
+    python bench/numerics.py [--runs DIR] [--seeds 0 1 2 3 4] [--jobs 2] [--steps 800] [--report-only | --only-table]
 """
 
 import argparse
 import json
-import os
-import platform
-import shutil
 import statistics
-import subprocess
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from results import ROOT, load, made, pyplot, run_cells, save, save_figure, table
+
 # As in bench/hold.py.
 SHARED = {"prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
-# The fused head makes fp32 logits of bf16 hidden states, and so undoes what is studied.
+# The fused head makes fp32 logits of bf16 hidden states, and so would undo the cast.
 SHARED |= {"head": "trl"}
 RECIPES = {"dapo": {"recipe": "dapo"}, "adapo": {"recipe": "adapo", "target": "80%"}}
 CASTS = {"fp32": None, "bf16 log-probs": "returned", "bf16 head": "head"}
@@ -89,24 +83,13 @@ def work(recipe, cast, seed, steps, out):
     training.train(load(None, {**settings, "audit": "off"}))
 
 
-def where(home, recipe, cast, seed):
+def directory(home, recipe, cast, seed):
     return home / f"{recipe}-{cast.replace(' ', '-')}-s{seed}"
 
 
-def run(recipe, cast, seed, options):
-    out = where(options.runs, recipe, cast, seed)
-    if (out / "summary.json").exists():
-        return
-    shutil.rmtree(out, ignore_errors=True)
-    began = time.monotonic()
-    command = [sys.executable, __file__, "--work", recipe, cast, str(seed), "--steps", str(options.steps)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [*command, "--runs", str(options.runs)], capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        raise SystemExit(f"{recipe}, {cast}, seed {seed}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    print(f"{recipe}, {cast}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+def cell_of(recipe, cast, seed, options):
+    work = ["--work", recipe, cast, seed, "--steps", options.steps, "--runs", options.runs]
+    return f"{recipe}, {cast}, seed {seed}", directory(options.runs, recipe, cast, seed), [__file__, *work]
 
 
 def mean(rows, name):
@@ -143,13 +126,13 @@ def figures(record):
 def collect(options):
     from isentropic.runs.record import Record
 
-    found = {}
+    cells = {}
     for recipe, cast in CELLS:
         for seed in options.seeds:
-            record = Record(where(options.runs, recipe, cast, seed))
+            record = Record(directory(options.runs, recipe, cast, seed))
             if (record.path / "summary.json").exists():
-                found.setdefault(f"{recipe}, {cast}", {})[seed] = figures(record)
-    return found
+                cells.setdefault(f"{recipe}, {cast}", {})[str(seed)] = figures(record)
+    return cells
 
 
 def show(values):
@@ -159,26 +142,22 @@ def show(values):
     return f"{statistics.mean(values):.3g} ({min(values):.3g}..{max(values):.3g})"
 
 
-def table(found):
-    names = list(next(iter(next(iter(found.values())).values())))
-    rose = [f"{sum(f['change'] > 0 for f in by_seed.values())} of {len(by_seed)}" for by_seed in found.values()]
-    lines = ["| | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
-    lines.append("| entropy rose in | " + " | ".join(rose) + " |")
-    for name in names:
-        values = " | ".join(show([f[name] for f in by_seed.values()]) for by_seed in found.values())
-        lines.append(f"| {name} | {values} |")
-    return "\n".join(lines)
+def by_cell(cells):
+    names = list(next(iter(next(iter(cells.values())).values())))
+    rose = [f"{sum(f['change'] > 0 for f in by_seed.values())} of {len(by_seed)}" for by_seed in cells.values()]
+    rows = [["entropy rose in", *rose]]
+    rows += [[name, *(show([f[name] for f in by_seed.values()]) for by_seed in cells.values())] for name in names]
+    return table(["", *cells], rows)
 
 
-def differences(found):
+def differences(cells):
     """bf16 minus fp32 at the same seed: the mean, and its 95 % interval over seeds."""
     from isentropic.runs.statistics import bootstrap_interval
 
-    lines = ["| | pairs | directions that differ | H end | reward | pass@1 |", "|---|---|---|---|---|---|"]
-    result = {}
+    rows, result = [], {}
     for recipe, cast in CELLS:
-        exact, other = found.get(f"{recipe}, fp32", {}), found.get(f"{recipe}, {cast}", {})
-        seeds = sorted(set(exact) & set(other))
+        exact, other = cells.get(f"{recipe}, fp32", {}), cells.get(f"{recipe}, {cast}", {})
+        seeds = sorted(set(exact) & set(other), key=int)
         if cast == "fp32" or not seeds:
             continue
         flips = sum((exact[s]["change"] > 0) != (other[s]["change"] > 0) for s in seeds)
@@ -190,9 +169,9 @@ def differences(found):
                 bounds = bootstrap_interval(gaps)
                 row[name] |= {"mean": statistics.mean(gaps), "interval": None if bounds is None else list(bounds)}
         result[f"{recipe}, {cast}"] = row
-        cells = [interval(row[name]) for name in ("H end", "reward", "pass@1")]
-        lines.append(f"| {recipe}, {cast} − fp32 | {len(seeds)} | {flips} | " + " | ".join(cells) + " |")
-    return "\n".join(lines), result
+        gaps = [interval(row[name]) for name in ("H end", "reward", "pass@1")]
+        rows.append([f"{recipe}, {cast} − fp32", str(len(seeds)), str(flips), *gaps])
+    return table(["", "pairs", "directions that differ", "H end", "reward", "pass@1"], rows), result
 
 
 def interval(gap):
@@ -203,22 +182,27 @@ def interval(gap):
 
 
 def report(options):
-    from isentropic.runs.record import Record, write_json
+    from isentropic.runs.record import Record
 
-    found = collect(options)
-    if not found:
+    cells = collect(options)
+    if not cells:
         raise SystemExit(f"no finished run under {options.runs}; run without --report-only first")
-    recipe, cast = next((r, c) for r, c in CELLS if f"{r}, {c}" in found)
-    seed = next(iter(found[f"{recipe}, {cast}"]))
-    header = Record(where(options.runs, recipe, cast, seed)).header()
-    versions = ", ".join(f"{k} {v}" for k, v in header["versions"].items())
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread a run"
-    made = f"{date.today().isoformat()}; {machine}; {versions}; seeds {options.seeds}"
-    text, gaps = differences(found)
-    body = f"""# Does precision flip the direction of entropy?
+    recipe, cast = next((r, c) for r, c in CELLS if f"{r}, {c}" in cells)
+    seed = next(iter(cells[f"{recipe}, {cast}"]))
+    header = Record(directory(options.runs, recipe, cast, seed)).header()
+    line = made(header["versions"], f"seeds {options.seeds}", threads="one thread a run")
+    shared = {**SHARED, "steps": header["config"]["steps"]}
+    facts = {"made": line, "shared": shared, "cells": cells, "differences": differences(cells)[1]}
+    save("numerics.json.gz", facts)
+    draw(options, cells)
 
-One command, `python bench/numerics.py`, makes this page, [the figures by seed](numerics.json) and
-[the picture](numerics.svg). {made}.
+
+def page(facts):
+    """The Markdown page of what the JSON file holds."""
+    return f"""# Does precision flip the direction of entropy?
+
+One command, `python bench/numerics.py`, makes this page, [the figures by seed](numerics.json.gz) and
+[the picture](numerics.svg). {facts["made"]}.
 
 The embedded task and model; batches of 32 prompts x 16 samples, four optimizer steps each; learning rate 5e-4 with
 linear decay. Three ways to score the same policy, old and current log-probs alike: in fp32; with returned log-probs
@@ -228,70 +212,58 @@ whatever the run itself read; *end* is the last tenth of the steps, and log-prob
 
 ## By cell: mean over seeds (lowest..highest)
 
-{table(found)}
+{by_cell(facts["cells"])}
 
 ## The same seed in bf16 and in fp32: mean difference [95 % bootstrap interval over seeds]
 
-{text}
+{differences(facts["cells"])[0]}
 
 ![Entropy by step](numerics.svg)
 """
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "numerics.md").write_text(body, encoding="utf-8")
-    shared = {**SHARED, "steps": header["config"]["steps"]}
-    write_json(options.out / "numerics.json", {"made": made, "shared": shared, "cells": found, "differences": gaps})
-    draw(options, found)
-    print(body)
 
 
-def draw(options, found):
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
+def draw(options, cells):
     from isentropic.runs.record import Record
 
-    plt.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(RECIPES), figsize=(9, 3.2), sharey=True)
     colours = {"fp32": "#0072b2", "bf16 log-probs": "#d55e00", "bf16 head": "#009e73"}
     for axis, recipe in zip(axes, RECIPES, strict=True):
         for cast, colour in colours.items():
-            by_seed = found.get(f"{recipe}, {cast}", {})
+            by_seed = cells.get(f"{recipe}, {cast}", {})
             for seed in by_seed:
-                rows = Record(where(options.runs, recipe, cast, seed)).rows("numerics")
+                rows = Record(directory(options.runs, recipe, cast, seed)).rows("numerics")
                 label = {"label": cast} if seed == min(by_seed) else {}
                 first = {row["step"]: row["entropy/exact"] for row in rows}
                 axis.plot(list(first), list(first.values()), color=colour, lw=1, alpha=0.7, **label)
         axis.set(title=recipe, xlabel="optimizer steps", ylim=(0, None))
     axes[0].set_ylabel("nats per token, in fp32")
     axes[0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(options.out / "numerics.svg", metadata={"Date": None})
+    save_figure(figure, "numerics.svg")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "numerics")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--only-table", action="store_true")
     parser.add_argument("--work", nargs=3, metavar=("RECIPE", "CAST", "SEED"), help="run this one cell here")
     options = parser.parse_args()
     if options.work:
         recipe, cast, seed = options.work
-        work(recipe, cast, int(seed), options.steps, where(options.runs, recipe, cast, seed))
+        work(recipe, cast, int(seed), options.steps, directory(options.runs, recipe, cast, seed))
         return
-    if not options.report_only:
-        from isentropic.models import resolve_model
-
-        resolve_model("tiny")
-        cells = [(recipe, cast, seed) for seed in options.seeds for recipe, cast in CELLS]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            list(pool.map(lambda cell: run(*cell, options), cells))
-    report(options)
+    if not options.report_only and not options.only_table:
+        cells = [cell_of(recipe, cast, seed, options) for seed in options.seeds for recipe, cast in CELLS]
+        run_cells(cells, options.jobs)
+    if not options.only_table:
+        report(options)
+    text = page(load("numerics.json.gz"))
+    save("numerics.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

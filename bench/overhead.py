@@ -2,9 +2,9 @@
 
 Processes run the real trainers: GRPOTrainer, and IsentropicTrainer that only monitors on TRL's head, that scores by the
 fused head, and that explains every step and turns a knob by prediction; the run directory is written and samples are
-kept. "trl again" is a second GRPOTrainer: what two equal processes differ by. They take turns, one generated batch
-(4 optimizer steps) at a time, so that a machine whose speed drifts drifts for all. The learning rate is so small that
-all sample answers of one length.
+kept. "trl again" is a second GRPOTrainer: the difference between two equal processes. They take turns, one generated
+batch (4 optimizer steps) at a time, so that a machine whose speed drifts drifts for all. The learning rate is so small
+that all sample answers of one length.
 
     python bench/overhead.py [--batches 150] [--batch 256]
 """
@@ -13,12 +13,13 @@ import argparse
 import json
 import multiprocessing as mp
 import os
-import platform
 import statistics
 import tempfile
 import time
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from results import ONE_THREAD, made, versions
+
+os.environ |= ONE_THREAD
 STEPS_A_BATCH = 4
 WARM_UP = 5
 CONTROL = {"knob": "zeta", "controller": "predictive", "target": "initial"}
@@ -113,10 +114,7 @@ def main():
 
 
 def report(times):
-    import torch
-    import trl
-
-    print(f"{platform.machine()}, {os.cpu_count()} cores, 1 thread, torch {torch.__version__}, trl {trl.__version__}")
+    print(made(versions("torch", "trl")))
     print(f"{'trainer':12}{'CPU ms a step':>15}{'wall ms a step':>16}{'CPU ratio to TRL (median of pairs)':>38}")
     result = {}
     for kind, rows in times.items():

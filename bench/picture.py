@@ -1,7 +1,7 @@
 """The picture in the README: the first screen of a real run's report, in a real browser.
 
-The run is one of `isentropic train` with its defaults; where it is there already, only its report and the picture are
-made again. Needs Debian's chromium and the extra `dev`.
+The run is one of `isentropic train` with its defaults; if it is there already, only its report and the picture are made
+again. Needs Debian's chromium and the extra `dev`.
 
     python bench/picture.py [--run DIR] [--out docs/results/report.png]
 """
@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from results import ONE_THREAD, RESULTS, ROOT
+
 WIDTH, HEIGHT = 1200, 1210
 COLOURS = 256
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
@@ -23,7 +24,7 @@ FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-ba
 
 def isentropic(*argv):
     command = [sys.executable, "-m", "isentropic.cli", *map(str, argv)]
-    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(command, check=True, env={**os.environ, **ONE_THREAD})
 
 
 def photograph(page, out):
@@ -45,7 +46,7 @@ def photograph(page, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "picture")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "report.png")
+    parser.add_argument("--out", type=Path, default=RESULTS / "report.png")
     options = parser.parse_args()
     if not (options.run / "summary.json").exists():
         isentropic("train", "--out", options.run)

@@ -2,27 +2,26 @@
 
 For each number of processes, `torchrun` starts them on gloo. Every process holds three trainers, TRL's GRPOTrainer, one
 that only monitors and one that controls, which take turns; all sample as many answers a process. Every call of a
-collective of torch.distributed from Python is counted with the bytes it carries; the reduction of gradients, which is
+collective of torch.distributed from Python is counted with its bytes; the reduction of gradients, which is
 DistributedDataParallel's own and the same for all, is not among them.
 
-    python bench/scaling.py [--processes 1 2 4] [--rounds 8]
+    python bench/scaling.py [--processes 1 2 4] [--rounds 8] [--only-table]
 """
 
 import argparse
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
+from results import ONE_THREAD, load, made, save, table, versions
+
+os.environ |= ONE_THREAD
 UPDATES, ANSWERS = 4, 16  # optimizer steps a generated batch; answers a process and step
 KINDS = ("trl", "monitored", "controlled")
 COLLECTIVES = (
@@ -37,7 +36,7 @@ COLLECTIVES = (
 
 
 class Counter:
-    """Counts what goes through torch.distributed's Python functions."""
+    """Counts calls and bytes of torch.distributed's Python functions."""
 
     def __init__(self):
         import torch.distributed as dist
@@ -70,13 +69,13 @@ def make(kind, out, steps):
     from isentropic.models import resolve_model
     from isentropic.tasks import load_task
 
-    trainer, config, more = {
+    trainer_class, config, more = {
         "trl": (GRPOTrainer, GRPOConfig, {"loss_type": "dapo", "epsilon_high": 0.28}),
         "monitored": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "explain_every": 0}),
         "controlled": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "knob": "zeta", "target": "initial"}),
     }[kind]
     path, task = resolve_model("tiny"), load_task("expr")
-    made = trainer(
+    trainer = trainer_class(
         AutoModelForCausalLM.from_pretrained(path),
         task.reward,
         args=config(
@@ -101,7 +100,7 @@ def make(kind, out, steps):
         train_dataset=Dataset.from_list(task.train(0)),
         processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
     )
-    made.remove_callback(PrinterCallback)
+    trainer.remove_callback(PrinterCallback)
 
     class Meter(TrainerCallback):
         """CPU time and collectives from the begin of a generated batch to the begin of the next."""
@@ -119,9 +118,9 @@ def make(kind, out, steps):
         def on_train_begin(self, args, state, control, **kwargs):
             self.last = None
 
-    made.meter = Meter()
-    made.add_callback(made.meter)
-    return made
+    trainer.meter = Meter()
+    trainer.add_callback(trainer.meter)
+    return trainer
 
 
 def process(rounds, out):
@@ -134,16 +133,16 @@ def process(rounds, out):
     quiet()
     torch.set_num_threads(1)
     counter = Counter()
-    makers = {kind: make(kind, f"{out}/{kind}", 3 * UPDATES) for kind in KINDS}
-    world = makers["trl"].accelerator.num_processes
+    trainers = {kind: make(kind, f"{out}/{kind}", 3 * UPDATES) for kind in KINDS}
+    world = trainers["trl"].accelerator.num_processes
     assert world == int(os.environ["WORLD_SIZE"]), "torchrun made another number of processes"
     for turn in range(rounds):
         for kind in KINDS if turn % 2 else reversed(KINDS):
-            makers[kind].train()
+            trainers[kind].train()
     if int(os.environ["RANK"]) == 0:
         # The first turn warms everything up.
-        found = {kind: made.meter.rows[2:] for kind, made in makers.items()}
-        Path(out, "found.json").write_text(json.dumps(found))
+        rows = {kind: trainer.meter.rows[2:] for kind, trainer in trainers.items()}
+        Path(out, "rows.json").write_text(json.dumps(rows))
 
 
 def measure(processes, rounds):
@@ -154,47 +153,41 @@ def measure(processes, rounds):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         here = [__file__, "--rounds", str(rounds), "--out", out]
         subprocess.run([*launch, "--master_port", port, *here], check=True, stdout=subprocess.DEVNULL)
-        return json.loads(Path(out, "found.json").read_text())
+        return json.loads(Path(out, "rows.json").read_text())
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--only-table", action="store_true")
     parser.add_argument("--out", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.out:
         process(options.rounds, options.out)
-    else:
-        table(options)
+        return
+    if not options.only_table:
+        turns = f"{options.rounds} turns of two generated batches"
+        line = made(versions("torch", "trl"), turns, threads="one thread a process")
+        save("scaling.json", {"made": line, "processes": {n: measure(n, options.rounds) for n in options.processes}})
+    write_table()
 
 
-def table(options):
-    import torch
-    import trl
-
-    rows = [
-        "| processes | trainer | CPU ms a step and process | ratio to TRL (quartiles) | collectives a step "
-        "| bytes a step |",
-        "|---" * 6 + "|",
-    ]
-    kept = {}
-    for number in options.processes:
-        found = measure(number, options.rounds)
-        kept[number] = found
+def write_table():
+    facts = load("scaling.json")
+    rows = []
+    for number, by_kind in facts["processes"].items():
         for kind in KINDS:
-            cpu = statistics.median(row[0] for row in found[kind]) * 1e3
-            pairs = [a[0] / b[0] for a, b in zip(found[kind], found["trl"], strict=True)]
+            cpu = statistics.median(row[0] for row in by_kind[kind]) * 1e3
+            pairs = [a[0] / b[0] for a, b in zip(by_kind[kind], by_kind["trl"], strict=True)]
             low, middle, high = statistics.quantiles(pairs, n=4)
-            calls, size = (statistics.median(row[i] for row in found[kind]) for i in (1, 2))
-            rows.append(
-                f"| {number} | {kind} | {cpu:.1f} | {middle:.3f} ({low:.3f}..{high:.3f}) | {calls:.2f} | {size:,.0f} |"
-            )
-            print(rows[-1], flush=True)
-    made = f"{date.today().isoformat()}; {platform.machine()}, {os.cpu_count()} cores, one thread a process; "
-    made += f"torch {torch.__version__}, trl {trl.__version__}; {options.rounds} turns of two generated batches."
-    (RESULTS / "scaling-table.md").write_text("\n".join([*rows, "", made]) + "\n")
-    (RESULTS / "scaling.json").write_text(json.dumps(kept) + "\n")
+            calls, size = (statistics.median(row[i] for row in by_kind[kind]) for i in (1, 2))
+            ratio = f"{middle:.3f} ({low:.3f}..{high:.3f})"
+            rows.append([number, kind, f"{cpu:.1f}", ratio, f"{calls:.2f}", f"{size:,.0f}"])
+    head = ["processes", "trainer", "CPU ms a step and process", "ratio to TRL (quartiles)"]
+    text = table([*head, "collectives a step", "bytes a step"], rows)
+    save("scaling-table.md", f"{text}\n\n{facts['made']}.\n")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 One small model of whole words is made and warmed up on the first 32 of 64 training games. From it, each recipe trains
 on all 64, and 40 other games are played before and after, 4 episodes each at temperature 1. A finished run is a line of
-docs/results/textworld.jsonl and never runs again; the table and the figure are made of the lines that there are.
+docs/results/textworld.jsonl.gz and never runs again; the table and the figure are made of the lines that there are.
 Needs the extra textworld; the games are generated once, in some minutes.
 """
 
@@ -16,12 +16,12 @@ import sys
 from datetime import date
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-ROOT = Path(__file__).resolve().parent.parent
+from results import ONE_THREAD, ROOT, append, pyplot, rows, save, save_figure, table
+
+os.environ |= ONE_THREAD
 # In this folder the package textworld would be this file.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
-RESULTS = ROOT / "docs" / "results"
-LINES = RESULTS / "textworld.jsonl"
+LINES = "textworld.jsonl.gz"
 TASK = "textworld:coin_collector:level=103:train=64:test=40:text=brief:turns=12"
 WARM_UP = {"steps": 400, "rows": 32}
 RECIPES = {"grpo": "#d55e00", "isentropic": "#0072b2"}
@@ -38,15 +38,9 @@ SETTINGS = {
 CURVES = ("entropy/mean", "entropy/target", "episode/win_frac", "episode/turns", "entropy/turn_1", "entropy/turn_4")
 
 
-def lines():
-    return [json.loads(text) for text in LINES.read_text().splitlines()] if LINES.exists() else []
-
-
 def add(line):
-    LINES.parent.mkdir(parents=True, exist_ok=True)
     machine = {"cores": os.cpu_count(), "platform": platform.platform()}
-    with LINES.open("a") as file:
-        file.write(json.dumps({**line, "date": str(date.today()), "machine": machine}) + "\n")
+    append(LINES, {**line, "date": str(date.today()), "machine": machine})
 
 
 def warm(out):
@@ -68,14 +62,14 @@ def run(recipe, seed, model, out):
 
     quiet()
     home = out / f"{recipe}-s{seed}"
-    told = {"target": "75%"} if recipe == "isentropic" else {}
-    config = load(None, {**SETTINGS, **told, "model": str(model), "recipe": recipe, "seed": seed, "out": str(home)})
+    target = {"target": "75%"} if recipe == "isentropic" else {}
+    config = load(None, {**SETTINGS, **target, "model": str(model), "recipe": recipe, "seed": seed, "out": str(home)})
     if not (home / "summary.json").exists():
         begun = (home / "run.json").exists()
         train(config, resume=begun, say=lambda text: print(f"{recipe} {seed}: {text}", file=sys.stderr))
     summary = json.loads((home / "summary.json").read_text())
-    rows, (before, *_, after) = Record(home).rows("metrics"), Record(home).rows("evaluations")
-    curves = {name: [row.get(name) for row in rows] for name in CURVES}
+    metrics, (before, *_, after) = Record(home).rows("metrics"), Record(home).rows("evaluations")
+    curves = {name: [row.get(name) for row in metrics] for name in CURVES}
     won = {"before": before["num_correct"], "after": after["num_correct"], "distinct": after["num_distinct"]}
     add(
         {
@@ -90,11 +84,11 @@ def run(recipe, seed, model, out):
     )
 
 
-def by_game(found, when):
+def by_game(lines, when):
     """The share of episodes won of each game, over the seeds of a recipe."""
     import numpy as np
 
-    return np.array([np.array(line["won"][when]) / line["k"] for line in found]).mean(0)
+    return np.array([np.array(line["won"][when]) / line["k"] for line in lines]).mean(0)
 
 
 def with_interval(values):
@@ -104,21 +98,21 @@ def with_interval(values):
     return f"{values.mean():.3f} ({low:.3f} to {high:.3f})"
 
 
-def table(cells):
+def by_recipe(cells):
     head = "recipe | seeds | won before | won after | gain | entropy, start | target | end | turns, end".split(" | ")
-    rows = [head, ["---"] * len(head)]
-    for recipe, found in cells.items():
-        before, after = by_game(found, "before"), by_game(found, "after")
+    out = []
+    for recipe, lines in cells.items():
+        before, after = by_game(lines, "before"), by_game(lines, "after")
 
-        def mean(key, found=found):
-            values = [line["summary"][key] for line in found]
+        def mean(key, lines=lines):
+            values = [line["summary"][key] for line in lines]
             return "none" if None in values else f"{sum(values) / len(values):.3f}"
 
-        turns = [sum(line["curves"]["episode/turns"][-12:]) / 12 for line in found]
-        rows.append(
+        turns = [sum(line["curves"]["episode/turns"][-12:]) / 12 for line in lines]
+        out.append(
             [
                 f"`{recipe}`",
-                " ".join(str(line["seed"]) for line in found),
+                " ".join(str(line["seed"]) for line in lines),
                 with_interval(before),
                 with_interval(after),
                 with_interval(after - before),
@@ -126,12 +120,12 @@ def table(cells):
                 f"{sum(turns) / len(turns):.1f}",
             ]
         )
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(head, out)
 
 
 def difference(cells):
     """Isentropic less grpo, of the seeds that both have, game by game."""
-    seeds = set.intersection(*({line["seed"] for line in found} for found in cells.values()))
+    seeds = set.intersection(*({line["seed"] for line in lines} for lines in cells.values()))
     if len(cells) < 2 or not seeds:
         return ""
     ours, theirs = (
@@ -143,27 +137,21 @@ def difference(cells):
 def page(cells):
     from isentropic.runs.record import versions
 
-    last = lines()[-1]
+    last = rows(LINES)[-1]
     made = f"{last['date']}, {last['machine']['platform']}, one thread; " + ", ".join(
         f"{name} {number}" for name, number in versions().items() if name in ("python", "torch", "transformers", "trl")
     )
-    (warmed,) = [line["figures"] for line in lines() if line["cell"] == "warm-up"] or [{}]
+    (warmed,) = [line["figures"] for line in rows(LINES) if line["cell"] == "warm-up"] or [{}]
     start = f"Warm-up: {warmed.get('demonstrations')} demonstrations, {warmed.get('win_frac', 0):.3f} of episodes won."
     head = "# TextWorld: the table\n\nShares of episodes won on 40 unseen games, with 95 % intervals over games."
-    return f"{head}\n\n{table(cells)}\n{difference(cells)}\n{start}\n\n{made}\n"
+    return f"{head}\n\n{by_recipe(cells)}\n{difference(cells)}\n{start}\n\n{made}\n"
 
 
 def figure(cells):
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams |= {"svg.hashsalt": "isentropic", "font.size": 8, "axes.spines.top": False}
-    import matplotlib.pyplot as plt
-
-    made, axes = plt.subplots(1, 3, figsize=(9, 2.6))
-    for recipe, found in cells.items():
+    drawn, axes = pyplot(8).subplots(1, 3, figsize=(9, 2.6))
+    for recipe, lines in cells.items():
         colour = RECIPES[recipe]
-        for i, line in enumerate(found):
+        for i, line in enumerate(lines):
             name = recipe if i == 0 else None
             axes[0].plot(line["curves"]["entropy/mean"], color=colour, lw=0.9, label=name)
             axes[1].plot(line["curves"]["episode/win_frac"], color=colour, lw=0.9, label=name)
@@ -178,8 +166,7 @@ def figure(cells):
         axis.set_xlabel("optimizer step")
     axes[2].set(xlim=(-0.2, 1.2), xticks=[0, 1], xticklabels=["before", "after"], ylim=(0, 1))
     axes[2].legend(frameon=False)
-    made.tight_layout()
-    made.savefig(RESULTS / "textworld.svg", metadata={"Date": None})
+    save_figure(drawn, "textworld.svg")
 
 
 def main():
@@ -188,20 +175,20 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "textworld")
     parser.add_argument("--only-table", action="store_true")
     args = parser.parse_args()
-    done = {(line["cell"], line.get("seed")) for line in lines()}
+    done = {(line["cell"], line.get("seed")) for line in rows(LINES)}
     missing = [(recipe, seed) for seed in args.seeds for recipe in RECIPES if (recipe, seed) not in done]
     if missing and not args.only_table:
         model = warm(args.out)
         for recipe, seed in missing:
-            if (recipe, seed) not in {(line["cell"], line.get("seed")) for line in lines()}:
+            if (recipe, seed) not in {(line["cell"], line.get("seed")) for line in rows(LINES)}:
                 run(recipe, seed, model, args.out)
-    found = sorted(lines(), key=lambda line: line.get("seed", 0))
-    cells = {name: [line for line in found if line["cell"] == name] for name in RECIPES}
-    cells = {name: found for name, found in cells.items() if found}
+    lines = sorted(rows(LINES), key=lambda line: line.get("seed", 0))
+    cells = {name: [line for line in lines if line["cell"] == name] for name in RECIPES}
+    cells = {name: lines for name, lines in cells.items() if lines}
     if cells:
-        (RESULTS / "textworld-table.md").write_text(page(cells))
+        save("textworld-table.md", page(cells))
         figure(cells)
-        print(table(cells), difference(cells), sep="\n")
+        print(by_recipe(cells), difference(cells), sep="\n")
 
 
 if __name__ == "__main__":

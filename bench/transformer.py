@@ -1,33 +1,28 @@
 """Predicted against measured entropy change on the embedded transformer, whose tokens share their parameters.
 
-The prediction moves each row of logits by its own token alone, which holds in the lab and not here. At every update of
-short training runs the same tokens are scored again after a plain gradient step, which is then taken back, and after
-the AdamW step that training takes. Correlation and calibration slope, with intervals, are printed and written to
-docs/results/transformer.{md,json}.
+The prediction moves each row of logits by its own token alone, which is true of tables of logits and not here. At every
+update of short training runs the same tokens are scored again after a plain gradient step, which is then undone, and
+after the AdamW step of the training. Correlation and calibration slope, with intervals, are printed and written to
+docs/results/transformer.md and .json.gz.
 
-    python bench/transformer.py [--seeds 0 1 2] [--batches 10]
+    python bench/transformer.py [--seeds 0 1 2] [--batches 10] [--only-table]
 """
 
 import argparse
-import json
 import os
-import platform
 import time
-from datetime import date
-from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+from results import ONE_THREAD, load, made, save, table, versions
 
+os.environ |= ONE_THREAD
 import numpy as np
 import torch
 
-from isentropic import __version__
+from isentropic import recipes
 from isentropic.entropy.prediction import change_of, effective_weights, natural_change, predicted_change
 from isentropic.entropy.statistics import logits_stats, token_entropy
-from isentropic.recipes import compose as recipes
 from isentropic.types import TokenBatch
 
-RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 # Name -> recipe, value of its knob, updates a generated batch.
 RUNS = {
     "RLOO": (recipes.compose("rloo"), None, 1),
@@ -101,7 +96,7 @@ def pearson(x, y):
 
 
 def measure(recipe, knob, model, optimizer, minibatch):
-    """One update: predictions, the change after a plain step taken back, and after the AdamW step."""
+    """One update: predictions, the change after a plain step that is undone, and after the AdamW step."""
     ids, mask = minibatch[:2]
     params = list(model.parameters())
     slope, rise, by_token = predict(recipe, knob, model, *minibatch)
@@ -168,7 +163,7 @@ def summarise(blocks, optimizer, form, draws=1000):
 
 
 def steps_between(runs, optimizer, form):
-    """Correlation of what changes from one update to the next: a trend that both share counts for nothing."""
+    """Correlation of the changes from one update to the next: a trend that both share does not count."""
     x, y = (
         np.concatenate([np.diff([r[f"{optimizer} {key}"] for r in rows]) for rows in runs])
         for key in (form, "measured")
@@ -176,9 +171,9 @@ def steps_between(runs, optimizer, form):
     return pearson(x, y)
 
 
-def analyse(found):
+def analyse(by_run):
     result = {}
-    groups = {**{name: {name: by_seed} for name, by_seed in found.items()}, "all": found}
+    groups = {**{name: {name: by_seed} for name, by_seed in by_run.items()}, "all": by_run}
     for group, members in groups.items():
         runs = [rows for by_seed in members.values() for rows in by_seed.values()]
         blocks = [[r for r in rows if r["batch"] == b] for rows in runs for b in sorted({r["batch"] for r in rows})]
@@ -198,15 +193,15 @@ def interval(values, digits=2):
     return "{0:.{3}f} ({1:.{3}f}..{2:.{3}f})".format(*values, digits)
 
 
-def lines_of(result, optimizer):
+def step_table(fits, optimizer):
     head = ["recipe", "form", "correlation", "calibration slope", "same sign", "correlation of differences", "by token"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---" + "|---:" * (len(head) - 2) + "|"]
-    for group, by_optimizer in result.items():
+    rows = []
+    for group, by_optimizer in fits.items():
         for form, c in by_optimizer[optimizer].items():
             cells = [interval(c["correlation"]), interval(c["slope"]), f"{c['same sign'][0]:.0%}"]
             token = f"{c['by token']:.2f}" if "by token" in c else "-"
-            lines.append(f"| {group} | {form} | " + " | ".join([*cells, f"{c['differences']:.2f}", token]) + " |")
-    return lines
+            rows.append([group, form, *cells, f"{c['differences']:.2f}", token])
+    return table(head, rows, right=len(head) - 2)
 
 
 def shortened(x):
@@ -216,39 +211,27 @@ def shortened(x):
     return [shortened(value) for value in x] if isinstance(x, list) else float(f"{x:.4g}")
 
 
-def report(found, seeds, num_batches, seconds):
-    result = analyse(found)
-    lines = ["# Does the prediction hold where parameters are shared?", "", PREAMBLE, ""]
+def page(facts):
+    """The Markdown page of what the JSON file holds."""
+    lines = ["# Does the prediction hold if parameters are shared?", "", PREAMBLE, ""]
     for optimizer, title in (("sgd", f"Plain gradient step of {SGD:g}"), ("adamw", f"AdamW step of {ADAM:g}")):
-        lines += [f"## {title}", "", *lines_of(result, optimizer), ""]
-    import transformers
-
-    made = (
-        f"{date.today().isoformat()}; {platform.machine()}, {os.cpu_count()} cores, one thread; "
-        f"isentropic {__version__}, torch {torch.__version__}, transformers {transformers.__version__}; seeds {seeds}; "
-        f"{num_batches * UPDATES} updates a run, {PROMPTS * GROUP // UPDATES} answers each; {seconds:.0f} s"
-    )
-    lines.append(f"{made}.")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "transformer.md").write_text("\n".join(lines) + "\n")
-    facts = {"made": made, "fits": shortened(result), "rows": shortened(found)}
-    (RESULTS / "transformer.json").write_text(json.dumps(facts, ensure_ascii=False) + "\n")
-    print("\n".join(lines))
+        lines += [f"## {title}", "", step_table(facts["fits"], optimizer), ""]
+    return "\n".join([*lines, f"{facts['made']}.", ""])
 
 
 PREAMBLE = """
-One command, `python bench/transformer.py`, makes this page and [the figures](transformer.json).
+One command, `python bench/transformer.py`, makes this page and [the figures](transformer.json.gz).
 
 The embedded model (0.17M parameters) is trained on the embedded task. At every update the entropies of the minibatch's
-own tokens are read again after a plain gradient step that is then taken back, and after the AdamW step that training
-takes. The prediction treats every row of logits as a parameter of its own: `exact` with moments, `simple` without,
-`natural` for a natural-gradient step, each summed over tokens with the weights of the loss and multiplied by the
-learning rate. `parameters` is another prediction, first-order as well: the gradient of the mean entropy by the
-parameters times the step that was taken. It knows how parameters are shared, and costs a backward pass.
+own tokens are read again after a plain gradient step that is then undone, and after the AdamW step of the training. The
+prediction treats every row of logits as a parameter of its own: `exact` with moments, `simple` without, `natural` for a
+natural-gradient step, each summed over tokens with the weights of the loss and multiplied by the learning rate.
+`parameters` is another prediction, first-order as well: the gradient of the mean entropy by the parameters times the
+actual step. It takes into account how parameters are shared, and costs a backward pass.
 
 `correlation` and `calibration slope` are of measured on predicted change of the mean entropy, both in nats per token,
-with 95 % intervals from resampling generated batches. A slope is 1 where a prediction is right in size. `correlation of
-differences` is between changes from one update to the next, so that a common trend over training does not count.
+with 95 % intervals from resampling generated batches. The slope is 1 if a prediction has the right size. `correlation
+of differences` is between changes from one update to the next, so that a common trend over training does not count.
 `by token` is the mean correlation within a minibatch.
 """.strip()
 
@@ -257,14 +240,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=10, help="generated batches of a run, 4 updates each")
+    parser.add_argument("--only-table", action="store_true", help="the page from the figures that are there")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    began, found = time.monotonic(), {}
-    for name in RUNS:
-        for seed in options.seeds:
-            found.setdefault(name, {})[seed] = run(name, seed, options.batches)
-            print(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
-    report(found, options.seeds, options.batches, time.monotonic() - began)
+    if not options.only_table:
+        began, by_run = time.monotonic(), {}
+        for name in RUNS:
+            for seed in options.seeds:
+                by_run.setdefault(name, {})[seed] = run(name, seed, options.batches)
+                print(f"{name}, seed {seed}: {time.monotonic() - began:.0f} s", flush=True)
+        how = f"{options.batches * UPDATES} updates a run, {PROMPTS * GROUP // UPDATES} answers each"
+        packages = versions("isentropic", "torch", "transformers")
+        line = made(packages, f"seeds {options.seeds}", how, f"{time.monotonic() - began:.0f} s")
+        facts = {"made": line, "fits": analyse(by_run), "rows": shortened(by_run)}
+        save("transformer.json.gz", facts)
+    text = page(load("transformer.json.gz"))
+    save("transformer.md", text)
+    print(text)
 
 
 if __name__ == "__main__":

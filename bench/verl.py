@@ -1,27 +1,23 @@
-"""verl's main_ppo on the embedded task, with entropy under control and without: what its own log says.
+"""verl's main_ppo on the embedded task, with entropy under control and without, by its own log.
 
 Each cell is one whole run on the CPU: Ray, transfer queue, agent loop, FSDP2 on gloo, and the rollout of the tests. A
 finished cell is never run again. Needs the environment of `make test-verl`.
 
-    .venv-verl/bin/python bench/verl.py [--out runs/verl] [--steps 50] [--report-only]
+    .venv-verl/bin/python bench/verl.py [--out runs/verl] [--steps 50] [--report-only | --only-table]
 """
 
 import argparse
-import importlib.metadata
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
 import time
-from datetime import date
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests/engines/verl"))
+from results import ROOT, load, made, save, table, versions
 
-RESULTS = ROOT / "docs/results"
+# In this folder the package verl would be this file.
+sys.path = [str(ROOT / "tests/engines/verl"), *(x for x in sys.path if Path(x or ".").resolve() != ROOT / "bench")]
 UPDATES, PROMPTS, GROUP = 4, 32, 8
 SHARED = [
     f"data.train_batch_size={PROMPTS}",
@@ -37,7 +33,15 @@ CELLS = {
     "isentropic at 75%": ["+isentropic=isentropic", "actor_rollout_ref.actor.policy_loss.target=75%"],
     "repo-r-loop at 80%": ["+isentropic=repo-r-loop", "actor_rollout_ref.actor.policy_loss.target=80%"],
 }
-TABLE = "| run | entropy, first batch | last ten | target | RMS error from batch 5 on | reward, first ten | last ten |"
+HEAD = [
+    "run",
+    "entropy, first batch",
+    "last ten",
+    "target",
+    "RMS error from batch 5 on",
+    "reward, first ten",
+    "last ten",
+]
 
 
 def run(cell, home, out, steps):
@@ -70,15 +74,19 @@ def read(out):
     return [{ours: row.get(theirs) for ours, theirs in names.items()} for row in rows]
 
 
-def line(cell, rows):
+def row_of(cell, rows):
     mean = statistics.fmean
     target = rows[-1]["target"]
     off = [(row["entropy"] / row["target"] - 1) ** 2 for row in rows[5:] if row["target"]]
-    return (
-        f"| {cell} | {rows[0]['entropy']:.3f} | {mean(r['entropy'] for r in rows[-10:]):.3f} | "
-        f"{'' if target is None else f'{target:.3f}'} | {f'{mean(off) ** 0.5:.1%}' if off else ''} | "
-        f"{mean(r['reward'] for r in rows[:10]):.3f} | {mean(r['reward'] for r in rows[-10:]):.3f} |"
-    )
+    return [
+        cell,
+        f"{rows[0]['entropy']:.3f}",
+        f"{mean(r['entropy'] for r in rows[-10:]):.3f}",
+        "" if target is None else f"{target:.3f}",
+        f"{mean(off) ** 0.5:.1%}" if off else "",
+        f"{mean(r['reward'] for r in rows[:10]):.3f}",
+        f"{mean(r['reward'] for r in rows[-10:]):.3f}",
+    ]
 
 
 def main():
@@ -86,8 +94,17 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "runs/verl")
     parser.add_argument("--steps", type=int, default=50, help=f"generated batches, {UPDATES} optimizer steps each")
     parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--only-table", action="store_true")
     options = parser.parse_args()
-    out = options.out.resolve()
+    if not options.only_table:
+        measure(options.out.resolve(), options)
+    facts = load("verl.json")
+    text = table(HEAD, [row_of(cell, rows) for cell, rows in facts["rows"].items()])
+    save("verl-table.md", f"{text}\n\n{facts['made']}.\n")
+    print(text)
+
+
+def measure(out, options):
     out.mkdir(parents=True, exist_ok=True)
     if not options.report_only:
         from whole import prepare
@@ -99,16 +116,10 @@ def main():
             prepare(home)
         for i, cell in enumerate(CELLS):
             run(cell, home, out / f"cell-{i}", options.steps)
-    found = {cell: read(out / f"cell-{i}") for i, cell in enumerate(CELLS) if (out / f"cell-{i}/done").exists()}
-    packages = ("isentropic", "ray", "tensordict", "torch", "transformers", "verl")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    where = f"{date.today()}; {platform.machine()}, {os.cpu_count()} cores, one thread a process; {versions}."
-    table = "\n".join([TABLE, "|---" * 7 + "|", *(line(cell, rows) for cell, rows in found.items())])
-    (RESULTS / "verl-table.md").write_text(f"{table}\n\n{where}\n")
-    (RESULTS / "verl.json").write_text(
-        json.dumps({"where": where, "flags": SHARED, "cells": {cell: CELLS[cell] for cell in found}, "rows": found})
-    )
-    print(table)
+    rows = {cell: read(out / f"cell-{i}") for i, cell in enumerate(CELLS) if (out / f"cell-{i}/done").exists()}
+    packages = versions("isentropic", "ray", "tensordict", "torch", "transformers", "verl")
+    line = made(packages, threads="one thread a process")
+    save("verl.json", {"made": line, "flags": SHARED, "cells": {cell: CELLS[cell] for cell in rows}, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def test_a_config_dry_runs(path, capsys, tmp_path, monkeypatch):
     assert main(["train", str(path), "--dry-run"]) == 0
     assert "optimizer steps of" in capsys.readouterr().out
     text = path.read_text()
-    assert f"configs/{path.name}" in text, "the launch command stands in the header"
+    assert f"configs/{path.name}" in text, "the header has the launch command"
     values = tomllib.loads(text)
     # A step's completions fall into whole micro-batches on every process, as the header's command starts them.
     found = re.search(r"(?:--nproc-per-node|--num_processes) (\d+)", text)

@@ -1,8 +1,8 @@
-"""The values that cross rooms, and the axis legend every signature uses.
+"""The values that cross packages, and the axis legend that every signature uses.
 
 Axes: ``b`` sequences, ``t`` response tokens, ``v`` vocabulary, ``p`` prompts, ``g`` samples a prompt, ``d`` hidden.
-Units: log-probabilities and entropies are in nats. This room imports no torch: controllers and the command line need
-an :class:`EntropyReading` and nothing heavier.
+Units: log-probabilities and entropies are in nats, the unit of the natural logarithm. This module imports no torch:
+controllers and the command line need an :class:`EntropyReading` and nothing heavier.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ class TokenBatch(NamedTuple):
             have not moved.
         logp_rows: ``[b t v]`` log-probabilities of the whole rows under the current policy, with gradient, nats; needed
             by penalties that look at more than the sampled token only.
+        reward: ``[b]`` reward of each completion, NaN if it was not scored; needed by components that name it only.
+        group_rate: ``[b]`` how well the samples of its prompt did, in [0, 1]: the share of right answers if all rewards
+            are 0 or 1, else the mean reward scaled by the group's range (``losses.advantages.group_rate``).
     """
 
     logp: Tensor
@@ -38,6 +41,8 @@ class TokenBatch(NamedTuple):
     entropy: Tensor | None = None
     entropy_old: Tensor | None = None
     logp_rows: Tensor | None = None
+    reward: Tensor | None = None
+    group_rate: Tensor | None = None
 
 
 class TokenFacts(NamedTuple):
@@ -47,7 +52,7 @@ class TokenFacts(NamedTuple):
         ratio: importance ratio ``π_new/π_old`` as the objective used it (a sequence ratio is repeated along ``t``).
         clipped_low: true where ``A < 0`` and the lower bound removed the gradient.
         clipped_high: true where ``A > 0`` and the upper bound removed (or capped) the gradient.
-        outside: true where the ratio lies outside the bounds, whatever the sign of A; ``None`` where nobody said.
+        outside: true where the ratio lies outside the bounds, whatever the sign of A; ``None`` is clipped low or high.
     """
 
     ratio: Tensor
@@ -57,7 +62,7 @@ class TokenFacts(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """What the entropy dynamics of a sampled token a need of its row π, ``[...]`` each, in fp32 or float64.
+    """What the predicted entropy change of a sampled token a needs of its row π, ``[...]`` each, in fp32 or float64.
 
     The three moments come together; they are None where only the first two were read.
 
@@ -86,8 +91,8 @@ class EntropyReading(NamedTuple):
         temperature: the sampling temperature the rows were scaled with.
         dtype: dtype of the arithmetic, for example ``float32``.
         tokens: the token set; ``generated`` is the only one a controller may see.
-        predicted: Σ over optimizer steps of the predicted entropy change, nats per token, as ``dynamics.py`` computes
-            it, times the learning rate.
+        predicted: Σ over optimizer steps of the predicted entropy change, nats per token, as
+            ``entropy.prediction`` computes it, times the learning rate.
         gain: Σ over the same steps of its derivative by the knob under control.
         steps: number of optimizer steps that carried a prediction; 0 where nothing is predicted.
 

@@ -4,9 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from isentropic import recipes
 from isentropic.entropy.prediction import entropy_bounds, natural_change, predicted_change
 from isentropic.entropy.statistics import logits_stats, token_entropy
-from isentropic.recipes import compose as recipes
 from isentropic.types import TokenBatch
 
 SEEDED = settings(derandomize=True, deadline=None, max_examples=150)

@@ -1,4 +1,4 @@
-"""A headless Chromium for tests; they are skipped where there is none."""
+"""A headless Chromium for tests; they are skipped if none is installed."""
 
 import shutil
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 @contextmanager
 def chromium():
     """A browser with a profile of its own."""
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+    path = next(filter(None, map(shutil.which, NAMES)), None)
+    if path is None:
         pytest.skip("needs Chromium, which is not installed; on Debian: apt-get install chromium")
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright; pip install 'isentropic[dev]'")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=found, args=FLAGS)
+        browser = driver.chromium.launch(executable_path=path, args=FLAGS)
         try:
             yield browser
         finally:
@@ -26,7 +26,7 @@ def chromium():
 
 
 class Page:
-    """A page with a list of what it complained of and what it asked for."""
+    """A page with lists of its errors and of its requests."""
 
     def __init__(self, browser, width=1200, height=900, scheme="light"):
         self.context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)

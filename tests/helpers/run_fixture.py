@@ -1,4 +1,4 @@
-"""Run directories made up in plain Python: every documented field, seeded, of any length."""
+"""Run directories written in plain Python: every documented field, seeded, of any length."""
 
 import json
 import math
@@ -99,17 +99,17 @@ def numerics(rng):
 def prediction(rng, change):
     """The fields of a predicted change: quadrants and bonus add up to it."""
     noisy = change + rng.gauss(0, 0.0005)
-    parts = {"likely_up": -0.006, "rare_up": 0.004, "rare_down": -0.003, "bonus": 0.001}
-    parts["likely_down"] = noisy - sum(parts.values())
+    quadrants = {"likely_up": -0.006, "rare_up": 0.004, "rare_down": -0.003, "bonus": 0.001}
+    quadrants["likely_down"] = noisy - sum(quadrants.values())
     split = {f"position_{i}": noisy / 8 * (1 + 0.3 * rng.gauss(0, 1)) for i in range(1, 9)}
     clip = {"unclipped": 0.9 * noisy, "clipped_low": 0.04 * noisy, "clipped_high": 0.06 * noisy}
     clip |= {"removed_low": 0.0004, "removed_high": -0.0006}
     sign = {"positive": 0.7 * noisy, "negative": 0.3 * noisy, "neutral": 0.0}
     forms = {"change": noisy, "change_simple": 0.6 * noisy, "change_natural": 1.4 * noisy, "absolute": 0.02}
-    every = forms | parts | split | clip | sign | {"knob": 0.001, "gain": 0.01}
-    found = {f"predict/{name}": value for name, value in every.items()}
-    found["predict/top_tokens"] = [["+", -0.004, 90], ["7", 0.002, 61], [SCRIPT, 0.001, 3]]
-    return found
+    changes = forms | quadrants | split | clip | sign | {"knob": 0.001, "gain": 0.01}
+    fields = {f"predict/{name}": value for name, value in changes.items()}
+    fields["predict/top_tokens"] = [["+", -0.004, 90], ["7", 0.002, 61], [SCRIPT, 0.001, 3]]
+    return fields
 
 
 def samples(rng, steps):

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
+from defaults import table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isentropic.losses.advantages import (
-    BASELINES,
     group_mean,
+    group_rate,
     informative_groups,
     leave_one_out,
     mean_std,
@@ -19,6 +20,7 @@ from isentropic.losses.advantages import (
 )
 
 NAN = math.nan
+BASELINES = table("baseline")
 GROUPED = [name for name in BASELINES if name != "none"]
 
 
@@ -34,7 +36,7 @@ def test_numbers_by_hand():
     root = math.sqrt(2)
     check(mean_std(rewards, eps=0.0), [0.0, -1 / root, -1 / root, root])
     check(mean_std(rewards, eps=root), [0.0, -1 / (2 * root), -1 / (2 * root), 1 / root])
-    check(quantile(rewards, k=0.5), [0.5, -0.5, -0.5, 2.5])  # the median of 0 0 1 3 is ½
+    check(quantile(rewards, 0.5), [0.5, -0.5, -0.5, 2.5])  # the median of 0 0 1 3 is ½
     assert mean_std(rewards)[3] == pytest.approx(2 / (root + 1e-4))
 
 
@@ -68,7 +70,7 @@ def test_one_sample_a_prompt():
             function(single)
     check(none(single), [1.0, 0.0])
     check(group_mean(single), [0.0, 0.0])
-    check(quantile(single), [0.0, 0.0])
+    check(quantile(single, 0.4), [0.0, 0.0])
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_quantile_limits():
     rewards = torch.tensor([[3.0, 1.0, 2.0]])
     check(quantile(rewards, 0.0), [2.0, 0.0, 1.0])  # the minimum
     check(quantile(rewards, 1.0), [0.0, -2.0, -1.0])  # the maximum
-    with pytest.raises(ValueError, match=r"k must be in \[0, 1\], got 1.5"):
+    with pytest.raises(ValueError, match=r"quantile must be in \[0, 1\], got 1.5"):
         quantile(rewards, 1.5)
     with pytest.raises(ValueError, match=r"interpolation must be one of linear.* got 'cubic'"):
         quantile(rewards, 0.4, "cubic")
@@ -153,3 +155,23 @@ def test_nothing_waits_for_the_device():
     for function in [*BASELINES.values(), informative_groups, lambda r: quantile(r, 0.4, "inverted_cdf")]:
         assert function(rewards).is_meta
     assert overlong_penalty(torch.empty(4, device="meta", dtype=torch.int64), 10, 2).is_meta
+
+
+def test_group_rates_by_hand():
+    right = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, NAN, NAN, 1.0]])
+    check(group_rate(right).view(3, 4)[:, 0], [0.5, 1.0, 0.5])
+    # Graded: (mean − min)/(max − min); (3 + 1 + 2 + 1)/4 = 1.75 of [1, 3].
+    graded = torch.tensor([[3.0, 1.0, 2.0, 1.0], [-1.0, -1.0, -1.0, -1.0], [2.0, 2.0, NAN, 2.0]])
+    check(group_rate(graded).view(3, 4)[:, 0], [0.375, 0.0, 1.0])
+    assert group_rate(torch.full((1, 3), NAN)).eq(0).all()
+    assert group_rate(torch.ones(2, 3, device="meta")).is_meta
+
+
+@settings(max_examples=40, deadline=None)
+@given(p=st.integers(1, 4), g=st.integers(2, 7), seed=st.integers(0, 999), scale=st.sampled_from([1.0, 5.0]))
+def test_a_group_rate_keeps_order_and_scale(p, g, seed, scale):
+    rewards = torch.randn(p, g, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    rate = group_rate(rewards)
+    assert ((rate >= 0) & (rate <= 1)).all()
+    torch.testing.assert_close(group_rate(scale * rewards), rate)
+    torch.testing.assert_close(group_rate(rewards + 3.0), rate)

@@ -1,14 +1,16 @@
 """Selections by hand, their counts, and masks that hide anything."""
 
-import inspect
-
 import pytest
 import torch
+from defaults import default, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.losses.selection import SELECTIONS, clip_cov, covariance, erc, high_entropy, ranks, top
-from isentropic.recipes.parts import CONSTANTS
+from isentropic.losses.selection import covariance, ranks, top
+
+clip_cov = default("selection", "clip_cov")
+high_entropy = default("selection", "high_entropy")
+erc = default("selection", "erc")
 
 
 def test_ranks_and_top_by_hand():
@@ -85,14 +87,8 @@ def test_padding_changes_no_factor_and_counts_are_exact(n, share, seed):
     assert kept.sum() == max(1, int(share * n + 1e-4))
 
 
-def test_constants_have_the_defaults_of_the_catalogue():
-    for name, function in SELECTIONS.items():
-        defaults = {k: p.default for k, p in inspect.signature(function).parameters.items() if k in CONSTANTS[name]}
-        assert defaults == CONSTANTS[name]
-
-
-@pytest.mark.parametrize("name", SELECTIONS)
+@pytest.mark.parametrize("name", table("selection"))
 def test_nothing_waits_for_the_device(name):
     meta = torch.ones(2, 3, device="meta")
     args = {"clip_cov": (meta, meta, meta), "high_entropy": (meta, meta), "erc": (meta, meta, meta)}[name]
-    assert SELECTIONS[name](*args).is_meta
+    assert default("selection", name)(*args).is_meta

@@ -1,26 +1,27 @@
-"""Parts and recipes of one's own: loaded, checked, run, and written down."""
+"""Components, controllers and targets of one's own: loaded, checked, run, and written down."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from isentropic.losses.objectives import OBJECTIVES as objective_functions
+from isentropic.control.controllers import Controller, Range, ValueState
+from isentropic.control.targets import Target, TargetState
 from isentropic.recipes import (
-    BOUNDS,
-    OBJECTIVES,
-    PENALTIES,
     RECIPES,
-    SELECTIONS,
-    SHAPINGS,
+    Knob,
+    Penalty,
+    Recipe,
+    Shaping,
     advantages,
+    build_thermostat,
     check,
     compose,
     load_recipe,
@@ -28,28 +29,21 @@ from isentropic.recipes import (
     select,
     shape,
 )
-from isentropic.recipes.parts import (
-    BATCHWISE,
-    CONSTANTS,
-    NEEDS_ENTROPY,
-    NEEDS_RATIO,
-    NEEDS_ROWS,
-    Own,
-    Recipe,
-    load,
-)
+from isentropic.recipes.custom import entry, load
 from isentropic.runs.record import plain
-from isentropic.types import TokenBatch, TokenFacts
+from isentropic.types import EntropyReading, TokenBatch, TokenFacts
 
 MINE = '''
 """Half of every advantage, on the tokens that are likelier than not; a quadratic penalty."""
-from isentropic.recipes import compose
+from isentropic.control.controllers import Controller, Range, ValueState
+from isentropic.control.targets import Target, TargetState
+from isentropic.recipes import Knob, Shaping, compose
 
-def halved(batch, recipe):
-    return batch.adv * recipe.alpha
+def halved(adv, share=0.5):
+    return adv * share
 
-def likely(batch, recipe):
-    return (batch.logp > -0.7).float()
+def likely(logp):
+    return (logp > -0.7).float()
 
 def squared(batch, recipe):
     return batch.logp.square()
@@ -57,11 +51,28 @@ def squared(batch, recipe):
 def upside_down(rewards):
     return -rewards.flatten()
 
-def no_shaping(batch):
+def wide(clip_low, clip_high, facts):
+    return 1 - 2 * clip_low, 1 + 2 * clip_high
+
+def no_shaping(batch, something):
     return batch.adv
 
+def stepping(knob, size=0.1):
+    def update(state, entropy, target):
+        return ValueState(knob.clip(state.value + (size if entropy < target else -size)))
+    return Controller(lambda: ValueState(knob.start), update)
+
+def second_reading(first, factor=1.0):
+    def update(state, entropy, tokens):
+        state = state._replace(readings=state.readings + 1)
+        return state._replace(sum=factor * entropy) if state.readings == 2 else state
+    def level(state):
+        return state.sum or None
+    return Target(TargetState, update, level, lambda state: state.readings < 2)
+
+SHAPING = Shaping("γ·A", halved, constants={"share": 0.5}, knobs={"share": Knob(Range(0.5, 0.0, 2.0, 1e-3))})
 NUMBER = 3
-LOOP = compose("loop", shaping=halved, selection=likely, alpha=0.5)
+LOOP = compose("loop", shaping=halved, selection=likely)
 '''
 
 
@@ -79,18 +90,6 @@ def tokens():
     return TokenBatch(logp, None, torch.tensor([2.0, -1.0]), torch.ones(2, 2))
 
 
-def test_names_and_needs_belong_to_parts():
-    names = {*SELECTIONS, *SHAPINGS, *OBJECTIVES, *BOUNDS, *PENALTIES}
-    assert set(CONSTANTS) | BATCHWISE | NEEDS_ENTROPY | NEEDS_RATIO | NEEDS_ROWS <= names
-    constants = [name for table in CONSTANTS.values() for name in table]
-    assert len(constants) == len(set(constants))
-    import inspect
-
-    for name in ("sapo", "gradient_preserving"):
-        found = inspect.signature(objective_functions[name]).parameters.values()
-        assert {p.name: p.default for p in found if p.kind is p.KEYWORD_ONLY} == CONSTANTS[name]
-
-
 def test_a_recipe_of_ones_own_runs(mine):
     recipe = load_recipe(f"{mine}:LOOP")
     assert load_recipe(f"{mine}:LOOP") == recipe == compose(f"{mine}:LOOP")
@@ -100,86 +99,106 @@ def test_a_recipe_of_ones_own_runs(mine):
     total, _ = loss(recipe, batch)
     # Weights by hand: A/2 on three of the four tokens, over four.
     assert torch.autograd.grad(total.mean(), batch.logp)[0].tolist() == [[-0.25, 0.0], [0.125, 0.125]]
-    changed = compose(f"{mine}:LOOP", alpha=0.25, penalty=f"{mine}:squared", penalty_coef=2.0)
+    changed = compose(f"{mine}:LOOP", share=0.25, penalty=f"{mine}:squared", penalty_coef=2.0)
     batch = tokens()
     slope = torch.autograd.grad(loss(changed, batch)[0].mean(), batch.logp)[0]
     # −A/4 and 2·2·log π, over four.
     torch.testing.assert_close(slope, torch.tensor([[-0.5 - 2.0, -8.0], [0.25 - 2.4, 0.25 - 0.4]]) / 4)
 
 
-def test_a_function_of_any_part(mine):
-    assert advantages(compose("loop", baseline=f"{mine}:upside_down"), torch.tensor([[1.0, 0.0]])).tolist() == [
-        -1.0,
-        0.0,
-    ]
+def test_a_function_of_any_stage(mine):
+    recipe = compose("loop", baseline=f"{mine}:upside_down")
+    assert advantages(recipe, torch.tensor([[1.0, 0.0]])).tolist() == [-1.0, 0.0]
 
-    def half(batch, recipe):
+    def half(batch):
         none = torch.zeros_like(batch.logp, dtype=torch.bool)
         return -0.5 * batch.adv * batch.logp, TokenFacts(torch.ones_like(batch.logp), none, none)
 
     batch = tokens()
     slope = torch.autograd.grad(loss(compose("loop", objective=half), batch)[0].mean(), batch.logp)[0]
     assert slope.tolist() == [[-0.25, -0.25], [0.125, 0.125]]
-    # A function is believed to read any knob.
+    # An objective of one's own is believed to have a clip.
     assert compose("loop", objective=half, knob="clip_high").knob == "clip_high"
-    assert compose("loop", shaping=half, knob="zeta").shaping == Own(half)
-    assert compose("loop", penalty=half, knob="penalty_coef").knob == "penalty_coef"
+    assert compose("loop", penalty=lambda logp: logp, knob="penalty_coef").knob == "penalty_coef"
+    assert compose("loop", penalty=lambda logp_rows: logp_rows.sum(-1)).reads == {"logp_rows"}
 
-    def whole(batch, recipe):
+    def whole(batch):
         return batch.logp_rows.sum(-1)
 
-    whole.needs_rows = True
-    assert compose("loop", penalty=whole).needs_rows
-    assert not compose("loop", penalty=half).needs_rows
+    assert compose("loop", penalty=Penalty("Σ log π", whole, reads={"logp_rows"})).reads == {"logp_rows"}
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "another"),
-    [
-        ("", "", False),
-        ("NUMBER = 3", "NUMBER = 4", False),  # nothing that the function names
-        ("return batch.adv * recipe.alpha", "return batch.adv * 0.5", True),
-        ("return 2.0", "return 3.0", True),
-        ("SCALE = 0.1", "SCALE = 0.2", True),
-        ("SCALE = 0.1", "SCALE = (0.1, 0.2)", True),
-    ],
-)
-def test_an_edited_function_is_another_part(mine, old, new, another):
-    text = (
-        MINE.replace("recipe.alpha\n", "recipe.alpha * helper()\n")
-        + "SCALE = 0.1\ndef helper():\n    return 2.0 * SCALE\n"
-    )
-    text = text.replace("return 2.0 * SCALE", "value = SCALE\n    return 2.0")
+def test_bounds_of_ones_own(mine):
+    """Twice as wide as asked: [0.6, 1.4]. A ratio of 1.3 is inside, where additive bounds would cut it at 1.2."""
+    logp = torch.tensor([[-1.0]], requires_grad=True)
+    batch = TokenBatch(logp, logp.detach() - torch.tensor(1.3).log(), torch.tensor([1.0]), torch.ones(1, 1))
+    own, usual = compose("dapo", clip_high=0.2, bounds=f"{mine}:wide"), compose("dapo", clip_high=0.2)
+    assert loss(own, batch)[0].mean().item() == pytest.approx(-1.3)
+    assert loss(usual, batch)[0].mean().item() == pytest.approx(-1.2)
+
+    def by_probability(clip_high, prob_old, room=2.0):
+        return 0.0, 1 + clip_high + room * (1 - prob_old)
+
+    # prob_old = e^−1/1.3 = 0.283: the bound is 1.2 + 2·0.717.
+    assert loss(compose("dapo", clip_high=0.2, bounds=by_probability), batch)[0].mean().item() == pytest.approx(-1.3)
+    tight = compose("dapo", clip_high=0.2, bounds=by_probability, room=0.05)
+    assert loss(tight, batch)[0].mean().item() == pytest.approx(-(1.2 + 0.05 * (1 - 0.36788 / 1.3)), rel=1e-4)
+
+
+def test_a_knob_of_ones_own_is_controlled(mine):
+    recipe = compose("loop", shaping=f"{mine}:SHAPING", knob="share", controller=f"{mine}:stepping:size=0.25")
+    thermostat = build_thermostat(compose(recipe, target=f"{mine}:second_reading:factor=2"))
+    state, values = thermostat.init(), []
+    # The target is twice the second reading, 2.0: the knob is held before, then goes up below it, and down above.
+    for entropy in (3.0, 1.0, 1.5, 2.5):
+        state = thermostat.update(state, EntropyReading(entropy, 1.0))
+        values.append((state.value, thermostat.level(state)))
+    assert values == [(0.5, None), (0.75, 2.0), (1.0, 2.0), (0.75, 2.0)]
+    from isentropic.control.thermostat import to_json
+
+    assert thermostat.restore(json.loads(json.dumps(to_json(state)))) == state
+
+
+def test_a_controller_and_a_target_as_objects():
+    held = Controller(lambda: ValueState(0.3), lambda state, entropy, target: ValueState(state.value + 0.1))
+    one = Target(TargetState, lambda state, entropy, tokens: state, lambda state: 1.0, lambda state: False)
+    recipe = compose("loop", knob="zeta", controller=held, target=one)
+    thermostat = build_thermostat(recipe)
+    assert thermostat.update(thermostat.init(), EntropyReading(2.0, 1.0)).value == pytest.approx(0.4)
+    assert re.fullmatch(r"controller@[0-9a-f]{8}", recipe.as_dict()["controller"])
+
+
+def test_an_edited_file_is_another_component(mine):
     written = []
-    for time, body in enumerate((text, text.replace(old, new))):
+    for time, body in enumerate((MINE, MINE, MINE.replace("adv * share", "adv * share * share"))):
         Path(mine).write_text(body)
         os.utime(mine, ns=(time, time))
-        written.append(plain(asdict(load_recipe(f"{mine}:LOOP")))["shaping"])
-    assert (written[0] != written[1]) is another
+        written.append(load_recipe(f"{mine}:LOOP").as_dict()["shaping"])
+    assert written[0] == written[1] != written[2]
 
 
 def test_a_partial_is_told_by_what_it_fixes():
-    def scaled(scale, batch, recipe):
+    def scaled(scale, batch):
         return scale * batch.adv
 
-    written = [Own(partial(scaled, scale)).written for scale in (0.5, 0.5, 0.4)]
+    written = [entry("shaping", partial(scaled, scale)).written for scale in (0.5, 0.5, 0.4)]
     assert written[0] == written[1] != written[2]
 
 
 def test_what_is_written_down_has_no_address(mine):
     recipe = load_recipe(f"{mine}:LOOP")
-    written = json.dumps(plain(asdict(recipe)))
+    written = json.dumps(plain(recipe.as_dict()))
     assert re.search(r'"shaping": "my_parts.halved@[0-9a-f]{8}"', written)
     assert " at 0x" not in written
-    assert str(Own(torch.nn.Identity())).endswith("linear.Identity")
-    assert recipe.shaping == replace(recipe, zeta=1.0).shaping
+    assert recipe.shaping == replace(recipe, entropy_coef=1.0).shaping
+    assert hash(recipe) == hash(replace(recipe))
 
 
 @pytest.mark.parametrize(
     ("place", "says"),
     [
         ("gone.py:LOOP", "there is no file gone.py; name one that is here"),
-        ("my_parts.py:LOPO", "my_parts.py has no 'LOPO'; did you mean LOOP"),
+        ("my_parts.py:LOPO", r"my_parts.py has no 'LOPO' \(did you mean LOOP\?\)"),
         ("my_parts.py:NUMBER", "must be a Recipe, got int"),
         ("broken.py:LOOP", "broken.py cannot be loaded: ModuleNotFoundError: No module named 'nothing_of_that_name'"),
         ("no.such.module:LOOP", "no.such.module cannot be loaded"),
@@ -194,27 +213,38 @@ def test_what_is_not_there_is_said_in_one_line(mine, place, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"shaping": "my_parts.py:no_shaping"}, r"must be callable as shaping\(batch, recipe\): too many positional"),
-        ({"shaping": "my_parts.py:NUMBER"}, "shaping must be a name or a function of yours, got 3"),
-        ({"selection": lambda: None}, r"must be callable as selection\(batch, recipe\)"),
+        ({"shaping": "my_parts.py:no_shaping"}, "asks for 'something', got no such value; a shaping may name adv"),
+        ({"shaping": "my_parts.py:NUMBER"}, "shaping must be a name, a function or a Shaping, got 3"),
+        ({"shaping": Penalty("", lambda logp: logp)}, "shaping must be a Shaping, got a Penalty"),
         ({"objective": 3}, "objective must be a name or a function"),
         ({"constants": {"cov_share": 1e-3}}, "a constant of this recipe must be one of none"),
         ({"selection": "clip_cov", "constants": {"cov_shar": 1e-3}}, "did you mean cov_share"),
+        ({"selection": "clip_cov", "cov_share": "much"}, "cov_share must be a number, got 'much'"),
         ({"constants": 3}, "constants must be a table of numbers"),
         ({"bounds": "dcpo", "objective": "sequence_clipped"}, "need an objective that clips single tokens"),
         ({"bounds": "balanced", "objective": "cispo"}, "use clipped or gradient_preserving"),
         ({"knob": "penalty_coef"}, "knob penalty_coef needs a penalty, got none"),
-        ({"selection": "erc", "on_policy": True}, "erc has no effect where every update is on-policy"),
+        ({"selection": "erc", "on_policy": True}, "erc has no effect if every update is on-policy"),
+        ({"knob": "zeta", "controller": "my_parts.py:halved"}, "my_parts.halved@.* must make a Controller"),
+        ({"knob": "zeta", "controller": "my_parts.py:stepping:sise=1"}, "its options are the parameters of stepping"),
+        ({"knob": "zeta", "controller": "pid:gain=1"}, r"got 'pid' \(did you mean pi\?\)"),
+        ({"knob": "zeta", "target": "bond:60%:80%"}, "target must be one of"),
+        ({"shaping": Shaping("", lambda adv: adv), "knob": "zeta"}, "needs a shaping that it scales"),
     ],
 )
-def test_parts_that_cannot_work_are_refused(mine, changes, says):
+def test_components_that_cannot_work_are_refused(mine, changes, says):
     with pytest.raises(ValueError, match=says):
         compose("loop", **changes)
 
 
+def test_a_knob_needs_a_default():
+    with pytest.raises(ValueError, match="knob gamma needs a default; add it to constants"):
+        Shaping("", lambda adv: adv, knobs={"gamma": Knob(Range(0.0, 0.0, 1.0))})
+
+
 def test_constants_are_added_to_the_recipes_own():
-    recipe = compose(compose("clip-cov", constants={"cov_low": 2.0}), constants={"cov_high": 9.0})
-    assert recipe.constants_of("clip_cov") == {"cov_share": 2e-4, "cov_low": 2.0, "cov_high": 9.0}
+    recipe = compose(compose("clip-cov", cov_low=2.0), constants={"cov_high": 9.0})
+    assert recipe.constants_of("selection") == {"cov_share": 2e-4, "cov_low": 2.0, "cov_high": 9.0}
     assert hash(recipe) == hash(replace(recipe))
     assert check(recipe) is recipe
 
@@ -238,4 +268,4 @@ def test_loading_needs_no_torch(mine):
 
 
 def test_load_finds_what_is_importable():
-    assert load("isentropic.recipes.parts:Recipe", "recipe") is Recipe
+    assert load("isentropic.recipes.recipe:Recipe", "recipe") is Recipe

@@ -39,7 +39,7 @@ def two(runs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(browser, two):
-    """Both runs, open on a desk: what only looks or clicks shares it."""
+    """The page of both runs, for tests that only look or click."""
     view = Page(browser)
     yield view.open(two)
     view.context.close()
@@ -89,11 +89,11 @@ def test_everything_is_reached_by_the_keyboard(page):
         reached.add(page.evaluate("document.activeElement.closest('section')?.id"))
     assert {section.get_attribute("id") for section in page.query_selector_all(".panel")} <= reached
     page.focus(".toggle")
-    shown = "document.querySelector('#cov-0 .plot')._fullData.map(trace => trace.visible)"
+    is_visible = "document.querySelector('#cov-0 .plot')._fullData.map(trace => trace.visible)"
     page.keyboard.press("Space")
-    assert page.evaluate(shown) == [False, False, True, True]
+    assert page.evaluate(is_visible) == [False, False, True, True]
     page.keyboard.press("Space")
-    assert page.evaluate(shown) == [True] * 4
+    assert page.evaluate(is_visible) == [True] * 4
 
 
 def test_hover_by_mouse_and_by_keyboard(page):
@@ -101,9 +101,9 @@ def test_hover_by_mouse_and_by_keyboard(page):
     box = page.query_selector("#hold-0 .plot").bounding_box()
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_selector("#hold-0 .hoverlayer text")
-    shown = page.text_content("#hold-0 .hoverlayer")
-    assert "target" in shown
-    assert "0.8" in shown
+    text = page.text_content("#hold-0 .hoverlayer")
+    assert "target" in text
+    assert "0.8" in text
     page.focus("#phase-0 .plot")
     for _ in range(3):
         page.keyboard.press("ArrowRight")
@@ -127,7 +127,7 @@ def test_what_a_model_wrote_stays_text(page):
 
 
 def test_a_run_of_1000_steps_opens_within_two_seconds(browser, one):
-    # Others' work on this machine is no property of the page.
+    # A busy machine must not fail the test.
     slack = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
     times = []
     for _ in range(3):
@@ -168,7 +168,7 @@ def test_figures_far_down_are_drawn_when_they_are_needed(browser, one):
     view.context.close()
 
 
-def test_a_served_run_goes_on_in_the_open_page(browser, tmp_path):
+def test_new_rows_appear_in_the_open_page(browser, tmp_path):
     run = make_run(tmp_path / "run", steps=40, ended=False)
     with Server(run) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})

@@ -1,4 +1,4 @@
-"""The report without a browser: what is read, what is computed, what stands on the page, what is refused."""
+"""The report without a browser: what is read, computed, written on the page, and refused."""
 
 import json
 import re
@@ -15,10 +15,12 @@ from isentropic import report
 from isentropic.cli import main
 from isentropic.report import about, answers, bundle, control, figures, page, why
 from isentropic.report.runs import read
+from isentropic.runs import explain
 from isentropic.runs.record import Record
+from isentropic.runs.summary import summary
 
 MAX_BYTES = 2_500_000
-EVERY = "hold phase knob passk distinct quadrants where predicted clip cov length samples precision config".split()
+EVERY = "hold phase knob passk distinct quadrants places predicted clip cov length samples precision config".split()
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +38,8 @@ def test_every_panel_is_there_and_the_page_is_small(run, tmp_path):
     assert time.process_time() - began < 5
     text = out.read_text(encoding="utf-8")
     assert ids(text) == EVERY
-    assert (
-        text.count("<polyline") == 5
-    )  # the first panel as SVG: target, entropy and reward, the latter two smoothed too
+    # The first panel as SVG: target, entropy and reward, the latter two smoothed too.
+    assert text.count("<polyline") == 5
     assert out.stat().st_size < MAX_BYTES
     assert [path.name for path in out.parent.iterdir()] == ["report.html"]
 
@@ -102,30 +103,41 @@ def test_a_switch_of_task_is_marked(tmp_path):
     assert answers.sequence(read([make_run(tmp_path / "one", steps=100)])) is None
 
 
-def test_calibration_of_a_prediction_that_is_half_of_what_happens(tmp_path):
-    record = Record(tmp_path / "run")
-    record.start({}, {}, 0)
-    # H: 1, 0.8, 0.9, 0.5; step 4 has no successor, and step 2 is not explained.
-    known = [(1, 1.0, -0.1), (2, 0.8, None), (3, 0.9, -0.2), (4, 0.5, 0.3)]
-    record.append("metrics", *[{"step": s, "entropy/mean": h, "predict/change": p} for s, h, p in known])
-    (run,) = read([record.path])
-    assert why.pairs(run, "predict/change") == [(-0.1, pytest.approx(-0.2)), (-0.2, pytest.approx(-0.4))]
-    assert why.fit([(-0.1, -0.2), (-0.2, -0.4), (0.1, 0.2)]).slope == pytest.approx(2)
-    assert why.fit([(0.0, 1.0)] * 5) is None
+def test_the_page_and_explain_show_the_same_calibration(run):
+    text = explain.render(explain.explain(Record(run)))
+    slope, drift = re.search(r"measured = (\S+) × predicted (\S+) a step", text).groups()
+    correlation, blocks = re.search(r"correlation of (\S+) over (\d+) pairs of blocks", text).groups()
+    body = why.predicted(read([run])).body
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", body)
+    assert cells[:2] == ["isentropic", "exact form"]
+    assert [cell.replace("−", "-") for cell in cells[2:6]] == [slope, drift, correlation, blocks]
+    assert "without moments" in body
 
 
 def test_predictions_add_up_over_the_steps_between_them(tmp_path):
     record = Record(tmp_path / "run")
     record.start({}, {}, 0)
-    # Entropy falls by 0.02 a step, twice what is predicted.
-    rows = [{"step": s, "entropy/mean": 1 - 0.02 * s, "predict/change": -0.01} for s in range(1, 17)]
-    record.append("metrics", *[row | ({} if row["step"] % 5 == 1 else {"predict/change": None}) for row in rows])
-    (run,) = read([record.path])
-    panel = why.predicted([run])
+    # A step in five is explained; entropy moves by twice what was predicted, and by 0.001 a step beside it.
+    level, levels = 1.0, []
+    for step in range(1, 101):
+        change = -0.001 * (1 + (step - 1) // 5 % 7)
+        levels.append(level)
+        explained = {"predict/change": change if step % 5 == 1 else None}
+        record.append("metrics", {"step": step, "entropy/mean": level, **explained})
+        level += 2 * change + 0.001
+    panel = why.predicted(read([record.path]))
     total = panel.figures[0].traces[1]
-    assert total["x"] == [1, 6, 11, 16]
-    assert total["y"] == pytest.approx([0, -0.1, -0.2, -0.3])
-    assert re.search(r">2(\.000)? ± ", panel.body)
+    assert total["x"] == list(range(1, 101, 5))
+    assert total["y"] == pytest.approx([level - 1.0 for level in levels[::5]], abs=1e-5)
+    marks, fitted = panel.figures[1].traces
+    assert len(marks["x"]) == 4
+    assert fitted["y"] == pytest.approx([2 * x + 0.02 for x in fitted["x"]], abs=1e-5)
+    assert ">2</td>" in panel.body
+
+
+def test_a_short_run_is_not_calibrated(tmp_path):
+    short = make_run(tmp_path / "short", steps=79)
+    assert why.predicted(read([short])) is None
 
 
 def test_a_band_target_is_drawn_at_its_own_edges(tmp_path):
@@ -146,15 +158,35 @@ def test_stages_and_intervals_of_evaluations(run):
     assert answers.interval({**row, "num_correct": [99] * 60}, 1) is None
 
 
+def values(runs):
+    return {key.name: (key.form.format(key.value(runs[0])), key.against(runs[0])) for key in about.keys(runs)}
+
+
 def test_key_numbers(tmp_path):
     record = Record(tmp_path / "run")
     record.start({}, {}, 0)
     rows = [{"step": s, "entropy/mean": 0.9 if s > 20 else 2.0, "entropy/target": 1.0} for s in range(1, 41)]
     record.append("metrics", *rows)
-    (run,) = read([record.path])
-    assert about.error(run) == pytest.approx(0.1)
-    assert about.tail(run, "entropy/mean") == pytest.approx(0.9)
-    assert [key.name for key in about.keys([run])] == ["entropy, nats a token", "RMS error to target"]
+    figures = {"entropy, nats a token": ("0.900", "target 1.000, from 2.000")}
+    figures |= {"RMS error to target": ("10.0%", "after step 20")}
+    assert values(read([record.path])) == figures
+    record.append("evaluations", {"step": 0, "task": "expr", "pass@1": 0.25, "pass@8": 0.5, "distinct": 1.25})
+    figures |= {"pass@1, held-out": ("0.250", ""), "pass@8, held-out": ("0.500", "")}
+    figures |= {"different right answers": ("1.25", "")}
+    assert values(read([record.path])) == figures
+    record.append("evaluations", {"step": 40, "task": "expr", "pass@1": 0.75, "pass@8": 0.875, "distinct": 3.0})
+    figures |= {"pass@1, held-out": ("0.750", "from 0.250"), "pass@8, held-out": ("0.875", "from 0.500")}
+    figures |= {"different right answers": ("3.00", "from 1.25")}
+    assert values(read([record.path])) == figures
+
+
+def test_the_page_shows_the_figures_of_the_summary(run):
+    (one,) = read([run])
+    record = Record(run)
+    assert one.summary == summary(record.rows("metrics"), record.rows("evaluations"))
+    text = report.render([run])
+    assert f"<dd>{one.summary['entropy/end']:.3f}<small>" in text
+    assert f"after step 20: isentropic: {one.summary['knob/saturated']:.0%}." in text
 
 
 def test_thinning_keeps_spikes():
@@ -189,7 +221,7 @@ def test_values_that_are_no_numbers_are_left_out(tmp_path):
     ],
 )
 def test_bad_input_is_one_line(run, tmp_path, capsys, argv, says):
-    argv = [part.format(run=run, dir=tmp_path) for part in argv]
+    argv = [word.format(run=run, dir=tmp_path) for word in argv]
     began = time.process_time()
     with pytest.raises(SystemExit) as stop:
         main(["report", *argv])

@@ -1,4 +1,4 @@
-"""The live view: pictures of what the files say, a real terminal, and what is refused."""
+"""The live view: pictures of run directories, a real terminal, and mistakes."""
 
 import io
 import json
@@ -35,8 +35,8 @@ def picture(path, width=100):
 
 def test_a_frame_holds_what_a_person_watches(tmp_path):
     text = picture(make_run(tmp_path / "run", steps=60, ended=False))
-    for part in ("isentropic on expr, seed 0", "step 60/120", "eta 0:06", "target 0.800", "reward", "knob", "running"):
-        assert part in text
+    for words in ("isentropic on expr, seed 0", "step 60/120", "eta 0:06", "target 0.800", "reward", "knob", "running"):
+        assert words in text
     assert "serious: log-probabilities in bfloat16" in text
     assert text.index("serious") < text.index("note: the head")
     assert "•" in text
@@ -112,10 +112,10 @@ class Terminal:
         pipes = {"stdin": inner, "stdout": inner, "stderr": inner}
         self.process = subprocess.Popen([*COMMAND, *argv], **pipes, env=environment, preexec_fn=heed_ctrl_c)
 
-    def until(self, part, seconds=30):
+    def until(self, text, seconds=30):
         end = time.monotonic() + seconds
-        while part not in self.text:
-            assert time.monotonic() < end, f"{part!r} did not come; the end of what did: {self.text[-2000:]!r}"
+        while text not in self.text:
+            assert time.monotonic() < end, f"{text!r} did not appear; the end of the output: {self.text[-2000:]!r}"
             if select.select([self.outer], [], [], 0.2)[0]:
                 self.text += os.read(self.outer, 65536).decode(errors="replace")
 
@@ -123,7 +123,7 @@ class Terminal:
         os.write(self.outer, keys)
 
     def end(self, seconds=20):
-        """The exit code, while what is still printed is taken."""
+        """The exit code; output is read until then."""
         end = time.monotonic() + seconds
         while self.process.poll() is None and time.monotonic() < end:
             if select.select([self.outer], [], [], 0.1)[0]:
@@ -218,7 +218,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, argv, says):
     make_run(tmp_path / "run", steps=2, full=False)
     began = time.process_time()
     with pytest.raises(SystemExit) as stop:
-        main(["watch", *[part.format(dir=tmp_path) for part in argv], *(["--once"] if "rnu" in str(argv) else [])])
+        main(["watch", *[word.format(dir=tmp_path) for word in argv], *(["--once"] if "rnu" in str(argv) else [])])
     assert time.process_time() - began < 2
     text = capsys.readouterr().err
     assert (stop.value.code, len(text.splitlines())) == (2, 1)

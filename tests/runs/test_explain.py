@@ -5,22 +5,22 @@ import json
 import pytest
 
 from isentropic.cli import main
-from isentropic.runs.explain import calibrate, explain, parse_steps, render, verdict
+from isentropic.runs.explain import explain, parse_steps, render, top_tokens, verdict
 from isentropic.runs.record import Record
 
-PARTS = {"likely_up": -3.0, "rare_up": 1.0, "likely_down": 0.5, "rare_down": -0.5, "bonus": 0.0}
+CHANGES = {"likely_up": -3.0, "rare_up": 1.0, "likely_down": 0.5, "rare_down": -0.5, "bonus": 0.0}
 
 
-def row(step, entropy, **parts):
-    """A step; with parts it is an explained one, in units of 1e-4 nats."""
-    found = {"step": step, "entropy/mean": entropy, "knob/value": 0.1, "knob/saturated": 0, "clip/high_frac": 0.01}
-    found |= {"clip/low_frac": 0.02, "ratio/outside_frac": 0.03}
-    if parts:
-        change = sum(parts.values())
-        found |= {f"predict/{name}": value * 1e-4 for name, value in parts.items()}
-        found |= {
+def row(step, entropy, **changes):
+    """A step; with changes, in units of 1e-4 nats, it is an explained one."""
+    fields = {"step": step, "entropy/mean": entropy, "knob/value": 0.1, "knob/saturated": 0, "clip/high_frac": 0.01}
+    fields |= {"clip/low_frac": 0.02, "ratio/outside_frac": 0.03}
+    if changes:
+        change = sum(changes.values())
+        fields |= {f"predict/{name}": value * 1e-4 for name, value in changes.items()}
+        fields |= {
             "predict/change": change * 1e-4,
-            "predict/absolute": 1e-4 * sum(map(abs, parts.values())),
+            "predict/absolute": 1e-4 * sum(map(abs, changes.values())),
             "predict/positive": change * 1e-4,
             "predict/unclipped": change * 1e-4,
             "predict/knob": 0.2e-4,
@@ -31,7 +31,7 @@ def row(step, entropy, **parts):
             "numerics/entropy_bias": 1e-8,
             "predict/top_tokens": [["a", -2e-4, 5], ["<b>", 1e-4, 2]],
         }
-    return found
+    return fields
 
 
 @pytest.fixture
@@ -42,15 +42,15 @@ def run(tmp_path):
 
 
 def test_a_fall_is_measured_and_attributed(run):
-    run.append("metrics", *(row(t, 1.0 - 0.001 * t, **PARTS) for t in range(1, 101)))
-    found = explain(run)
+    run.append("metrics", *(row(t, 1.0 - 0.001 * t, **CHANGES) for t in range(1, 101)))
+    explanation = explain(run)
     # Means of the first and of the last ten readings: steps 1..10 and 91..100.
-    assert found["entropy"]["change"] == pytest.approx(-0.09)
-    assert found["predicted"]["change"] == pytest.approx(-2e-4 * 100)
-    assert found["predicted"]["likely_up"] == pytest.approx(-0.03)
-    assert "gain" not in found["predicted"]
-    assert found["tokens"][0] == {"text": "a", "change": pytest.approx(-0.02), "count": 500}
-    text = verdict(found)
+    assert explanation["entropy"]["change"] == pytest.approx(-0.09)
+    assert explanation["predicted"]["change"] == pytest.approx(-2e-4 * 100)
+    assert explanation["predicted"]["likely_up"] == pytest.approx(-0.03)
+    assert "gain" not in explanation["predicted"]
+    assert explanation["tokens"][0] == {"text": "a", "change": pytest.approx(-0.02), "count": 500}
+    text = verdict(explanation)
     assert "fell by 0.090 nats" in text
     assert "likely tokens pushed up (60% of all" in text  # 3 of 5
     assert "raises it most is rare tokens pushed up (20%)" in text
@@ -59,50 +59,45 @@ def test_a_fall_is_measured_and_attributed(run):
 
 
 def test_one_step_is_measured_against_the_next_reading(run):
-    run.append("metrics", *(row(t, h, **PARTS) for t, h in ((1, 1.0), (2, 0.9), (3, 0.7))))
+    run.append("metrics", *(row(t, h, **CHANGES) for t, h in ((1, 1.0), (2, 0.9), (3, 0.7))))
     assert explain(run, "2")["entropy"] == pytest.approx({"first": 0.9, "last": 0.7, "change": -0.2})
     assert explain(run, "3")["entropy"]["change"] == 0.0
 
 
-def test_an_explained_step_stands_for_those_up_to_the_next(run):
-    run.append("metrics", *(row(t, 1.0, **(PARTS if t % 10 == 1 else {})) for t in range(1, 41)))
-    found = explain(run, "1:40")
-    assert found["explained"] == 4
-    assert found["predicted"]["change"] == pytest.approx(-2e-4 * 40)
-    assert sum(block["change"] for block in found["rows"] if block["change"]) == pytest.approx(-2e-4 * 40)
+def test_an_explained_step_counts_for_those_up_to_the_next(run):
+    run.append("metrics", *(row(t, 1.0, **(CHANGES if t % 10 == 1 else {})) for t in range(1, 41)))
+    explanation = explain(run, "1:40")
+    assert explanation["explained"] == 4
+    assert explanation["predicted"]["change"] == pytest.approx(-2e-4 * 40)
+    assert sum(block["change"] for block in explanation["rows"] if block["change"]) == pytest.approx(-2e-4 * 40)
 
 
-def test_calibration_finds_slope_and_drift_through_noise():
-    changes = [-1e-4 * (1 + (t // 100) % 3) for t in range(600)]
-    level, rows = 5.0, []
-    for t, change in enumerate(changes):
-        rows.append({"step": t + 1, "entropy/mean": level + (0.01 if t % 2 else -0.01), "predict/change": change})
-        level += 7 * change + 2e-4
-    found = calibrate(rows)
-    assert found.slope == pytest.approx(7, rel=1e-6)
-    assert found.drift == pytest.approx(2e-4, rel=1e-6)
-    assert found.correlation == pytest.approx(1.0)
-    assert found.blocks == 29
-    assert calibrate(rows[:60]) is None
-    assert calibrate([{"step": 1, "entropy/mean": 1.0}] * 200) is None
+def test_tokens_are_ranked_by_what_they_moved():
+    tokens = [["a", 1.0, 1], ["b", -3.0, 1], ["c", None, 1]]
+    rows = [{"step": s, "predict/change": 0.0, "predict/top_tokens": tokens} for s in (1, 2)]
+    rows.append({**rows[0], "step": 3, "entropy/refused": 1})
+    # Step 2 counts for step 3 too, whose reading was refused.
+    assert top_tokens(rows) == [{"text": "b", "change": -9.0, "count": 3}, {"text": "a", "change": 3.0, "count": 3}]
+    assert top_tokens(rows, num=1)[0]["text"] == "b"
+    assert top_tokens([]) == []
 
 
-def test_rounding_that_is_compared_now_and_then_stands_for_all_steps(run):
-    rows = [{**row(t, 1.0, **PARTS), "predict/numerics": 1e-6 if t % 10 == 1 else None} for t in range(1, 41)]
+def test_rounding_that_is_compared_now_and_then_counts_for_all_steps(run):
+    rows = [{**row(t, 1.0, **CHANGES), "predict/numerics": 1e-6 if t % 10 == 1 else None} for t in range(1, 41)]
     run.append("metrics", *rows)
     assert explain(run)["predicted"]["numerics"] == pytest.approx(40e-6)
 
 
 def test_a_refused_reading_explains_nothing(run):
-    run.append("metrics", *({**row(t, 1.0, **PARTS), "entropy/refused": max(0, t - 8)} for t in range(1, 17)))
-    found = explain(run)
-    assert found["explained"] == 8
-    run.append("metrics", *({**row(t, 0.0, **PARTS), "entropy/refused": t} for t in range(17, 30)))
+    run.append("metrics", *({**row(t, 1.0, **CHANGES), "entropy/refused": max(0, t - 8)} for t in range(1, 17)))
+    explanation = explain(run)
+    assert explanation["explained"] == 8
+    run.append("metrics", *({**row(t, 0.0, **CHANGES), "entropy/refused": t} for t in range(17, 30)))
     assert "13 readings were refused, and explain nothing; run `isentropic audit`" in verdict(explain(run, "17:29"))
 
 
-def test_precision_is_blamed_where_it_moves_entropy(run):
-    run.append("metrics", *({**row(t, 1.0, **PARTS), "numerics/logp_rms": 0.02} for t in range(1, 9)))
+def test_precision_is_blamed_if_it_moves_entropy(run):
+    run.append("metrics", *({**row(t, 1.0, **CHANGES), "numerics/logp_rms": 0.02} for t in range(1, 9)))
     assert "run `isentropic audit`" in verdict(explain(run))
 
 
@@ -114,25 +109,25 @@ def test_a_run_without_explained_steps_says_how_to_get_them(run):
 
 
 def test_nulls_are_left_out(run):
-    rows = [{**row(t, 1.0, **PARTS), "predict/knob": None, "predict/numerics": None} for t in range(1, 9)]
+    rows = [{**row(t, 1.0, **CHANGES), "predict/knob": None, "predict/numerics": None} for t in range(1, 9)]
     rows[3]["entropy/mean"] = None
     run.append("metrics", *rows)
-    found = explain(run)
-    assert "knob" not in found["predicted"]
-    assert "acts through the clip" in render(found)
+    explanation = explain(run)
+    assert "knob" not in explanation["predicted"]
+    assert "acts through the clip" in render(explanation)
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [("a:b", "steps must be A:B"), ("5:2", "hold no step"), ("90:", "hold no step"), ("0:2", "hold no"), ("", "must")],
 )
-def test_bad_steps_are_named(text, says):
-    with pytest.raises(ValueError, match=says):
+def test_bad_steps_are_named(text, message):
+    with pytest.raises(ValueError, match=message):
         parse_steps(text, 80)
 
 
 def test_the_command_prints_text_or_json(run, capsys):
-    run.append("metrics", *(row(t, 1.0 - 0.001 * t, **PARTS) for t in range(1, 101)))
+    run.append("metrics", *(row(t, 1.0 - 0.001 * t, **CHANGES) for t in range(1, 101)))
     assert main(["explain", str(run.path), "--steps", "10:90"]) == 0
     out = capsys.readouterr().out
     for question in ("What moved entropy?", "In which answers?", "What did the clip do?", "Which tokens?"):

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from isentropic.runs.statistics import (
     Interval,
     bootstrap_interval,
-    distinct_correct,
     majority_vote,
     pass_at_k,
     rms_relative_error,
@@ -67,16 +66,6 @@ def test_pass_at_k_errors():
         pass_at_k(4, 0.5, 1)
     with pytest.raises(ValueError, match="draw more or lower k"):
         pass_at_k(np.array([4, 2]), np.array([1, 1]), 3)
-
-
-def test_distinct_correct():
-    answers = [["a", "b", "a", "c"], ["a", "a"], ["x", "y"]]
-    correct = [[True, True, True, False], [False, False], [True, True]]
-    assert distinct_correct(answers, correct) == pytest.approx((2 + 0 + 2) / 3)
-    with pytest.raises(ValueError, match="at least one prompt"):
-        distinct_correct([], [])
-    with pytest.raises(ValueError, match=r"got groups of \[2\] and \[1\]"):
-        distinct_correct([["a", "b"]], [[True]])
 
 
 def test_majority_vote():

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any, NamedTuple
+
+from .names import suggest
 
 
 class Range(NamedTuple):
@@ -315,7 +316,7 @@ def schedule(knob: Range, shape: str = "up_down", steps: float = 800) -> Control
     """
     knob.check()
     if shape not in SHAPES:
-        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}{_meant(shape, SHAPES)}")
+        raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}{suggest(shape, SHAPES)}")
     if not steps >= 1:
         raise ValueError(f"steps must be >= 1, got {steps}; count the updates of the controller")
 
@@ -370,7 +371,7 @@ class PredictiveState(NamedTuple):
         value: the knob.
         updates: how often it was updated.
         entropy, slope, drift: estimates: nats; measured per predicted change; nats a step that no prediction explains.
-        hh, hs, hd, ss, sd, dd: covariance of these three.
+        entropy_var, entropy_slope_cov, entropy_drift_cov, slope_var, slope_drift_cov, drift_var: their covariance.
         noise: variance of a reading, nats².
         base, gain: running means of the prediction of one step with the knob at 0, and of its derivative by the knob.
         unit: the slope at which the whole range of the knob moves entropy by ``AUTHORITY`` of the target a step.
@@ -381,12 +382,12 @@ class PredictiveState(NamedTuple):
     entropy: float = 0.0
     slope: float = 0.0
     drift: float = 0.0
-    hh: float = 0.0
-    hs: float = 0.0
-    hd: float = 0.0
-    ss: float = 0.0
-    sd: float = 0.0
-    dd: float = 0.0
+    entropy_var: float = 0.0
+    entropy_slope_cov: float = 0.0
+    entropy_drift_cov: float = 0.0
+    slope_var: float = 0.0
+    slope_drift_cov: float = 0.0
+    drift_var: float = 0.0
     noise: float = 0.0
     base: float = 0.0
     gain: float = 0.0
@@ -461,45 +462,53 @@ def _learn(state: PredictiveState, forecast: Forecast, target: float, knob: Rang
 def _start(state: PredictiveState, entropy: float, target: float) -> PredictiveState:
     noise = (0.05 * target) ** 2
     return state._replace(
-        entropy=entropy, slope=state.unit, noise=noise, hh=noise, ss=state.unit**2, dd=(2e-3 * target) ** 2
+        entropy=entropy,
+        slope=state.unit,
+        noise=noise,
+        entropy_var=noise,
+        slope_var=state.unit**2,
+        drift_var=(2e-3 * target) ** 2,
     )
 
 
 def _correct(state: PredictiveState, entropy: float, target: float) -> PredictiveState:
     """Take in a reading."""
-    off, variance = entropy - state.entropy, state.hh + state.noise
+    off, variance = entropy - state.entropy, state.entropy_var + state.noise
     if off * off > 25 * variance:
-        return state._replace(entropy=entropy, hh=state.noise, hs=0.0, hd=0.0)
+        return state._replace(entropy=entropy, entropy_var=state.noise, entropy_slope_cov=0.0, entropy_drift_cov=0.0)
     share = 1 / min(state.updates + 20, 100)
-    noise = state.noise + share * (max(off * off - state.hh, 0.1 * state.noise) - state.noise)
-    h, s, d = state.hh / variance, state.hs / variance, state.hd / variance
+    noise = state.noise + share * (max(off * off - state.entropy_var, 0.1 * state.noise) - state.noise)
+    h, s, d = state.entropy_var / variance, state.entropy_slope_cov / variance, state.entropy_drift_cov / variance
     return state._replace(
         entropy=state.entropy + h * off,
         slope=state.slope + s * off,
         drift=state.drift + d * off,
         noise=max(noise, (1e-4 * target) ** 2),
-        hh=state.hh - h * state.hh,
-        hs=state.hs - h * state.hs,
-        hd=state.hd - h * state.hd,
-        ss=state.ss - s * state.hs,
-        sd=state.sd - s * state.hd,
-        dd=state.dd - d * state.hd,
+        entropy_var=state.entropy_var - h * state.entropy_var,
+        entropy_slope_cov=state.entropy_slope_cov - h * state.entropy_slope_cov,
+        entropy_drift_cov=state.entropy_drift_cov - h * state.entropy_drift_cov,
+        slope_var=state.slope_var - s * state.entropy_slope_cov,
+        slope_drift_cov=state.slope_drift_cov - s * state.entropy_drift_cov,
+        drift_var=state.drift_var - d * state.entropy_drift_cov,
     )
 
 
 def _advance(state: PredictiveState, n: int, target: float) -> PredictiveState:
     """Move the estimates over the n steps just taken, with the knob that was in force."""
     x = n * (state.base + state.gain * state.value)
-    hs = state.hs + x * state.ss + n * state.sd
-    hd = state.hd + x * state.sd + n * state.dd
+    entropy_slope_cov = state.entropy_slope_cov + x * state.slope_var + n * state.slope_drift_cov
+    entropy_drift_cov = state.entropy_drift_cov + x * state.slope_drift_cov + n * state.drift_var
     wander = 0.02 * max(abs(state.slope), 0.1 * state.unit)
     return state._replace(
         entropy=state.entropy + state.slope * x + n * state.drift,
-        hh=state.hh + x * (state.hs + hs) + n * (state.hd + hd) + n * (1e-2 * target) ** 2,
-        hs=hs,
-        hd=hd,
-        ss=state.ss + n * wander**2,
-        dd=state.dd + n * (2e-4 * target) ** 2,
+        entropy_var=state.entropy_var
+        + x * (state.entropy_slope_cov + entropy_slope_cov)
+        + n * (state.entropy_drift_cov + entropy_drift_cov)
+        + n * (1e-2 * target) ** 2,
+        entropy_slope_cov=entropy_slope_cov,
+        entropy_drift_cov=entropy_drift_cov,
+        slope_var=state.slope_var + n * wander**2,
+        drift_var=state.drift_var + n * (2e-4 * target) ** 2,
     )
 
 
@@ -529,7 +538,9 @@ def parse_controller(text: str, knob: Range) -> Controller:
     """
     name, *pairs = text.strip().split(":")
     if name not in CONTROLLERS:
-        raise ValueError(f"controller must be one of {', '.join(CONTROLLERS)}; got {name!r}{_meant(name, CONTROLLERS)}")
+        raise ValueError(
+            f"controller must be one of {', '.join(CONTROLLERS)}; got {name!r}{suggest(name, CONTROLLERS)}"
+        )
     takes = signature(CONTROLLERS[name]).parameters
     allowed = list(takes)[1:]
     options: dict[str, Any] = {}
@@ -547,8 +558,3 @@ def parse_controller(text: str, knob: Range) -> Controller:
                 f"controller option {key} must be a number, got {value!r}; write {name}:{key}=0.1"
             ) from None
     return CONTROLLERS[name](knob, **options)
-
-
-def _meant(name: str, known: dict[str, Any]) -> str:
-    close = get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""

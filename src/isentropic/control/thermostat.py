@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..types import EntropyReading
 from .controllers import Controller, Forecast
-from .targets import Target, TargetState
+from .targets import Target
 
 
 class ThermostatState(NamedTuple):
@@ -24,10 +24,11 @@ class ThermostatState(NamedTuple):
         waited: readings since the controller last acted.
         predicted, gain, steps: Σ of what those readings predicted, and how many of them did.
         refused: readings refused in a row.
+        readings: readings accepted in all.
     """
 
     controller: Any
-    target: TargetState
+    target: Any
     sum: float = 0.0
     count: float = 0.0
     waited: int = 0
@@ -35,6 +36,7 @@ class ThermostatState(NamedTuple):
     predicted: float = 0.0
     gain: float = 0.0
     steps: int = 0
+    readings: int = 0
 
     @property
     def value(self) -> float:
@@ -94,20 +96,21 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
             predicted=state.predicted + reading.predicted,
             gain=state.gain + reading.gain,
             steps=state.steps + reading.steps,
+            readings=state.readings + 1,
         )
         if not (act if every is None else state.waited >= every):
             return state
         level = target.level(state.target)
         if level is not None and not target.hold(state.target):
             more = (Forecast(state.predicted, state.gain, state.steps, state.waited),) if controller.forecasts else ()
-            turned = controller.update(state.controller, state.sum / state.count, level, *more)
-            state = state._replace(controller=turned)
+            updated = controller.update(state.controller, state.sum / state.count, level, *more)
+            state = state._replace(controller=updated)
         return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0)
 
     def restore(saved: dict[str, Any]) -> ThermostatState:
         blank = init()
-        controller = type(blank.controller)(**saved["controller"])
-        fields: dict[str, Any] = {**saved, "controller": controller, "target": TargetState(**saved["target"])}
+        controller, target = type(blank.controller)(**saved["controller"]), type(blank.target)(**saved["target"])
+        fields: dict[str, Any] = {**saved, "controller": controller, "target": target}
         return blank._replace(**fields)
 
     return Thermostat(init, update, lambda state: target.level(state.target), restore)

@@ -1,81 +1,276 @@
-"""What every adapter does alike: the row of an optimizer step, and the way back from a checkpoint."""
+"""One optimizer step of control, the same in every engine: observe a batch, regulate by the reading, rewrite the loss.
+
+An adapter calls :meth:`ControlLoop.observe` for each micro-batch, closes the step by :meth:`ControlLoop.reduced` and
+:meth:`ControlLoop.regulate`, and asks :attr:`ControlLoop.recipe_now` for the recipe of the next one, which
+:mod:`isentropic.engines.rewrite` hands to the engine's own loss. What differs between engines is how sums are reduced
+over ranks and how a run is saved and stopped.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
-from ..control.thermostat import Thermostat, ThermostatState
-from ..recipes.compose import Recipe, knob_range
+import torch
+from torch import Tensor
+
+from ..control.thermostat import ThermostatState, to_json
+from ..losses.reduce import SumCount  # noqa: F401  (for an example below)
+from ..recipes import Recipe, build_thermostat, knob_range, with_knob
+from ..recipes.apply import per_token
 from ..runs.record import CHECKPOINT_FILE
-from ..types import EntropyReading
+from ..types import EntropyReading, TokenBatch, TokenFacts
 
 logger = logging.getLogger("isentropic")
 MAX_REFUSED = 10
 
+Sums = TypeVar("Sums", bound=tuple)
+
 
 class EntropyReadingError(RuntimeError):
-    """Ten readings in a row were refused."""
+    """Ten entropy readings in a row were refused."""
 
 
-def row_of(
-    totals: dict[str, float],
-    reading: EntropyReading,
-    refused: int,
-    recipe: Recipe,
-    thermostat: Thermostat | None,
-    before: ThermostatState | None,
-    after: ThermostatState | None,
-) -> dict[str, Any]:
-    """The row of an optimizer step, as far as sums and the controller make it.
+class TokenSums(NamedTuple):
+    """Sums over the tokens of an optimizer step: 0-d tensors while it runs, numbers once reduced over ranks.
+
+    Attributes:
+        entropy: Σ H, nats.
+        tokens: their number.
+        clipped_low, clipped_high, outside: tokens whose clip is active, and whose ratio is outside the bounds.
+        adv, logp, adv_logp: Σ A, Σ log π, Σ A·log π.
+        ratio: Σ importance ratio.
+    """
+
+    entropy: Any
+    tokens: Any
+    clipped_low: Any
+    clipped_high: Any
+    adv: Any
+    logp: Any
+    adv_logp: Any
+    ratio: Any
+    outside: Any
+
+
+def token_sums(batch: TokenBatch, facts: TokenFacts) -> TokenSums:
+    """What a micro-batch adds to the sums of its step, in float64 and without a synchronisation.
 
     Args:
-        totals: sums over tokens of all ranks: ``tokens low high adv logp adv_logp ratio outside``.
-        reading: the step's.
-        refused: readings refused in a row, this one included.
-        recipe, thermostat: what is under control; a thermostat of None only monitors.
-        before, after: the controller's state during the step and after it.
+        batch: ``logp``, ``adv``, ``mask`` and ``entropy``, ``[b t]``.
+        facts: of the objective, ``[b t]``.
     """
-    n = max(totals["tokens"], 1.0)
-    row: dict[str, Any] = {
-        "entropy/mean": reading.mean,
-        "entropy/tokens": reading.count,
-        "entropy/refused": refused,
-        "clip/low_frac": totals["low"] / n,
-        "clip/high_frac": totals["high"] / n,
-        "ratio/mean": totals["ratio"] / n,
-        "ratio/outside_frac": totals["outside"] / n,
-        "cov/adv_logp": totals["adv_logp"] / n - totals["adv"] / n * totals["logp"] / n,
-        "adv/mean": totals["adv"] / n,
-    }
-    if thermostat is None or before is None or after is None:
-        return row
-    level = thermostat.level(after)
-    return row | {
-        "entropy/target": level,
-        "entropy/error": None if level is None else (reading.mean - level) / level,
-        "knob/value": before.value,
-        "knob/saturated": int(knob_range(recipe).saturated(before.value)),
-    }
+    logp, entropy = batch.logp, batch.entropy
+    assert entropy is not None
+    adv = per_token(batch.adv, logp)
+    outside = facts.clipped_low | facts.clipped_high if facts.outside is None else facts.outside
+    rows = TokenSums(
+        entropy=entropy,
+        tokens=torch.ones_like(logp),
+        clipped_low=facts.clipped_low,
+        clipped_high=facts.clipped_high,
+        adv=adv,
+        logp=logp,
+        adv_logp=adv * logp,
+        ratio=facts.ratio.expand_as(logp),
+        outside=outside,
+    )
+    return TokenSums(*masked_sums(torch.stack(rows), batch.mask).unbind())
+
+
+def masked_sums(rows: Tensor, mask: Tensor) -> Tensor:
+    """``[n]`` sums of ``[n b t]`` over the masked tokens, in float64 if the device has it."""
+    return torch.where(mask.bool(), rows, 0.0).sum((1, 2), dtype=sum_dtype(rows.device))
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that sums over tokens are kept in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _tensors(sums: tuple[Any, ...]) -> Iterator[Tensor]:
+    for value in sums:
+        if isinstance(value, tuple):
+            yield from _tensors(value)
+        else:
+            yield value
+
+
+def _rebuilt(like: Sums, values: Iterator[Any]) -> Sums:
+    kind = cast(Any, type(like))
+    return kind(*(_rebuilt(x, values) if isinstance(x, tuple) else next(values) for x in like))
+
+
+def add(one: Sums, other: Sums) -> Sums:
+    """Two NamedTuples of tensors, nested or not, field by field."""
+    return _rebuilt(one, iter([a + b for a, b in zip(_tensors(one), _tensors(other), strict=True)]))
+
+
+def reduce(sums: Sums, over_ranks: Callable[[Tensor], Tensor]) -> Sums:
+    """Add up a NamedTuple of tensors over ranks by one reduction of one vector; numbers, or lists for ``[n]`` fields.
+
+    Example:
+        >>> reduce(SumCount(torch.tensor(1.0), torch.tensor([2.0, 3.0])), lambda vector: 2 * vector)
+        SumCount(sum=2.0, count=[4.0, 6.0])
+    """
+    tensors = list(_tensors(sums))
+    vector = over_ranks(torch.cat([x.reshape(-1) for x in tensors])).tolist()
+    values, start = [], 0
+    for x in tensors:
+        part = vector[start : start + x.numel()]
+        values.append(part if x.dim() else part[0])
+        start += x.numel()
+    return _rebuilt(sums, iter(values))
+
+
+class ControlLoop:
+    """The controller of one process; every rank holds the same state, for it sees the same reduced readings.
+
+    A refused reading never moves the knob. The first one of a run raises, for nothing has been trained on it yet; ten
+    in a row end the run by ``save_and_stop``. Without a knob under control a refused reading is a warning.
+
+    Args:
+        recipe: composed and checked.
+        steps: optimizer steps of the whole run, if known.
+        save_and_stop: saves what the engine can save and ends the run with an :class:`EntropyReadingError`, at once or
+            as soon as a checkpoint is written; the default raises unsaved.
+
+    Attributes:
+        state: the thermostat's, or None if nothing is under control.
+        refused: readings refused in a row.
+    """
+
+    def __init__(
+        self, recipe: Recipe, steps: int | None = None, save_and_stop: Callable[[str], None] | None = None
+    ) -> None:
+        self.recipe = recipe
+        self.save_and_stop = save_and_stop or stop_unsaved
+        self.thermostat = build_thermostat(recipe, steps)
+        self.state: ThermostatState | None = self.thermostat.init() if self.thermostat else None
+        self.refused = 0
+        self._sums: Any = None
+
+    def extend_to(self, steps: int) -> None:
+        """Tell a target that covers the whole run its length, in optimizer steps."""
+        self.thermostat = build_thermostat(self.recipe, steps)
+
+    @property
+    def value(self) -> float | None:
+        """The knob in force, or None."""
+        return None if self.state is None else self.state.value
+
+    @property
+    def recipe_now(self) -> Recipe:
+        """The recipe with its knob in force."""
+        return with_knob(self.recipe, self.value)
+
+    def observe(self, sums: tuple[Any, ...]) -> None:
+        """Add a micro-batch: a NamedTuple of tensors, of one type throughout."""
+        self._sums = sums if self._sums is None else add(self._sums, sums)
+
+    @property
+    def observed(self) -> bool:
+        """Whether the step under way has seen a micro-batch."""
+        return self._sums is not None
+
+    def reduced(self, over_ranks: Callable[[Tensor], Tensor]) -> Any:
+        """End the step: its sums over all micro-batches and ranks, as numbers."""
+        sums, self._sums = self._sums, None
+        assert sums is not None
+        return reduce(sums, over_ranks)
+
+    def regulate(self, reading: EntropyReading, act: bool) -> None:
+        """Move the knob for the next step.
+
+        Args:
+            reading: of the step, over all ranks.
+            act: whether a controller without ``every`` acts now: at the end of a generated batch.
+
+        Raises:
+            ValueError: the first reading of the run is refused.
+            EntropyReadingError: ten in a row were, if the engine ends the run at once.
+        """
+        problem = reading.problem()
+        self.refused = self.refused + 1 if problem else 0
+        if self.thermostat is None or self.state is None:
+            if self.refused == 1:
+                logger.warning("entropy reading refused: %s", problem)
+            return
+        if problem and self.state.readings == 0 and self.state.refused == 0:
+            raise ValueError(f"the first entropy reading is refused: {problem}; nothing was trained on it")
+        self.state = self.thermostat.update(self.state, reading, act=act)
+        if problem:
+            logger.warning("entropy reading refused (%s in a row), the knob is held: %s", self.refused, problem)
+        if self.refused >= MAX_REFUSED:
+            self.save_and_stop(f"{self.refused} entropy readings in a row were refused: {problem}")
+
+    def row(self, sums: TokenSums, reading: EntropyReading, before: ThermostatState | None) -> dict[str, Any]:
+        """The row of a step for metrics.jsonl, as far as sums and the controller make it.
+
+        Args:
+            sums: over all ranks.
+            reading: the step's.
+            before: the state during the step.
+        """
+        n = max(sums.tokens, 1.0)
+        row: dict[str, Any] = {
+            "entropy/mean": reading.mean,
+            "entropy/tokens": reading.count,
+            "entropy/refused": self.refused,
+            "clip/low_frac": sums.clipped_low / n,
+            "clip/high_frac": sums.clipped_high / n,
+            "ratio/mean": sums.ratio / n,
+            "ratio/outside_frac": sums.outside / n,
+            "cov/adv_logp": sums.adv_logp / n - sums.adv / n * sums.logp / n,
+            "adv/mean": sums.adv / n,
+        }
+        if self.thermostat is None or self.state is None or before is None:
+            return row
+        target = self.thermostat.level(self.state)
+        return row | {
+            "entropy/target": target,
+            "entropy/error": None if target is None else (reading.mean - target) / target,
+            "knob/value": before.value,
+            "knob/saturated": int(knob_range(self.recipe).saturated(before.value)),
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        state = None if self.state is None else to_json(self.state)
+        return {"recipe": self.recipe.as_dict(), "state": state, "refused": self.refused}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from a checkpoint; start afresh, with a warning, if it controlled something else."""
+        self.refused = saved["refused"]
+        if self.thermostat is None:
+            return
+        self.state = self.thermostat.init()
+        if saved["state"] is None:
+            return
+        now = self.recipe.as_dict()
+        changed = [name for name in ("knob", "controller", "target") if saved["recipe"][name] != now[name]]
+        if changed:
+            logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
+            return
+        self.state = self.thermostat.restore(saved["state"])
+
+
+def stop_unsaved(reason: str) -> NoReturn:
+    """End a run that an engine cannot save.
+
+    Raises:
+        EntropyReadingError: always.
+    """
+    raise EntropyReadingError(f"{reason}; resume from the last checkpoint")
 
 
 def saved_in(folder: str | Path) -> dict[str, Any] | None:
-    """What a checkpoint holds of ours; None, with a warning, where it holds nothing."""
+    """What a checkpoint holds of ours; None, with a warning, if it holds nothing."""
     path = Path(folder) / CHECKPOINT_FILE
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
     logger.warning("%s has no %s: the controller starts afresh", folder, CHECKPOINT_FILE)
     return None
-
-
-def restored(saved: dict[str, Any], recipe: Recipe, thermostat: Thermostat) -> ThermostatState:
-    """The controller's state of a checkpoint; a fresh one, with a warning, where it steered something else."""
-    if saved["state"] is None:
-        return thermostat.init()
-    changed = [k for k in ("knob", "controller", "target") if saved["recipe"][k] != getattr(recipe, k)]
-    if changed:
-        logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
-        return thermostat.init()
-    return thermostat.restore(saved["state"])

@@ -1,107 +1,97 @@
-"""What a recipe hands to TRL's loss, and what it adds to it.
+"""What a recipe hands to an engine's loss.
 
-Objectives that TRL has are TRL's, with advantages and clip bounds rewritten. Any other one takes the general road: its
-gradient by the log-probabilities, ``w = −∂(Σ loss)/∂logp``, goes in as the advantages and the current log-probabilities
-as the old ones, so that TRL's own ``−exp(logp − old)·w``, whose ratio is 1 and which no clip takes hold of, has exactly
-that gradient under TRL's own normaliser. The value of that loss is ``−w``, which is what TRL logs.
-
-Terms that act through the entropies or whole rows are added afterwards under the same normaliser.
+An objective that the engine has stays the engine's, with advantages and clip bounds rewritten. Any other one takes the
+general path: its gradient by the log-probabilities, ``w = −∂(Σ loss)/∂logp``, goes in as the advantages and the current
+log-probabilities as the old ones, so that the engine's own ``−exp(logp − old)·w``, whose ratio is 1 and which no clip
+removes, has exactly that gradient under the engine's own normaliser. The value of that loss is ``−w``, which is what
+the engine logs.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from ..recipes.compose import Recipe, per_token, select, shape
-from ..recipes.terms import penalty, selected, wide
+from ..recipes import Recipe, knob_range, with_knob
+from ..recipes.apply import per_token, select, shape, token_weights, weighted
 from ..types import TokenBatch, TokenFacts
 
+CLIP_KNOBS = ("clip_low", "clip_high")
 
-class Handed(NamedTuple):
+
+class Rewritten(NamedTuple):
     """What the native loss reads of a micro-batch in place of what was there.
 
     Attributes:
-        adv: shaped and selected advantages, ``[b t]``, or ``[b]`` where they are as they were.
-        given: what stands for the advantages.
-        logp_old: what stands for the old log-probabilities, or ``None`` to leave them.
-        facts: of the objective on the general road, ``None`` on the native one.
-        chosen: factors of the selection, ``None`` without one.
+        adv: shaped and selected advantages, ``[b t]``, or ``[b]`` if they are as they were.
+        advantages: what takes the place of the advantages.
+        logp_old: what takes the place of the old log-probabilities, or ``None`` to leave them.
+        facts: of the objective on the general path, ``None`` on the native one.
+        factors: of the selection, ``None`` without one.
     """
 
-    adv: torch.Tensor
-    given: torch.Tensor
-    logp_old: torch.Tensor | None
+    adv: Tensor
+    advantages: Tensor
+    logp_old: Tensor | None
     facts: TokenFacts | None
-    chosen: torch.Tensor | None
+    factors: Tensor | None
 
 
-def hand(recipe: Recipe, batch: TokenBatch, ratio: torch.Tensor, native: bool) -> Handed:
-    """Rewrite a micro-batch for the native loss; ``batch`` carries no gradient, ``recipe`` its knob in force."""
-    chosen = select(recipe, batch)
-    adv = selected(shape(recipe, batch), chosen)
-    if native:
-        # One ratio a sequence with a gradient by token: the token ratio exp(logp − (sg(logp) − log s)).
-        spread = recipe.objective == "sequence_clipped" and not recipe.plain
-        return Handed(adv, adv, batch.logp - ratio.log() if spread else None, None, chosen)
-    given, facts = weights_of(recipe, batch, chosen)
-    return Handed(adv, given, batch.logp, facts, chosen)
+def rewrite(recipe: Recipe, batch: TokenBatch, native: bool) -> Rewritten:
+    """Rewrite a micro-batch for the native loss.
 
-
-def weights_of(recipe: Recipe, batch: TokenBatch, chosen: torch.Tensor | None) -> tuple[torch.Tensor, TokenFacts]:
-    """The weight ``−∂(Σ loss)/∂logp`` of each token under the recipe's objective, ``[b t]``, and its facts."""
-    with torch.enable_grad():
-        leaf = batch.logp.detach().clone().requires_grad_()
-        loss, facts = per_token(recipe, batch._replace(logp=leaf), chosen, penalised=False)
-        total = torch.where(batch.mask.bool(), loss, torch.zeros_like(loss)).sum()
-        slope = torch.autograd.grad(total, leaf)[0]
-    return -slope, facts
-
-
-def given_at(recipe: Recipe, batch: TokenBatch, handed: Handed) -> torch.Tensor:
-    """What would stand for the advantages with another value of the knob in ``recipe``; the selection stays."""
-    if handed.facts is None:
-        return wide(selected(shape(recipe, batch), handed.chosen), batch.logp)
-    return weights_of(recipe, batch, handed.chosen)[0]
-
-
-class Term(NamedTuple):
-    """What was added to the native loss, for its explanation.
-
-    Attributes:
-        unit: the normalised term that the knob multiplies, to be maximised; ``None`` where the knob is not of its kind.
-        rows: ``[b t v]`` rows that it was computed from, or ``None``.
+    Args:
+        recipe: with its knob in force.
+        batch: token facts without gradients.
+        native: whether the engine has the recipe's objective.
     """
-
-    unit: torch.Tensor | None
-    rows: torch.Tensor | None
-
-
-def normalised(trainer: Any, term: torch.Tensor, mask: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """The mean of a term ``[b t]`` under the loss's own normaliser."""
-    term = torch.where(mask.bool(), term, torch.zeros_like(term))
-    windows = trainer.current_gradient_accumulation_steps
-    if trainer.recipe.reduction == "sequence":
-        return (term.sum(-1) / mask.sum(-1).clamp(min=1.0)).mean() / windows
-    if trainer.recipe.reduction == "constant":
-        return term.sum() / (term.shape[0] * trainer.args.max_completion_length) / windows
-    share = windows / trainer.args.steps_per_generation / trainer.accelerator.num_processes
-    return term.sum() / (inputs["num_items_in_batch"].clamp(min=1.0) * share)
+    factors = select(recipe, batch)
+    adv = weighted(shape(recipe, batch), factors)
+    if native:
+        return Rewritten(adv, adv, None, None, factors)
+    advantages, facts = token_weights(recipe, batch, factors)
+    return Rewritten(adv, advantages, batch.logp, facts, factors)
 
 
-def add_terms(
-    trainer: Any, recipe: Recipe, loss: torch.Tensor, batch: TokenBatch, inputs: dict[str, Any]
-) -> tuple[torch.Tensor, Term]:
-    """Add the recipe's penalty and its entropy bonus; ``batch`` carries gradients."""
-    unit = None
-    if recipe.entropy_coef or recipe.knob == "entropy_coef":
-        assert batch.entropy is not None
-        bonus = normalised(trainer, batch.entropy, batch.mask, inputs)
-        loss = loss - recipe.entropy_coef * bonus if recipe.entropy_coef else loss
-        unit = bonus if recipe.knob == "entropy_coef" else None
-    if recipe.penalty != "none":
-        cost = normalised(trainer, penalty(recipe, batch), batch.mask, inputs)
-        loss = loss + recipe.penalty_coef * cost
-        unit = -cost if recipe.knob == "penalty_coef" else unit
-    return loss, Term(unit, batch.logp_rows)
+def advantages_at(recipe: Recipe, batch: TokenBatch, rewritten: Rewritten) -> Tensor:
+    """What would take the place of the advantages with another value of the knob in ``recipe``; the selection stays."""
+    if rewritten.facts is None:
+        return per_token(weighted(shape(recipe, batch), rewritten.factors), batch.logp)
+    return token_weights(recipe, batch, rewritten.factors)[0]
+
+
+class Difference(NamedTuple):
+    """A difference across the knob, and the width over which it was taken: their quotient is the derivative."""
+
+    change: Tensor
+    width: float
+
+
+def across_knob(recipe: Recipe, value: float, quantity: Callable[[Recipe], Tensor]) -> Difference:
+    """The difference of a quantity across the knob under control, centred on its value.
+
+    Clip bounds free tokens one by one, which are counted over half the width of the clip; everything else is smooth in
+    its knob, and a thousandth of the range to either side will do.
+
+    Args:
+        recipe: with the knob under control.
+        value: of the knob.
+        quantity: of a recipe with its knob in force.
+    """
+    span = knob_range(recipe)
+    step = value / 4 if recipe.knob in CLIP_KNOBS else 1e-3 * (span.high - span.low)
+    up, down = (quantity(with_knob(recipe, value + x)) for x in (step, -step))
+    return Difference(up - down, 2 * step)
+
+
+def lower_width(recipe: Recipe) -> float:
+    """How far below 1 the recipe's lower clip bound is, whichever rule makes it a bound.
+
+    Example:
+        >>> from isentropic.recipes import RECIPES
+        >>> lower_width(RECIPES["dapo"]), round(lower_width(RECIPES["loop"]), 4)
+        (0.2, 0.0909)
+    """
+    return recipe.clip_low if recipe.bounds == "additive" else 1 - 1 / (1 + recipe.clip_low)

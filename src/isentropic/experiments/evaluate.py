@@ -1,61 +1,36 @@
-"""Sampling and counting: how good a model is on a task, during a run and beside it."""
+"""Evaluation on held-out prompts: a model during its run, and models and runs side by side (`isentropic eval`)."""
 
 from __future__ import annotations
 
-import inspect
-import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..engines.trl.rollout import Sampling, Wins, limited, wins
-from ..engines.trl.stop import ends, line_breaks
+from ..models.candidates import Candidate
+from ..models.episodes import Sampling, Wins, count_wins, limited
+from ..models.generation import OnProgress, evaluating, line_break_tokens, sample, seeded
+from ..models.loading import load_tokenizer, load_weights, suit_threads
+from ..runs.record import append_row
 from ..runs.statistics import bootstrap_interval, majority_vote, pass_at_k
-from ..tasks import Task
+from ..tasks import Task, load_task
+from ..tasks.checks import constant_line
 from ..tasks.environments import EnvironmentTask
-from .config import ConfigError
-
-# What one call of generate may hold: its cache grows with the tokens, its logits with sequences x vocabulary.
-_TOKENS, _LOGITS, _SEQUENCES = 32_768, 1 << 24, 1024
-_ON_GPU = 8  # times as much
-
-
-class Sampled(NamedTuple):
-    """Completions of each prompt.
-
-    Attributes:
-        texts: [p g], without what follows the end.
-        truncated: [p g] whether the limit of tokens came before an end.
-        num_tokens: generated, ends included.
-    """
-
-    texts: list[list[str]]
-    truncated: list[list[bool]]
-    num_tokens: int
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Sampling for an evaluation leaves the training run's random state alone."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        yield
+from .config import ConfigError, EvalSettings, config_errors
+from .terminal import Progress
 
 
 def check_prompts(task: Task, tokenizer: Any, model: str) -> None:
-    """Refuse conversations where the tokenizer has no chat template, and prompts of two forms.
+    """Refuse conversations if the tokenizer has no chat template, and prompts of two forms.
 
     Raises:
         ConfigError: such a task, with the remedy.
     """
-    try:
+    with config_errors():
         rows = task.heldout()
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
     forms = {isinstance(row["prompt"], str) for row in rows}
     if len(forms) > 1:
         raise ConfigError(
@@ -68,108 +43,6 @@ def check_prompts(task: Task, tokenizer: Any, model: str) -> None:
         )
 
 
-def encode(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """The token ids of prompts, which are texts or conversations."""
-    if prompts and not isinstance(prompts[0], str):
-        made = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True)
-        return made["input_ids"]
-    return tokenizer(list(prompts))["input_ids"]
-
-
-@torch.no_grad()
-def sample(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[Any],
-    num: int,
-    max_tokens: int,
-    temperature: float | None = 1.0,
-    stop: Sequence[int] = (),
-    progress: Callable[[int, int, int], None] | None = None,
-) -> Sampled:
-    """``num`` completions of each prompt, in calls small enough for a machine without a GPU.
-
-    Args:
-        model: causal, on its device.
-        tokenizer: of it.
-        prompts: p texts or conversations.
-        num: completions of each.
-        max_tokens: limit of a completion.
-        temperature: of sampling; None is greedy.
-        stop: ids of tokens that end a completion, besides the end of the sequence.
-        progress: called after every call with sequences done, sequences in all, tokens generated.
-    """
-    ids = [each for each in encode(tokenizer, prompts) for _ in range(num)]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    end = list(dict.fromkeys([*ends(tokenizer, model), *stop]))
-    draw = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
-    texts, truncated, num_tokens, done = [""] * len(ids), [False] * len(ids), 0, 0
-    stopping = torch.tensor(end, device=model.device)
-    while done < len(order):
-        chunk = order[done : done + _per_call(model, ids, order, done, max_tokens, num)]
-        encoded = tokenizer.pad({"input_ids": [ids[i] for i in chunk]}, padding_side="left", return_tensors="pt")
-        encoded = encoded.to(model.device)
-        out = model.generate(
-            **encoded,
-            **_read_once(model, encoded, [i // num for i in chunk]),
-            top_k=0 if temperature is not None else None,
-            top_p=1.0 if temperature is not None else None,
-            max_new_tokens=max_tokens,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-            **draw,
-        )[:, encoded["input_ids"].shape[1] :]
-        ended = torch.isin(out, stopping)
-        lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
-        num_tokens += int(lengths.sum())
-        for i, row, length, whole in zip(chunk, out, lengths.tolist(), ended.any(1).tolist(), strict=True):
-            texts[i] = tokenizer.decode(row[:length], skip_special_tokens=True)
-            truncated[i] = not whole
-        done += len(chunk)
-        if progress is not None:
-            progress(done, len(order), num_tokens)
-    groups = range(0, len(texts), num)
-    return Sampled([texts[i : i + num] for i in groups], [truncated[i : i + num] for i in groups], num_tokens)
-
-
-def _read_once(model: Any, encoded: dict[str, Any], owners: list[int]) -> dict[str, Any]:
-    """A cache in which each prompt was read once, whatever its number of samples; all but its last token.
-
-    Empty where there is nothing to save, and for models whose decoder has no such cache.
-
-    Args:
-        model: causal.
-        encoded: ``input_ids`` and ``attention_mask``, [b s], padded on the left.
-        owners: b, whose samples the rows are; those of one prompt follow one another.
-    """
-    _, counts = torch.unique_consecutive(torch.tensor(owners, device=model.device), return_counts=True)
-    if len(counts) == len(owners) or encoded["input_ids"].shape[1] == 1:
-        return {}
-    decoder = model.get_decoder()
-    if not {"past_key_values", "position_ids"} <= inspect.signature(decoder.forward).parameters.keys():
-        return {}
-    first = counts.cumsum(0) - counts
-    mask = encoded["attention_mask"][first, :-1]
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    ids = encoded["input_ids"][first, :-1]
-    cache = decoder(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(counts)
-    return {"past_key_values": cache}
-
-
-def _per_call(model: Any, ids: list[list[int]], order: list[int], done: int, max_tokens: int, num: int) -> int:
-    """Sequences of the next call; whole prompts where a prompt's samples fit."""
-    scale = _ON_GPU if model.device.type == "cuda" else 1
-    room = max(1, min(_SEQUENCES, scale * _LOGITS // model.config.get_text_config().vocab_size))
-    longest = 0
-    for taken, i in enumerate(order[done : done + room]):
-        longest = max(longest, len(ids[i]) + max_tokens)
-        if (taken + 1) * longest > scale * _TOKENS:
-            room = max(1, taken)
-            break
-    return room // num * num or room
-
-
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -180,117 +53,175 @@ def evaluate(
     temperature: float | None,
     seed: int,
     max_tokens: int | None = None,
-    progress: Callable[[int, int, int], None] | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any]:
-    """Sample held-out prompts and count: the figures of a row of evaluations.jsonl.
+    """Sample answers to held-out prompts, or play held-out episodes, and count: the figures of evaluations.jsonl.
 
     Args:
-        model, tokenizer: as sample has them.
-        task: who judges.
+        model: causal, on its device.
+        tokenizer: its tokenizer.
+        task: the task, whose verifier judges.
         k: samples a prompt.
         rows: prompts.
         temperature: of sampling; None is greedy.
         seed: of sampling.
         max_tokens: limit of a completion; None is the task's.
-        progress: as sample has it.
+        progress: called after every batch of completions.
     """
     if isinstance(task, EnvironmentTask):
-        return _played(model, tokenizer, limited(task, max_tokens), k, rows, temperature, seed, progress)
-    was_training = model.training
-    model.eval()
+        sampling = Sampling(temperature or 0.0)
+        with evaluating(model), seeded(seed):
+            counts = count_wins(
+                model, tokenizer, limited(task, max_tokens), list(rows), k, sampling, progress=progress
+            )
+        return _figures(task, k, temperature, counts, [str(row.get("seed", row["prompt"])) for row in rows])
     limit = max_tokens or task.max_completion_length
-    stop = line_breaks(tokenizer) if task.stop == "\n" else []
-    with own_randomness(seed):
-        prompts = [row["prompt"] for row in rows]
-        got = sample(model, tokenizer, prompts, k, limit, temperature, stop, progress)
-    model.train(was_training)
-    correct, distinct, majority = [], [], []
-    for row, group in zip(rows, got.texts, strict=True):
-        columns = {name: [value] * len(group) for name, value in row.items() if name != "prompt"}
-        marks = [bool(r) for r in task.reward(group, prompts=[row["prompt"]] * len(group), **columns)]
-        answers = [task.normalise(task.cut(text)) for text in group]
-        correct.append(sum(marks))
-        distinct.append(len({a for a, right in zip(answers, marks, strict=True) if right}))
-        winner = majority_vote([a or None for a in answers])
-        majority.append(any(right and a == winner for a, right in zip(answers, marks, strict=True)))
-    truncated = [sum(each) for each in got.truncated]
-    asked = [shown(row["prompt"]) for row in rows]
-    row = _row(task, k, temperature, Wins(correct, distinct, truncated, got.num_tokens), asked)
-    return {**row, "majority": sum(majority) / len(rows)}
+    stop = line_break_tokens(tokenizer) if task.stop == "\n" else []
+    prompts = [row["prompt"] for row in rows]
+    with evaluating(model), seeded(seed):
+        completions = sample(model, tokenizer, prompts, k, limit, temperature, stop, progress)
+    judged = [_judge(task, row, texts) for row, texts in zip(rows, completions.texts, strict=True)]
+    truncated = [sum(cut) for cut in completions.truncated]
+    counts = Wins([j.correct for j in judged], [j.distinct for j in judged], truncated, completions.num_tokens)
+    figures = _figures(task, k, temperature, counts, [_prompt_text(prompt) for prompt in prompts])
+    return {**figures, "majority": sum(j.majority for j in judged) / len(rows)}
 
 
-def _played(
-    model: Any,
-    tokenizer: Any,
-    task: EnvironmentTask,
-    k: int,
-    rows: Sequence[dict[str, Any]],
-    temperature: float | None,
-    seed: int,
-    progress: Callable[[int, int, int], None] | None,
-) -> dict[str, Any]:
-    """The figures of episodes: a win is right, and there is nothing to vote on."""
-    was_training = model.training
-    model.eval()
-    with own_randomness(seed):
-        found = wins(model, tokenizer, task, list(rows), k, Sampling(temperature or 0.0), progress=progress)
-    model.train(was_training)
-    return _row(task, k, temperature, found, [str(row.get("seed", row["prompt"])) for row in rows])
+class _Judged(NamedTuple):
+    """Counts of a prompt's answers, and whether the most frequent one is right."""
+
+    correct: int
+    distinct: int
+    majority: bool
 
 
-def _row(task: Task, k: int, temperature: float | None, found: Wins, asked: list[str]) -> dict[str, Any]:
-    """A row of evaluations.jsonl from its counts by prompt."""
-    num = len(asked)
-    result: dict[str, Any] = {"task": task.name, "k": k, "temperature": temperature or 0.0}
-    for each in sorted({1, *(2**i for i in range(1, 10) if 2**i < k), k}):
-        result[f"pass@{each}"] = float(np.mean(pass_at_k([k] * num, found.correct, each)))
+def _judge(task: Task, row: dict[str, Any], texts: list[str]) -> _Judged:
+    columns = {name: [value] * len(texts) for name, value in row.items() if name != "prompt"}
+    right = [bool(r) for r in task.reward(texts, prompts=[row["prompt"]] * len(texts), **columns)]
+    answers = [task.normalise(task.cut(text)) for text in texts]
+    right_answers = {answer for answer, is_right in zip(answers, right, strict=True) if is_right}
+    # An empty answer is no vote.
+    winner = majority_vote([answer or None for answer in answers])
+    majority = any(is_right and answer == winner for answer, is_right in zip(answers, right, strict=True))
+    return _Judged(sum(right), len(right_answers), majority)
+
+
+def _figures(task: Task, k: int, temperature: float | None, counts: Wins, prompts: list[str]) -> dict[str, Any]:
+    """A row of evaluations.jsonl, from its counts by prompt."""
+    num = len(prompts)
+    figures: dict[str, Any] = {"task": task.name, "k": k, "temperature": temperature or 0.0}
+    for size in sorted({1, *(2**i for i in range(1, 10) if 2**i < k), k}):
+        figures[f"pass@{size}"] = float(np.mean(pass_at_k([k] * num, counts.correct, size)))
     return {
-        **result,
-        "distinct": sum(found.distinct) / num,
-        "truncated_frac": sum(found.truncated) / (num * k),
-        "num_tokens": found.num_tokens,
-        "prompts": asked,
+        **figures,
+        "distinct": sum(counts.distinct) / num,
+        "truncated_frac": sum(counts.truncated) / (num * k),
+        "num_tokens": counts.num_tokens,
+        "prompts": prompts,
         "num_samples": [k] * num,
-        "num_correct": found.correct,
-        "num_distinct": found.distinct,
-        "num_truncated": found.truncated,
+        "num_correct": counts.correct,
+        "num_distinct": counts.distinct,
+        "num_truncated": counts.truncated,
     }
 
 
-def shown(prompt: Any) -> str:
-    """A prompt as text: what the last message of a conversation says."""
+def _prompt_text(prompt: Any) -> str:
+    """A prompt as text: of a conversation, its last message."""
     return prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
 
 
-def intervals(row: dict[str, Any]) -> dict[str, list[float] | None]:
-    """The 95 % interval of every pass@k, over prompts.
+def intervals(figures: dict[str, Any]) -> dict[str, list[float] | None]:
+    """The 95 % interval of every pass@k, by bootstrap over prompts.
 
     Args:
-        row: of :func:`evaluate`.
+        figures: of :func:`evaluate`.
     """
-    found: dict[str, list[float] | None] = {}
-    for name in (name for name in row if name.startswith("pass@")):
-        chances = pass_at_k(row["num_samples"], row["num_correct"], int(name.partition("@")[2]))
+    by_name: dict[str, list[float] | None] = {}
+    for name in (name for name in figures if name.startswith("pass@")):
+        chances = pass_at_k(figures["num_samples"], figures["num_correct"], int(name.partition("@")[2]))
         interval = bootstrap_interval(np.asarray(chances))
-        found[name] = None if interval is None else [interval.low, interval.high]
-    return found
+        by_name[name] = None if interval is None else [interval.low, interval.high]
+    return by_name
 
 
-class Progress:
-    """A line now and then: what is sampled, at which speed, and how long it will take."""
+def evaluate_models(
+    settings: EvalSettings, models: Sequence[Candidate], out: str | None, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Evaluate models side by side; returns a row for each. All is checked before the first model is loaded.
 
-    def __init__(self, title: str, say: Callable[[str], None], every: float = 20.0):
-        self.title, self.say, self.every = title, say, every
-        self.began = self.told = time.monotonic()
-        self.speed = 0.0  # tokens a second
+    Args:
+        settings: task, samples, prompts.
+        models: to evaluate.
+        out: a JSONL file to which a row for each model is appended.
+        say: called with lines of progress.
 
-    def __call__(self, done: int, num: int, tokens: int) -> None:
-        now = time.monotonic()
-        self.speed = round(tokens / max(now - self.began, 1e-9), 1)
-        if now - self.told < self.every and done < num:
-            return
-        self.told, spent = now, max(now - self.began, 1e-9)
-        left = math.ceil(spent / done * (num - done))
-        self.say(
-            f"{self.title}: {done}/{num} completions, {tokens / spent:.0f} tokens/s, eta {left // 60}:{left % 60:02d}"
+    Raises:
+        ConfigError: anything that cannot work.
+    """
+    task = load_task(settings.task)
+    with config_errors():
+        rows = task.heldout()
+        tokenizers = []
+        for model in models:
+            tokenizers.append(load_tokenizer(model.resolve()))
+            check_prompts(task, tokenizers[-1], model.name)
+    if line := constant_line(task, rows):
+        say(line)
+    evaluated = []
+    threads = torch.get_num_threads()
+    for model, tokenizer in zip(models, tokenizers, strict=True):
+        try:
+            evaluated.append(_evaluate_model(model, tokenizer, task, settings, rows, say))
+        finally:
+            torch.set_num_threads(threads)
+        if out:
+            append_row(Path(out), evaluated[-1])
+    return evaluated
+
+
+def _evaluate_model(
+    candidate: Candidate,
+    tokenizer: Any,
+    task: Task,
+    settings: EvalSettings,
+    rows: list[dict[str, Any]],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    with config_errors():
+        model = load_weights(candidate.resolve(), candidate.dtype)
+    suit_threads(model)
+    if torch.cuda.is_available():
+        model.to("cuda")
+    row: dict[str, Any] = {
+        "model": candidate.name,
+        "step": candidate.step,
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+    shared: dict[str, Any] = {"seed": settings.seed, "max_tokens": settings.max_tokens}
+    progress = Progress(candidate.name, say)
+    row |= evaluate(
+        model,
+        tokenizer,
+        task,
+        settings.k,
+        rows=rows[: settings.limit],
+        temperature=settings.temperature,
+        progress=progress,
+        **shared,
+    )
+    row["tokens_per_second"] = progress.speed
+    if settings.greedy_limit:
+        greedy_rows, progress = rows[: settings.greedy_limit], Progress(f"{candidate.name}, greedy", say)
+        greedy = evaluate(
+            model, tokenizer, task, 1, rows=greedy_rows, temperature=None, progress=progress, **shared
         )
+        row |= {
+            "greedy": greedy["pass@1"],
+            "greedy_prompts": len(greedy_rows),
+            "greedy_truncated": greedy["truncated_frac"],
+            "greedy_correct": greedy["num_correct"],
+        }
+    row |= {"intervals": intervals(row), **shared}
+    del model
+    gc.collect()
+    return row

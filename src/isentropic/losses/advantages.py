@@ -158,10 +158,10 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     return _finish((rewards - _mean(rewards)) * (num / (num - 1).clamp(min=1)), rewards)
 
 
-def quantile(rewards: Float[Tensor, "p g"], k: float = 0.4, interpolation: str = "linear") -> Float[Tensor, " b"]:
+def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str = "linear") -> Float[Tensor, " b"]:
     """Subtract a quantile of the group instead of its mean.
 
-    ``A = R − Q_k(R)``
+    ``A = R − Q_k(R)``, k the quantile
 
     With right-or-wrong rewards the baseline is (nearly) 0 on prompts that are mostly failed, where only the rare
     successes then teach, and 1 on prompts that are mostly solved, where only the rare failures do.
@@ -174,32 +174,32 @@ def quantile(rewards: Float[Tensor, "p g"], k: float = 0.4, interpolation: str =
 
     Args:
         rewards: [p g] rewards; NaN where a sample is not scorable.
-        k: the quantile, in [0, 1].
+        quantile: k, in [0, 1].
         interpolation: one of INTERPOLATIONS.
 
     Returns:
         [b] advantages in the unit of the reward.
 
     Raises:
-        ValueError: k outside [0, 1]; unknown interpolation.
+        ValueError: a quantile outside [0, 1]; unknown interpolation.
 
     QAE (arXiv:2509.22611); ``linear`` as the default is a choice of ours [ours].
 
-    >>> quantile(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]))  # h = 1.2
+    >>> quantile(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]), 0.4)  # h = 1.2
     tensor([ 1.,  0.,  0.,  0.,  0.,  0.,  0., -1.])
     """
-    if not 0 <= k <= 1:
-        raise ValueError(f"k must be in [0, 1], got {k}; 0.4 is the paper's")
+    if not 0 <= quantile <= 1:
+        raise ValueError(f"quantile must be in [0, 1], got {quantile}; 0.4 is the paper's")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}; choose one")
     rewards = _at_least_fp32(rewards)
     if interpolation == "inverted_cdf":
         num = (~rewards.isnan()).sum(dim=1, keepdim=True)
         # k·n is rarely exact in binary: 0.3·50 must be 15 and not the next sample.
-        rank = (k * num - 1e-6 * num).ceil().long().clamp(min=1) - 1
+        rank = (quantile * num - 1e-6 * num).ceil().long().clamp(min=1) - 1
         baseline = rewards.sort(dim=1).values.gather(1, rank)
     else:
-        baseline = rewards.nanquantile(k, dim=1, keepdim=True, interpolation=interpolation)
+        baseline = rewards.nanquantile(quantile, dim=1, keepdim=True, interpolation=interpolation)
     return _finish(rewards - baseline, rewards)
 
 
@@ -230,10 +230,31 @@ def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int
     return ((max_length - buffer - lengths.float()) / buffer).clamp(min=-1.0, max=0.0)
 
 
-BASELINES = {
-    "none": none,
-    "mean": group_mean,
-    "mean_std": mean_std,
-    "leave_one_out": leave_one_out,
-    "quantile": quantile,
-}
+def group_rate(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """How well the samples of each prompt did, in [0, 1], at every sample of it.
+
+    If all rewards are 0 or 1, the share of right answers; if they are graded, the mean reward scaled by the group's own
+    range, ``(mean − min)/(max − min)``. A graded group with one reward alone is 1 if that reward is above 0, else 0.
+
+    Args:
+        rewards: [p g] rewards; NaN where a sample is not scorable, which then does not count.
+
+    Returns:
+        [b] rates; a group that has no scorable sample gets 0.
+
+    [ours]
+
+    >>> group_rate(torch.tensor([[1.0, 0.0], [1.0, 1.0]]))
+    tensor([0.5000, 0.5000, 1.0000, 1.0000])
+    >>> group_rate(torch.tensor([[3.0, 1.0, 2.0, 1.0], [-2.0, -2.0, -2.0, -2.0]]))
+    tensor([0.3750, 0.3750, 0.3750, 0.3750, 0.0000, 0.0000, 0.0000, 0.0000])
+    """
+    rewards = _at_least_fp32(rewards)
+    missing = rewards.isnan()
+    mean = _mean(rewards)
+    highest = rewards.masked_fill(missing, -math.inf).amax(dim=1, keepdim=True)
+    lowest = rewards.masked_fill(missing, math.inf).amin(dim=1, keepdim=True)
+    width = highest - lowest
+    scaled = torch.where(width > 0, (mean - lowest) / torch.where(width > 0, width, 1.0), (mean > 0).to(mean.dtype))
+    binary = ((rewards == 0) | (rewards == 1) | missing).all()
+    return torch.where(binary, mean, scaled).expand(rewards.shape).flatten()

@@ -6,7 +6,7 @@ at 1. Two rules are numbers, the others differ from token to token or are read o
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -32,6 +32,9 @@ class RatioFacts(NamedTuple):
     mask: Tensor
 
 
+Rule = Callable[[Any, Any, RatioFacts], tuple[Any, Any]]
+
+
 def additive(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Bound, Bound]:
     """``[1 − clip_low, 1 + clip_high]``: PPO (arXiv:1707.06347), DAPO (arXiv:2503.14476)."""
     return 1 - clip_low, 1 + clip_high
@@ -42,20 +45,20 @@ def reciprocal(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Bo
     return 1 / (1 + clip_low), 1 + clip_high
 
 
-def linear(clip_low: Width, clip_high: Width, facts: RatioFacts, *, slope: float = -0.2) -> tuple[Bound, Bound]:
+def linear(clip_low: Width, clip_high: Width, facts: RatioFacts, *, slope: float) -> tuple[Bound, Bound]:
     """``[1 − clip_low, 1 + max(slope·p_old + clip_high, 0)]``: a likely token has less room above than a rare one.
 
     Dynamic clip thresholds (arXiv:2602.09782): ``ε_high(p) = α·p + β`` with α < 0; here β is clip_high. α is unknown
     (?), and p is taken under the old policy, so that the bound stands still while the token moves [ours].
 
     >>> facts = RatioFacts(torch.ones(1, 2), torch.tensor([[0.1, 0.9]]), torch.ones(1, 2), torch.ones(1, 2).bool())
-    >>> linear(0.2, 0.28, facts)
+    >>> linear(0.2, 0.28, facts, slope=-0.2)
     (0.8, tensor([[1.2600, 1.1000]]))
     """
     return 1 - clip_low, 1 + (slope * facts.prob_old + clip_high).clamp(min=0.0)
 
 
-def dcpo(clip_low: Width, clip_high: Width, facts: RatioFacts, *, ratio_cap: float = 10.0) -> tuple[Bound, Bound]:
+def dcpo(clip_low: Width, clip_high: Width, facts: RatioFacts, *, ratio_cap: float) -> tuple[Bound, Bound]:
     """``½ + ½√max(1 − 4·clip_low/q, 0) ≤ r ≤ min(½ + ½√(1 + 4·clip_high/q), ratio_cap)``, q the old probability.
 
     The same as ``−clip_low ≤ (r − 1)·p_new ≤ clip_high`` where the root is real: what is bounded is not the ratio but
@@ -64,7 +67,8 @@ def dcpo(clip_low: Width, clip_high: Width, facts: RatioFacts, *, ratio_cap: flo
     DCPO (arXiv:2509.02333).
 
     >>> q = torch.tensor([[1.0, 0.01]])
-    >>> dcpo(0.16, 0.2, RatioFacts(torch.ones(1, 2), q, torch.ones(1, 2), torch.ones(1, 2).bool()))  # ½+½·√0.36, …√1.8
+    >>> facts = RatioFacts(torch.ones(1, 2), q, torch.ones(1, 2), torch.ones(1, 2).bool())
+    >>> dcpo(0.16, 0.2, facts, ratio_cap=10.0)  # ½+½·√0.36, …√1.8
     (tensor([[0.8000, 0.5000]]), tensor([[1.1708, 5.0000]]))
     """
     q = facts.prob_old.clamp(min=torch.finfo(facts.prob_old.dtype).tiny)
@@ -77,11 +81,11 @@ def balanced(
     clip_high: Width,
     facts: RatioFacts,
     *,
-    positive_share: float = 0.5,
-    lower_to: float = 0.9,
-    upper_to: float = 3.0,
-    lower_step: float = 0.02,
-    upper_step: float = 0.05,
+    positive_share: float,
+    lower_to: float,
+    upper_to: float,
+    lower_step: float,
+    upper_step: float,
 ) -> tuple[Bound, Bound]:
     """Widen the upper bound, then tighten the lower one, until positive advantages carry their share of the loss.
 
@@ -102,7 +106,8 @@ def balanced(
 
     >>> one = torch.ones(1, 2)
     >>> facts = RatioFacts(torch.tensor([[2.0, 1.0]]), one, torch.tensor([[1.0, -1.5]]), one.bool())
-    >>> balanced(0.4, 0.2, facts)  # min(2, 1.5)·1 = max(1, 0.6)·1.5
+    >>> path = dict(positive_share=0.5, lower_to=0.9, upper_to=3.0, lower_step=0.02, upper_step=0.05)
+    >>> balanced(0.4, 0.2, facts, **path)  # min(2, 1.5)·1 = max(1, 0.6)·1.5
     (tensor(0.6000), tensor(1.5000))
     """
     if isinstance(clip_low, Tensor) or isinstance(clip_high, Tensor):
@@ -137,39 +142,26 @@ def _points(length: float, step: float) -> int:
     return 1 + max(0, math.ceil(length / step - 1e-9))
 
 
-BOUNDS: dict[str, Callable[..., tuple[Bound, Bound]]] = {
-    "additive": additive,
-    "reciprocal": reciprocal,
-    "linear": linear,
-    "dcpo": dcpo,
-    "balanced": balanced,
-}
-
-
 def bounds_of(
-    rule: str,
+    rule: Rule,
     clip_low: Width,
     clip_high: Width,
     facts: RatioFacts,
     mask: Bool[Tensor, "b t"],
-    **constants: float,
 ) -> tuple[Bound | Float[Tensor, ""] | Float[Tensor, "b t"], Bound | Float[Tensor, ""] | Float[Tensor, "b t"]]:
-    """The lowest and the highest ratio by the rule of that name.
+    """The lowest and the highest ratio by a rule.
 
     Args:
-        rule: one of BOUNDS.
+        rule: a function of this module with its constants fixed, or one like it.
         clip_low, clip_high: widths, numbers or [b t]; what a tensor holds outside the mask counts as 0.
         facts: of the tokens, [b t] each.
         mask: [b t] true where the token counts.
-        **constants: of the rule.
 
     Raises:
-        ValueError: a width that is a negative number; an unknown rule.
+        ValueError: a width that is a negative number.
     """
     for name, width in (("clip_low", clip_low), ("clip_high", clip_high)):
         if not isinstance(width, Tensor) and not width >= 0:
             raise ValueError(f"{name} must be >= 0, got {width}; it is a width, the bound is on the other side of 1")
-    if rule not in BOUNDS:
-        raise ValueError(f"bounds must be one of {', '.join(BOUNDS)}, got {rule!r}; choose one")
     low, high = (torch.where(mask, w, 0.0) if isinstance(w, Tensor) else w for w in (clip_low, clip_high))
-    return BOUNDS[rule](low, high, facts, **constants)
+    return rule(low, high, facts)

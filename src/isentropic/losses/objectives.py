@@ -6,8 +6,7 @@ into a number. Here ``r = exp(logp − logp_old)`` and A is the advantage, which
 
 Outside the mask the loss is 0, the ratio 1 and nothing is clipped, whatever the batch holds there.
 
-Where a loss has bounds, ``bounds`` names the rule of :mod:`isentropic.losses.clipping` that makes them of the two widths, and
-``constants`` are that rule's.
+``bounds`` is the rule of :mod:`isentropic.losses.clipping` that makes bounds of the two widths.
 """
 
 import torch
@@ -15,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from ..types import TokenBatch, TokenFacts
-from .clipping import RatioFacts, bounds_of
+from .clipping import RatioFacts, Rule, additive, bounds_of
 
 Bound = float | int | Float[Tensor, ""] | Float[Tensor, "b t"]
 
@@ -41,18 +40,15 @@ def _facts(ratio: Tensor, adv: Tensor, lower: Bound | None, upper: Bound | None)
 def _bounds(
     clip_low: Bound,
     clip_high: Bound,
-    rule: str,
+    rule: Rule,
     ratio: Tensor,
-    parts: tuple[Tensor, Tensor, Tensor, Tensor],
-    constants: dict[str, float],
+    prepared: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[Bound, Bound]:
-    """Turn clip widths into the lowest and highest ratio; ``parts`` are those of :func:`_prepare`."""
-    logp, _, adv, mask = parts
+    """Turn clip widths into the lowest and highest ratio; ``prepared`` is what :func:`_prepare` returned."""
+    logp, _, adv, mask = prepared
     now = ratio.detach().expand(mask.shape)
     prob_old = torch.where(mask, logp.detach().exp() / now, torch.zeros_like(now))
-    return bounds_of(
-        rule, clip_low, clip_high, RatioFacts(now, prob_old, adv.expand(mask.shape), mask), mask, **constants
-    )
+    return bounds_of(rule, clip_low, clip_high, RatioFacts(now, prob_old, adv.expand(mask.shape), mask), mask)
 
 
 def _surrogate(ratio: Tensor, adv: Tensor, lower: Bound, upper: Bound) -> Tensor:
@@ -101,7 +97,7 @@ def importance(batch: TokenBatch) -> tuple[Float[Tensor, "b t"], TokenFacts]:
 
 
 def clipped(
-    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: str = "additive", **constants: float
+    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: Rule = additive
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Clip the ratio of each token between two independent bounds.
 
@@ -115,14 +111,13 @@ def clipped(
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t].
         clip_high: width above 1, a number or [b t].
-        bounds: name of a rule.
-        **constants: of that rule.
+        bounds: the rule that makes bounds of the widths, with its constants fixed.
 
     Returns:
         The loss [b t] and its facts.
 
     Raises:
-        ValueError: a width that is a negative number; unknown bounds.
+        ValueError: a width that is a negative number.
 
     PPO (arXiv:1707.06347), DAPO (arXiv:2503.14476).
 
@@ -134,14 +129,14 @@ def clipped(
     >>> facts.clipped_low, facts.clipped_high
     (tensor([[False,  True]]), tensor([[ True, False]]))
     """
-    _, log_ratio, adv, _ = parts = _prepare(batch)
+    _, log_ratio, adv, _ = prepared = _prepare(batch)
     ratio = log_ratio.exp()
-    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, parts, constants)
+    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, prepared)
     return _surrogate(ratio, adv, lower, upper), _facts(ratio, adv, lower, upper)
 
 
 def sequence_clipped(
-    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: str = "additive", gradient: str = "sequence"
+    batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: Rule = additive, gradient: str = "sequence"
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Clip one ratio a sequence, the geometric mean of the ratios of its tokens.
 
@@ -156,14 +151,14 @@ def sequence_clipped(
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t]; the published ones are near 3e-4.
         clip_high: width above 1, a number or [b t]; the published ones are near 4e-4.
-        bounds: ``additive`` or ``reciprocal``.
+        bounds: ``additive`` or ``reciprocal`` of :mod:`isentropic.losses.clipping`.
         gradient: ``sequence`` or ``token``; take ``token`` under a per-token shaping.
 
     Returns:
         The loss [b t] and its facts, where the ratio is s at every token.
 
     Raises:
-        ValueError: a width that is a negative number; unknown bounds or gradient.
+        ValueError: a width that is a negative number; unknown gradient.
 
     GSPO and, with ``gradient="token"``, GSPO-token (arXiv:2507.18071).
 
@@ -174,12 +169,12 @@ def sequence_clipped(
     """
     if gradient not in ("sequence", "token"):
         raise ValueError(f"gradient must be 'sequence' or 'token', got {gradient!r}; choose one")
-    logp, log_ratio, adv, mask = parts = _prepare(batch)
+    logp, log_ratio, adv, mask = prepared = _prepare(batch)
     log_mean = log_ratio.sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
     if gradient == "token":
         log_mean = log_mean.detach() + (logp - logp.detach())
     ratio = torch.where(mask, log_mean, torch.zeros_like(log_mean)).exp()
-    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, parts, {})
+    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, prepared)
     return _surrogate(ratio, adv, lower, upper), _facts(ratio, adv, lower, upper)
 
 
@@ -187,9 +182,8 @@ def cispo(
     batch: TokenBatch,
     clip_low: Bound | None = None,
     clip_high: Bound | None = None,
-    bounds: str = "additive",
+    bounds: Rule = additive,
     ceiling: float | int | None = None,
-    **constants: float,
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Bound the weight of a token instead of removing its gradient.
 
@@ -202,17 +196,15 @@ def cispo(
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t]; ``None`` leaves small weights as they are.
         clip_high: width above 1, a number or [b t].
-        bounds: name of a rule.
+        bounds: the rule that makes bounds of the widths, with its constants fixed.
         ceiling: the highest weight, > 0, in place of clip_high.
-        **constants: of that rule.
 
     Returns:
         The loss [b t] and its facts. Nothing loses its gradient here: ``clipped_high`` marks A > 0 with r above the
         upper bound, ``clipped_low`` A < 0 with r below the lower one, as in the other objectives.
 
     Raises:
-        ValueError: both or neither of clip_high and ceiling; a negative width; a ceiling that is not positive;
-            unknown bounds.
+        ValueError: both or neither of clip_high and ceiling; a negative width; a ceiling that is not positive.
 
     MiniMax-M1 (arXiv:2506.13585).
 
@@ -226,10 +218,10 @@ def cispo(
         raise ValueError(f"cispo needs either clip_high or ceiling, got {got}; ceiling=5.0 is clip_high=4.0")
     if ceiling is not None and not ceiling > 0:
         raise ValueError(f"ceiling must be > 0, got {ceiling}; it is the highest weight, not a width")
-    logp, log_ratio, adv, _ = parts = _prepare(batch)
+    logp, log_ratio, adv, _ = prepared = _prepare(batch)
     ratio = log_ratio.exp()
     low, high = (0.0 if x is None else x for x in (clip_low, clip_high))
-    lower, upper = _bounds(low, high, bounds, ratio, parts, constants)
+    lower, upper = _bounds(low, high, bounds, ratio, prepared)
     lower, upper = (None if clip_low is None else lower), (upper if ceiling is None else ceiling)
     weight = (ratio if lower is None else ratio.clamp(min=lower)).clamp(max=upper).detach()
     return -weight * adv * logp, _facts(ratio, adv, lower, upper)
@@ -239,11 +231,10 @@ def gradient_preserving(
     batch: TokenBatch,
     clip_low: Bound,
     clip_high: Bound,
-    bounds: str = "additive",
+    bounds: Rule = additive,
     *,
-    grad_low: float = 0.5,
-    grad_high: float = 1.0,
-    **constants: float,
+    grad_low: float,
+    grad_high: float,
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Keep a bounded gradient where a clip would remove it.
 
@@ -258,25 +249,24 @@ def gradient_preserving(
         clip_low, clip_high, bounds: as in ``clipped``.
         grad_low: β₁, how much of the gradient stays below the lower bound.
         grad_high: β₂, above the upper one.
-        **constants: of the rule that ``bounds`` names.
 
     Returns:
         The loss [b t] and its facts; clipped tokens are those with a bounded gradient.
 
     Raises:
-        ValueError: a width that is a negative number; unknown bounds.
+        ValueError: a width that is a negative number.
 
     CE-GPPO (arXiv:2509.20712): β₁ 0.5 to 0.75, β₂ 1.
 
     >>> logp = torch.tensor([[0.5, 0.25]]).log().requires_grad_()
     >>> batch = TokenBatch(logp, torch.tensor([[0.25, 0.5]]).log(), torch.tensor([[1.0, -1.0]]), torch.ones(1, 2))
-    >>> loss, _ = gradient_preserving(batch, clip_low=0.2, clip_high=0.28)  # ratios 2 and ½: −1.28, ½·0.8
+    >>> loss, _ = gradient_preserving(batch, 0.2, 0.28, grad_low=0.5, grad_high=1.0)  # ratios 2 and ½: −1.28, ½·0.8
     >>> loss.detach(), -torch.autograd.grad(loss.sum(), logp)[0]
     (tensor([[-1.2800,  0.4000]]), tensor([[ 1.2800, -0.4000]]))
     """
-    _, log_ratio, adv, _ = parts = _prepare(batch)
+    _, log_ratio, adv, _ = prepared = _prepare(batch)
     ratio = log_ratio.exp()
-    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, parts, constants)
+    lower, upper = _bounds(clip_low, clip_high, bounds, ratio, prepared)
     facts = _facts(ratio, adv, lower, upper)
     # r/sg(r) has the value 1 and the gradient of log r.
     unit = (log_ratio - log_ratio.detach()).exp()
@@ -286,9 +276,7 @@ def gradient_preserving(
     return -kept * adv, facts
 
 
-def sapo(
-    batch: TokenBatch, *, tau_positive: float = 1.0, tau_negative: float = 1.05
-) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+def sapo(batch: TokenBatch, *, tau_positive: float, tau_negative: float) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Let the weight of a token fade as its ratio leaves 1, instead of cutting it off.
 
     ``loss = −(4/τ)·σ(τ(r − 1))·A`` with τ by the sign of A
@@ -306,21 +294,11 @@ def sapo(
 
     >>> logp = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
     >>> batch = TokenBatch(logp, torch.tensor([[0.5, 0.25]]).log(), torch.tensor([1.0]), torch.ones(1, 2))
-    >>> -torch.autograd.grad(sapo(batch)[0].sum(), logp)[0]  # r = 1, 2: 1 and 4·σ(1)(1−σ(1))·2
+    >>> loss, _ = sapo(batch, tau_positive=1.0, tau_negative=1.05)
+    >>> -torch.autograd.grad(loss.sum(), logp)[0]  # r = 1, 2: 1 and 4·σ(1)(1−σ(1))·2
     tensor([[1.0000, 1.5729]])
     """
     _, log_ratio, adv, _ = _prepare(batch)
     ratio = log_ratio.exp()
     tau = torch.full_like(adv, tau_negative).masked_fill(adv > 0, tau_positive)
     return -(4 / tau) * torch.sigmoid(tau * (ratio - 1)) * adv, _facts(ratio, adv, None, None)
-
-
-OBJECTIVES = {
-    "reinforce": reinforce,
-    "importance": importance,
-    "clipped": clipped,
-    "sequence_clipped": sequence_clipped,
-    "cispo": cispo,
-    "gradient_preserving": gradient_preserving,
-    "sapo": sapo,
-}

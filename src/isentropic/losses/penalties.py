@@ -19,7 +19,7 @@ def kl_cov(
     adv: Float[Tensor, "b t"],
     mask: Shaped[Tensor, "b t"],
     *,
-    kl_share: float = 2e-3,
+    kl_share: float,
 ) -> Float[Tensor, "b t"]:
     """Hold the tokens of the largest covariance near where they were sampled.
 
@@ -40,7 +40,7 @@ def kl_cov(
     KL-Cov (arXiv:2505.22617): there beside an objective that is not clipped.
 
     >>> logp, old = torch.tensor([[-0.5, -2.0]]), torch.tensor([[-1.0, -2.5]])
-    >>> kl_cov(logp, old, torch.tensor([[1.0, 0.0]]), torch.ones(1, 2))
+    >>> kl_cov(logp, old, torch.tensor([[1.0, 0.0]]), torch.ones(1, 2), kl_share=2e-3)
     tensor([[0.5000, 0.0000]])
     """
     inside = mask.bool()
@@ -56,8 +56,8 @@ def lp_reg(
     adv: Float[Tensor, "b t"],
     mask: Shaped[Tensor, "b t"],
     *,
-    lp_share: float = 0.01,
-    lp_kappa: float = 0.02,
+    lp_share: float,
+    lp_kappa: float,
 ) -> Float[Tensor, "b t"]:
     """Hold up the unlikely tokens that a negative advantage pushes down, unless they look like noise.
 
@@ -79,7 +79,7 @@ def lp_reg(
     filter keeps the token are as in code that implements it; the filter is of the current policy [ours].
 
     >>> rows = torch.tensor([[[0.5, 0.49, 0.01]]]).log()
-    >>> lp_reg(rows, rows[..., 1], torch.tensor([[-1.0]]), torch.ones(1, 1), lp_kappa=0.1)  # −log 0.99
+    >>> lp_reg(rows, rows[..., 1], torch.tensor([[-1.0]]), torch.ones(1, 1), lp_share=0.01, lp_kappa=0.1)  # −log 0.99
     tensor([[0.0101]])
     """
     falling = mask.bool() & (adv < 0)
@@ -92,9 +92,7 @@ def lp_reg(
     return torch.where(held, term.sum(-1), torch.zeros_like(logp))
 
 
-def aent(
-    logp_rows: Float[Tensor, "b t v"], mask: Shaped[Tensor, "b t"], *, aent_drop: float = 0.3
-) -> Float[Tensor, "b t"]:
+def aent(logp_rows: Float[Tensor, "b t v"], mask: Shaped[Tensor, "b t"], *, aent_drop: float) -> Float[Tensor, "b t"]:
     """The negative entropy of each row over its likeliest tokens alone.
 
     ``Σ_v π' log π'``, ``π' ∝ π`` on the ``v − ⌊aent_drop·v⌋`` likeliest tokens of the row
@@ -116,6 +114,3 @@ def aent(
     kept = logp_rows.topk(size - int(aent_drop * size), dim=-1).values.log_softmax(-1)
     total = (kept.exp() * kept).sum(-1)
     return torch.where(mask.bool(), total, torch.zeros_like(total))
-
-
-PENALTIES = {"kl_cov": kl_cov, "lp_reg": lp_reg, "aent": aent}

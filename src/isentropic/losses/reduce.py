@@ -145,6 +145,3 @@ def constant(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"], length: int |
         raise ValueError(f"length must be > 0 tokens, got {length}; give the longest response allowed")
     kept, _ = _kept(x, mask)
     return SumCount(kept.sum() / length, kept.detach().new_ones(kept.shape[0]).sum())
-
-
-REDUCTIONS = {"token": token, "sequence": sequence, "constant": constant}

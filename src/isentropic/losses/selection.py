@@ -57,11 +57,11 @@ def clip_cov(
     adv: Float[Tensor, "b t"],
     logp: Float[Tensor, "b t"],
     mask: Shaped[Tensor, "b t"],
-    exclude: Bool[Tensor, "b t"] | None = None,
+    clipped: Bool[Tensor, "b t"] | None = None,
     *,
-    cov_share: float = 2e-4,
-    cov_low: float = 1.0,
-    cov_high: float = 5.0,
+    cov_share: float,
+    cov_low: float,
+    cov_high: float,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "b t"]:
     """Drop a few tokens, drawn at random from those whose covariance is large.
@@ -72,7 +72,7 @@ def clip_cov(
         adv: [b t] advantages.
         logp: [b t] log-probabilities of the sampled tokens under the current policy, nats.
         mask: [b t] non-zero where the token counts; n of them do.
-        exclude: [b t] true where a token is not drawn, because a clip has removed it already.
+        clipped: [b t] true where a token is not drawn, because a clip has removed it already.
         cov_share: share of the n tokens that is dropped, if so many qualify.
         cov_low, cov_high: nats times the unit of the advantage.
         generator: of the draw; ``None`` takes the global one of the device.
@@ -83,12 +83,12 @@ def clip_cov(
     Clip-Cov (arXiv:2505.22617), with the draw and the exclusion of its published code.
 
     >>> adv, logp = torch.tensor([[2.0, -2.0, 0.0]]), torch.tensor([[-0.5, -2.0, -0.5]])  # cov 1, 2, 0
-    >>> clip_cov(adv, logp, torch.ones(1, 3), cov_low=1.5)
+    >>> clip_cov(adv, logp, torch.ones(1, 3), cov_share=2e-4, cov_low=1.5, cov_high=5.0)
     tensor([[1., 0., 1.]])
     """
     cov, inside = covariance(adv, logp, mask), mask.bool()
     eligible = inside & (cov > cov_low) & (cov < cov_high)
-    eligible = eligible if exclude is None else eligible & ~exclude
+    eligible = eligible if clipped is None else eligible & ~clipped
     count = (cov_share * inside.sum() + 1e-4).floor().clamp(min=1)
     chance = torch.rand(cov.shape, generator=generator, device=cov.device)
     dropped = eligible & (ranks(chance, eligible) < count)
@@ -96,7 +96,7 @@ def clip_cov(
 
 
 def high_entropy(
-    entropy: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"], *, entropy_share: float = 0.2
+    entropy: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"], *, entropy_share: float
 ) -> Float[Tensor, "b t"]:
     """Keep the tokens whose row has the highest entropy: ``max(1, ⌊entropy_share·n⌋)`` of the n that count.
 
@@ -111,7 +111,7 @@ def high_entropy(
     The 80/20 rule (arXiv:2506.01939). The published loss divides by the tokens kept; here a selection never changes the
     normaliser [ours], which is that loss times the share.
 
-    >>> high_entropy(torch.tensor([[0.1, 2.0, 0.3, 0.2, 1.0]]), torch.ones(1, 5))
+    >>> high_entropy(torch.tensor([[0.1, 2.0, 0.3, 0.2, 1.0]]), torch.ones(1, 5), entropy_share=0.2)
     tensor([[0., 1., 0., 0., 0.]])
     """
     inside = mask.bool()
@@ -124,7 +124,7 @@ def erc(
     entropy_old: Float[Tensor, "b t"] | None,
     mask: Shaped[Tensor, "b t"],
     *,
-    erc_width: float = 0.05,
+    erc_width: float,
 ) -> Float[Tensor, "b t"]:
     """Drop the tokens whose row has changed its entropy too much since they were sampled.
 
@@ -141,7 +141,7 @@ def erc(
 
     Entropy ratio clipping, ERC (arXiv:2512.05591).
 
-    >>> erc(torch.tensor([[1.0, 1.04, 0.9]]), torch.ones(1, 3), torch.ones(1, 3))
+    >>> erc(torch.tensor([[1.0, 1.04, 0.9]]), torch.ones(1, 3), torch.ones(1, 3), erc_width=0.05)
     tensor([[1., 1., 0.]])
     """
     if entropy_old is None:
@@ -149,6 +149,3 @@ def erc(
     now, before = entropy.detach(), entropy_old.detach()
     kept = (now == before) | ((now - before).abs() < erc_width * before)
     return (kept | ~mask.bool()).to(now.dtype)
-
-
-SELECTIONS = {"clip_cov": clip_cov, "high_entropy": high_entropy, "erc": erc}

@@ -220,7 +220,7 @@ def surprisal_boost(
     mask: Shaped[Tensor, "b t"],
     boost: Knob,
     *,
-    surprisal_share: float = 0.1,
+    surprisal_share: float,
 ) -> Float[Tensor, "b t"]:
     """Reward the rarest of the rewarded tokens more.
 
@@ -241,20 +241,10 @@ def surprisal_boost(
     our reading [ours].
 
     >>> logp = torch.tensor([[-0.1, -3.0], [-0.2, -0.3]])
-    >>> surprisal_boost(torch.tensor([1.0, -1.0]), logp, torch.ones(2, 2), boost=1.5)
+    >>> surprisal_boost(torch.tensor([1.0, -1.0]), logp, torch.ones(2, 2), boost=1.5, surprisal_share=0.1)
     tensor([[ 1.0000,  1.5000],
             [-1.0000, -1.0000]])
     """
     adv = _per_token(adv, logp)
     chosen = top(-logp.detach(), surprisal_share, mask.bool()) & (adv > 0)
     return torch.where(chosen, boost * adv, adv)
-
-
-SHAPINGS = {
-    "repo": repo,
-    "repo_r": repo_r,
-    "repo_d": repo_d,
-    "sign_weight": sign_weight,
-    "one_sided": one_sided,
-    "surprisal_boost": surprisal_boost,
-}

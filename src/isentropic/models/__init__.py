@@ -1,31 +1,34 @@
-"""Models by name: those that are built or fetched once, and the local directories and hub ids that everyone knows.
+"""Models by name: built-in ones, which are built or fetched once, local directories, and hub ids.
 
-Importing this file imports no torch and builds nothing.
+:mod:`~isentropic.models.loading` loads them, :mod:`~isentropic.models.generation` samples answers from them and
+:mod:`~isentropic.models.episodes` plays environments with them. Importing this package imports no torch and builds
+nothing.
 """
 
 import json
 import os
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+
+from ..control.names import suggest
 
 MODELS: dict[str, str] = {
     "tiny": "isentropic.models.tiny:tiny_model",
     "smollm2": "isentropic.models.smollm2:smollm2_model",
 }
-# What a class of transformers is called when it has a head over the vocabulary.
+# Endings of the names of transformers' classes that have a head over the vocabulary.
 _HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def resolve_model(name: str, *, rebuild: bool = False) -> str:
-    """Return what `from_pretrained` takes: a directory for a built-in name, and any other name as it is.
+    """Return what `from_pretrained` takes: a directory for a built-in name, any other name unchanged.
 
     Args:
         name: a key of `MODELS` (`tiny` is built if it is not in the cache yet), a directory, or a hub id.
         rebuild: build a built-in model even if it is in the cache.
 
     Raises:
-        ValueError: the name can only be a local path, and there is no model; or `smollm2`, before it was fetched.
+        ValueError: the name is a local path, and there is no model; or `smollm2`, before it was fetched.
 
     Example:
         >>> resolve_model("Qwen/Qwen3-0.6B")
@@ -43,12 +46,12 @@ def resolve_model(name: str, *, rebuild: bool = False) -> str:
             f"model {name!r} must be a directory with a config.json, got {got}; "
             f"point at one that save_pretrained wrote, use a hub id, or a built-in name: {', '.join(MODELS)}"
         )
-    # A hub id of the same spelling must not win over the directory, and nobody below expands ~.
+    # A hub id of the same spelling must not take precedence over the directory, and transformers does not expand ~.
     return str(path)
 
 
 def cache_root() -> Path:
-    """Return the directory in which built models lie; it need not exist."""
+    """Return the directory of built models; it need not exist."""
     if root := os.environ.get("ISENTROPIC_CACHE"):
         return Path(root).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "isentropic"
@@ -59,19 +62,19 @@ def _is_local(name: str) -> bool:
 
 
 def check_saved(name: str) -> None:
-    """Refuse a model that cannot work, as far as its name and its directory tell, without torch and without a hub.
+    """Refuse a model that cannot work, judged by its name and its directory, without torch and without a hub.
 
     Raises:
-        ValueError: no built-in name, directory or hub id; a directory without config.json, or whose model has no head.
+        ValueError: not a built-in name, directory or hub id; a directory without config.json, or a model without a
+            head.
     """
     if name in MODELS:
         return
     if not _is_local(name):
         if "/" not in name:
-            near = get_close_matches(name, MODELS, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
             raise ValueError(
-                f"model: got {name!r}{hint}; allowed: {', '.join(MODELS)}, a directory, or a hub id such as ORG/NAME"
+                f"model: got {name!r}{suggest(name, MODELS)}; allowed: {', '.join(MODELS)}, a directory, or a hub id "
+                "such as ORG/NAME"
             )
         return
     path = Path(name).expanduser() / "config.json"
@@ -91,7 +94,7 @@ def check_head(name: str, classes: list[str] | None) -> None:
 
     Args:
         name: for the message.
-        classes: `architectures` of its config; None where the config does not say.
+        classes: `architectures` of its config, or None if the config has none.
 
     Raises:
         ValueError: none of the classes has such a head.

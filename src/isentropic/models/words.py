@@ -1,7 +1,7 @@
-"""A small model of whole words, made for one environment and trained on the spot: no pretrained weights, no download.
+"""A small word-level model, created for one environment and trained on the spot: no pretrained weights, no download.
 
-A Qwen3 causal language model with random weights and one token a word, for worlds whose vocabulary is closed. It knows
-nothing until :func:`isentropic.models.warmup.warm_up` has shown it demonstrations.
+A Qwen3 causal language model with random weights and one token a word, for environments whose vocabulary is closed. It
+is trained on demonstrations by :func:`isentropic.models.warmup.warm_up`.
 """
 
 import re
@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from isentropic.tasks.environments import EnvironmentTask, demonstrate
+from ..tasks.environments import EnvironmentTask, demonstrate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 SPECIAL = ("<pad>", "<eos>", "<unk>")
 PUNCTUATION = ["\n", *(c for c in map(chr, range(33, 127)) if not c.isalpha())]
-# A line break, a word or a number, or one sign; blanks are left out.
+# A line break, a word, a digit, or one punctuation mark; other white space is dropped.
 PIECE = r"\n|[A-Za-z][A-Za-z'\-]*|[0-9]|[^\sA-Za-z0-9]"
 
 
@@ -32,8 +32,8 @@ def word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    known = sorted({word.lower() for word in words} - set(PUNCTUATION))
-    ids = {token: i for i, token in enumerate([*SPECIAL, *PUNCTUATION, *known])}
+    vocabulary = sorted({word.lower() for word in words} - set(PUNCTUATION))
+    ids = {token: i for i, token in enumerate([*SPECIAL, *PUNCTUATION, *vocabulary])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(PIECE), behavior="removed", invert=True)
@@ -49,14 +49,14 @@ def word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
 
 
 def words_of(task: EnvironmentTask, seed: int = 0) -> set[str]:
-    """The words of a task: its own list where it has one, and those of demonstrations, straight and erring ones."""
-    found = set(task.words()) if task.words else set()
+    """The words of a task: its own list if it has one, and those of demonstrations with and without noise."""
+    words = set(task.words()) if task.words else set()
     environment = task.make()
     for row in task.train(seed):
         for noise in (0.0, 0.5, 0.9):
-            parts, _ = demonstrate(task, row, environment, noise, seed)
-            found |= set(re.findall(PIECE, "".join(text for text, _ in parts).lower()))
-    return found
+            turns, _ = demonstrate(task, row, environment, noise, seed)
+            words |= set(re.findall(PIECE, "".join(text for text, _ in turns).lower()))
+    return words
 
 
 def word_model(
@@ -71,7 +71,7 @@ def word_model(
         seed: of the weights.
 
     Raises:
-        ImportError: there is no transformers.
+        ImportError: transformers is not installed.
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 

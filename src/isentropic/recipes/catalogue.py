@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .parts import Recipe
+from .recipe import Recipe
 
 _REPO = "arXiv:2603.11682"
 _BASES: dict[str, Recipe] = {
@@ -180,7 +180,6 @@ RECIPES: dict[str, Recipe] = {
         "A = R − 0.4-quantile of the group, linear between samples",
         "QAE arXiv:2509.22611; its interpolation is unknown (?): 8 samples, 5 right give 0.8 [ours]; no std [ours]",
         baseline="quantile",
-        quantile=0.4,
     ),
     "erc": _on(
         "dapo",

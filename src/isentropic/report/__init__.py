@@ -1,7 +1,7 @@
 """The report: one page that shows a run, or several side by side, without a network.
 
-``write`` reads run directories (their schema is in :mod:`isentropic.runs.record`) and writes one HTML file that holds all it
-needs. A panel without data is absent.
+``write`` reads run directories (their schema is in :mod:`isentropic.runs.record`) and writes one HTML file that holds
+all it needs. A panel without data is absent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .figures import Panel
 from .page import document
 from .runs import Run, read
 
-# The order on the page: what everyone asks first.
+# In the order of the page: the most common questions first.
 PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
     control.hold,
     control.phase,
@@ -23,7 +23,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
     answers.pass_at,
     answers.distinct,
     why.quadrants,
-    why.where,
+    why.places,
     why.predicted,
     why.clip,
     why.covariance,
@@ -35,8 +35,8 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
 
 
 def panels(runs: Sequence[Run]) -> list[Panel]:
-    """The panels that these runs have data for."""
-    return [panel for make in PANELS if (panel := make(runs)) is not None]
+    """The panels for which these runs have data, in the order of the page."""
+    return [panel for build in PANELS if (panel := build(runs)) is not None]
 
 
 def render(paths: Iterable[str | Path], live: str | None = None) -> str:
@@ -44,7 +44,10 @@ def render(paths: Iterable[str | Path], live: str | None = None) -> str:
 
     Args:
         paths: run directories, or directories of run directories.
-        live: a mark of the state of the files: the page then asks its server for a newer one, and takes plotly from it.
+        live: a mark of the state of the files: the page then asks its server for a newer one, and loads plotly from it.
+
+    Returns:
+        A whole HTML document.
 
     Raises:
         ValueError: no run there.
@@ -59,7 +62,7 @@ def write(paths: Iterable[str | Path], out: str | Path) -> Path:
 
     Args:
         paths: run directories, or directories of run directories.
-        out: the HTML file; its directory is made where it is missing.
+        out: the HTML file; its directory is created if it is missing.
 
     Returns:
         The path that was written.

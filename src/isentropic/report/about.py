@@ -6,13 +6,13 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from ..runs.statistics import rms_relative_error
-from .answers import evaluations, ks_of, tasks_of
+from ..runs.record import is_number
+from ..runs.summary import SETTLED
+from .answers import ks_of
 from .figures import Panel, collect
 from .html import Html, el, table
-from .runs import Audit, Run, is_number
+from .runs import Audit, Run
 
-SETTLED = 20  # optimizer steps before the entropy error counts
 _SIGNS = {"serious": "✖", "warning": "▲", "note": "●"}
 
 
@@ -25,103 +25,83 @@ class Key(NamedTuple):
     form: str = "{:.3f}"
 
 
-def tail(run: Run, name: str) -> float | None:
-    """The mean of a metric over the last tenth of the run."""
-    values = run.column(name)[1]
-    last = values[-max(1, len(values) // 10) :]
-    return sum(last) / len(last) if last else None
-
-
-def first(run: Run, name: str) -> float | None:
-    """The first reading of a metric."""
-    values = run.column(name)[1]
-    return values[0] if values else None
-
-
-def error(run: Run) -> float | None:
-    """RMS relative distance of entropy from its target once settled."""
-    rows = [row for row in run.rows_with("entropy/mean", "entropy/target") if row["entropy/target"]]
-    rows = [row for row in rows if row["step"] > SETTLED]
-    if not rows:
-        return None
-    return rms_relative_error([r["entropy/mean"] for r in rows], [r["entropy/target"] for r in rows])
-
-
-def _evaluated(run: Run, name: str, at: int) -> float | None:
-    tasks = tasks_of([run])
-    rows = evaluations(run, tasks[-1]) if tasks else []
-    value = rows[at].get(name) if rows and (at == -1 or len(rows) > 1) else None
+def _figure(run: Run, name: str) -> float | None:
+    value = run.summary[name]
     return value if is_number(value) else None
 
 
-def _from(run: Run, value: float | None, form: str = "{:.3f}") -> str:
+def _from(value: float | None, form: str = "{:.3f}") -> str:
     return "" if value is None else f"from {form.format(value)}"
 
 
 def _entropy_against(run: Run) -> str:
-    target = run.column("entropy/target")[1]
-    parts = [f"target {target[-1]:.3f}"] if target else []
-    start = first(run, "entropy/mean")
-    return ", ".join([*parts, *([f"from {start:.3f}"] if start is not None else [])])
+    target = _figure(run, "entropy/target")
+    notes = ["" if target is None else f"target {target:.3f}", _from(_figure(run, "entropy/start"))]
+    return ", ".join(note for note in notes if note)
+
+
+def _score(run: Run, stage: str, name: str) -> float | None:
+    """A score of the last task, at ``start`` or ``end``; a run that was evaluated once so far ends there."""
+    first, last = run.summary.get("start"), run.summary.get("end")
+    row = (last or first) if stage == "end" else (first if last else None)
+    value = (row or {}).get(name)
+    return value if is_number(value) else None
+
+
+def _score_key(title: str, name: str, form: str = "{:.3f}") -> Key:
+    return Key(title, lambda run: _score(run, "end", name), lambda run: _from(_score(run, "start", name), form), form)
 
 
 def keys(runs: Sequence[Run]) -> list[Key]:
     """The numbers of the first screen, at most six; those that no run has are left out."""
-    tops = [ks_of(row)[-1] for run in runs for row in run.evaluations if ks_of(row)]
-    most = max(tops, default=1)
-    wanted = [
-        Key("entropy, nats a token", lambda r: tail(r, "entropy/mean"), _entropy_against),
-        Key("RMS error to target", error, lambda _: f"after step {SETTLED}", "{:.1%}"),
-        Key("reward", lambda r: tail(r, "reward/mean"), lambda r: _from(r, first(r, "reward/mean"))),
-        Key("pass@1, held-out", lambda r: _evaluated(r, "pass@1", -1), lambda r: _from(r, _evaluated(r, "pass@1", 0))),
+    most = max((ks_of(row)[-1] for run in runs for row in run.evaluations if ks_of(row)), default=1)
+    candidates = [
+        Key("entropy, nats a token", lambda run: _figure(run, "entropy/end"), _entropy_against),
         Key(
-            f"pass@{most}, held-out",
-            lambda r: _evaluated(r, f"pass@{most}", -1),
-            lambda r: _from(r, _evaluated(r, f"pass@{most}", 0)),
+            "RMS error to target",
+            lambda run: _figure(run, "entropy/rms_error"),
+            lambda _: f"after step {SETTLED}",
+            "{:.1%}",
         ),
-        Key(
-            "different right answers",
-            lambda r: _evaluated(r, "distinct", -1),
-            lambda r: _from(r, _evaluated(r, "distinct", 0), "{:.2f}"),
-            "{:.2f}",
-        ),
+        Key("reward", lambda run: _figure(run, "reward/end"), lambda run: _from(_figure(run, "reward/start"))),
+        *(_score_key(f"pass@{k}, held-out", f"pass@{k}") for k in sorted({1, most})),
+        _score_key("different right answers", "distinct", "{:.2f}"),
     ]
-    kept = [key for key in wanted if any(key.value(run) is not None for run in runs)]
-    return [key for i, key in enumerate(kept) if key.name not in [k.name for k in kept[:i]]]
+    return [key for key in candidates if any(key.value(run) is not None for run in runs)]
 
 
 def key_numbers(runs: Sequence[Run]) -> Html:
     """Cards for one run, a table for several."""
-    found = keys(runs)
+    columns = keys(runs)
     if len(runs) == 1:
         run = runs[0]
         cards = [
-            el("div", el("dt", key.name), el("dd", _shown(key, run), el("small", key.against(run) or "\u00a0")))
-            for key in found
+            el("div", el("dt", key.name), el("dd", _value(key, run), el("small", key.against(run) or "\u00a0")))
+            for key in columns
         ]
         return el("dl", cards, class_="keys") if cards else Html("")
-    head = ["run", *[key.name for key in found], "steps"]
+    head = ["run", *[key.name for key in columns], "steps"]
     rows = [
         [
             el("span", swatch(run), " ", run.label),
             *[
-                el("span", _shown(key, run), el("small", key.against(run) if key.value(run) is not None else ""))
-                for key in found
+                el("span", _value(key, run), el("small", key.against(run) if key.value(run) is not None else ""))
+                for key in columns
             ],
-            run.metrics[-1]["step"] if run.metrics else 0,
+            run.summary["steps"],
         ]
         for run in runs
     ]
     return table(head, rows, class_="compare")
 
 
-def _shown(key: Key, run: Run) -> str:
+def _value(key: Key, run: Run) -> str:
     value = key.value(run)
     return "–" if value is None else key.form.format(value)
 
 
 def swatch(run: Run) -> Html:
-    """The line and the marker of a run, small."""
+    """The line of a run in its colour and dash, small."""
     gaps = {"solid": None, "dash": "6 3", "dot": "2 3", "dashdot": "6 3 2 3", "longdash": "9 4"}
     style = el(
         "line",
@@ -138,11 +118,7 @@ def swatch(run: Run) -> Html:
 
 def precision(runs: Sequence[Run]) -> Panel | None:
     """What the audit found, and how far the engine's figures are from those of an fp32 head."""
-    figures = collect(
-        runs,
-        ("numerics/logp_rms", "RMS difference of log π from that of an fp32 head, nats"),
-        ("numerics/entropy_bias", "Mean difference of entropy from that of an fp32 head, nats"),
-    )
+    figures = collect(runs, "numerics/logp_rms", "numerics/entropy_bias")
     audited = [el("h3", run.label) * (len(runs) > 1) + _audit(run.audit) for run in runs if run.audit is not None]
     if not figures and not audited:
         return None
@@ -157,41 +133,45 @@ def _audit(audit: Audit) -> Html:
         severity = str(finding.get("severity", "note"))
         sign = el("span", f"{_SIGNS.get(severity, '●')} {severity}", class_=f"severity {severity}")
         rows.append([sign, *[str(finding.get(key) or "") for key in head[1:]]])
-    found = table(head, rows, class_="wordy cards") if rows else el("p", "✔ The audit found nothing.", class_="good")
+    findings = table(head, rows, class_="wordy cards") if rows else el("p", "✔ The audit found nothing.", class_="good")
     checked = [[name, _text(value)] for name, value in audit.checked.items()]
     measured = [[f"{name}, nats", value] for name, value in audit.figures.items() if is_number(value)]
     if not checked and not measured:
-        return found
-    looked = table(["looked at", "result"], [*checked, *measured], class_="wordy")
-    return Html(found + el("details", el("summary", "What was looked at"), looked))
+        return findings
+    results = table(["checked", "result"], [*checked, *measured], class_="wordy")
+    return Html(findings + el("details", el("summary", "What was checked"), results))
+
+
+_SECTIONS = {"settings": "config", "recipe": "recipe", "versions": "versions", "machine": "machine"}
 
 
 def config(runs: Sequence[Run]) -> Panel:
-    """Settings and versions; for several runs what differs comes first."""
-    sections = [("settings", "config"), ("recipe", "recipe"), ("versions", "versions"), ("machine", "machine")]
-    parts: list[Html] = []
-    flat = [{f"{part}.{k}": v for _, part in sections for k, v in _items(run, part)} for run in runs]
+    """Settings and versions; for several runs those that differ come first."""
+    sections: list[Html] = []
+    settings = [{f"{field}.{k}": v for field in _SECTIONS.values() for k, v in _items(run, field)} for run in runs]
     head = ["", *[el("span", swatch(run), " ", run.label) if len(runs) > 1 else "value" for run in runs]]
     if len(runs) > 1:
-        names = list(dict.fromkeys(name for found in flat for name in found))
-        differ = [name for name in names if len({_text(found.get(name)) for found in flat}) > 1]
+        names = list(dict.fromkeys(name for values in settings for name in values))
+        differ = [name for name in names if len({_text(values.get(name)) for values in settings}) > 1]
         differ = [name for name in differ if name != "config.out"]
-        rows = [[name.replace(".", ": ", 1), *[_text(found.get(name)) for found in flat]] for name in differ]
-        parts.append(table(head, rows, class_="wordy") if rows else el("p", "Nothing differs but the directory."))
-    for title, part in sections:
-        names = list(dict.fromkeys(key for run in runs for key, _ in _items(run, part)))
-        rows = [[name, *[_text(found.get(f"{part}.{name}")) for found in flat]] for name in names]
+        rows = [[name.replace(".", ": ", 1), *[_text(values.get(name)) for values in settings]] for name in differ]
+        same = el("p", "Nothing differs but the directory.")
+        sections.append(table(head, rows, class_="wordy") if rows else same)
+    for title, field in _SECTIONS.items():
+        names = list(dict.fromkeys(key for run in runs for key, _ in _items(run, field)))
+        rows = [[name, *[_text(values.get(f"{field}.{name}")) for values in settings]] for name in names]
         if rows:
-            parts.append(el("details", el("summary", title), table(head, rows, class_="wordy")))
+            sections.append(el("details", el("summary", title), table(head, rows, class_="wordy")))
     rows = [[run.label, str(run.path), str(run.header.get("created", "")), _command(run)] for run in runs]
-    parts.append(el("details", el("summary", "where and when"), table(["run", "directory", "begun", "command"], rows)))
+    origin = table(["run", "directory", "begun", "command"], rows)
+    sections.append(el("details", el("summary", "directory, date and command"), origin))
     note = "What differs between the runs, then everything." if len(runs) > 1 else "Everything that decides the result."
-    return Panel("config", "What exactly was run?", note, [], Html("".join(parts)))
+    return Panel("config", "What exactly was run?", note, [], Html("".join(sections)))
 
 
-def _items(run: Run, part: str) -> list[tuple[str, Any]]:
-    found = run.header.get(part)
-    return list(found.items()) if isinstance(found, dict) else []
+def _items(run: Run, field: str) -> list[tuple[str, Any]]:
+    values = run.header.get(field)
+    return list(values.items()) if isinstance(values, dict) else []
 
 
 def _text(value: Any) -> str:

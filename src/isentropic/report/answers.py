@@ -5,33 +5,28 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..runs.record import is_number
 from ..runs.statistics import Interval, bootstrap_interval, pass_at_k
-from .figures import Figure, Panel, Trace, collect, layout, line, plain, rounded, step_layout
+from .figures import SURPRISED, Figure, Panel, Trace, collect, layout, line, plain, rounded, shade, step_layout
 from .html import Html, el, number
-from .runs import Run, is_number
+from .runs import Run
 
 _RESAMPLES = 500
 _STAGES = {"start": "dot", "middle": "dash", "end": "solid"}
 _SAMPLES = 24  # on the whole page
 _MAX_TOKENS = 300
 _MAX_PROMPT = 600
-_SURPRISED = 4.0  # nats at which the shading is full
 
 
 def length(runs: Sequence[Run]) -> Panel | None:
     """Length of completions, and how many were cut."""
-    figures = collect(
-        runs,
-        ("length/mean", "Mean length, tokens"),
-        ("length/truncated_frac", "Share cut at the limit"),
-        rangemode="tozero",
-    )
+    figures = collect(runs, "length/mean", "length/truncated_frac", rangemode="tozero")
     note = "A completion that is cut at the limit is rarely right, and teaches the model to stop early."
     return Panel("length", "Do answers grow, or run into the limit?", note, figures) if figures else None
 
 
 def tasks_of(runs: Sequence[Run]) -> list[str]:
-    """Tasks that were evaluated, in the order met."""
+    """Tasks that were evaluated, in order of their first evaluation."""
     return list(dict.fromkeys(str(row.get("task")) for run in runs for row in run.evaluations))
 
 
@@ -47,7 +42,7 @@ def ks_of(row: dict[str, Any]) -> list[int]:
 
 
 def interval(row: dict[str, Any], k: int) -> Interval | None:
-    """95% of pass@k over prompts, where the counts by prompt are there."""
+    """95% interval of pass@k over prompts; None without counts by prompt."""
     n, c = row.get("num_samples"), row.get("num_correct")
     if not isinstance(n, list) or not isinstance(c, list) or len(n) != len(c) or not n:
         return None
@@ -57,7 +52,7 @@ def interval(row: dict[str, Any], k: int) -> Interval | None:
 
 
 def stages(rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
-    """Start, middle and end of a list of evaluations: the end alone of one, start and end of two.
+    """Start, middle and end of a list of evaluations; of a single one the end, of two start and end.
 
     Example:
         >>> [(name, row["step"]) for name, row in stages([{"step": 0}, {"step": 4}, {"step": 9}])]
@@ -82,7 +77,8 @@ def pass_at(runs: Sequence[Run]) -> Panel | None:
         if traces:
             ks = sorted({x for trace in traces for x in trace["x"]})
             log = {"type": "log", "tickvals": ks, "ticktext": [str(k) for k in ks], "title": {"text": "k, tries"}}
-            # Of several runs a legend would leave a phone no figure: the page's head and the note tell them apart.
+            # A legend of several runs would leave no room for the figure on a phone: the head of the page and the note
+            # say which is which.
             look = layout(xaxis=log, yaxis={"range": [0, 1.03]}, showlegend=len(traces) <= len(_STAGES))
             figures.append(Figure(f"pass@k, held-out prompts of {task}", traces, look, wide=True))
     if not figures:
@@ -97,14 +93,14 @@ def pass_at(runs: Sequence[Run]) -> Panel | None:
 def _curve(run: Run, stage: str, row: dict[str, Any], num_runs: int) -> Trace:
     ks = ks_of(row)
     y = [row[f"pass@{k}"] for k in ks]
-    found = [interval(row, k) for k in ks]
+    intervals = [interval(row, k) for k in ks]
     name = f"{stage}, step {row['step']}" if num_runs == 1 else f"{run.label}, {stage}"
     trace = line(run, ks, y, line={"dash": _STAGES[stage], "width": 1 if stage == "start" else 2})
     marker = {"size": 8, "color": run.colour, "symbol": run.symbol + ("-open" if stage == "start" else "")}
     trace |= {"mode": "lines+markers", "marker": marker, "name": plain(name)}
     trace["hovertemplate"] = "pass@%{x}: %{y:.3f}"
-    if all(found):
-        trace["error_y"] = bars(y, [pair for pair in found if pair], run.colour)
+    if all(intervals):
+        trace["error_y"] = bars(y, [pair for pair in intervals if pair], run.colour)
     return trace
 
 
@@ -146,61 +142,59 @@ def _distinct(run: Run, rows: Sequence[dict[str, Any]]) -> Trace:
     trace["cliponaxis"] = False
     counts = [row.get("num_distinct") for row in rows]
     if all(isinstance(c, list) and c and all(map(is_number, c)) for c in counts):
-        found = [bootstrap_interval(c, num=_RESAMPLES) for c in counts if c]
-        if all(found):
-            trace["error_y"] = bars(y, [pair for pair in found if pair], run.colour)
+        intervals = [bootstrap_interval(c, num=_RESAMPLES) for c in counts if c]
+        if all(intervals):
+            trace["error_y"] = bars(y, [pair for pair in intervals if pair], run.colour)
     return trace
 
 
 def sequence(runs: Sequence[Run]) -> Panel | None:
-    """pass@1 of every task against step, where tasks followed one another."""
-    mine = [run for run in runs if run.switches()]
-    tasks = tasks_of(mine)
+    """pass@1 of every task against step, for runs in which tasks followed one another."""
+    switched = [run for run in runs if run.switches()]
+    tasks = tasks_of(switched)
     if len(tasks) < 2:
         return None
     figures = []
     for task in tasks:
         traces: list[Trace] = []
-        for run in mine:
+        for run in switched:
             rows = [row for row in evaluations(run, task) if is_number(row.get("pass@1"))]
             if rows:
                 trace = line(run, [row["step"] for row in rows], [row["pass@1"] for row in rows])
                 marker = {"size": 8, "symbol": run.symbol, "color": run.colour}
                 traces.append(trace | {"mode": "lines+markers", "marker": marker, "cliponaxis": False})
         if traces:
-            figures.append(Figure(f"pass@1 of {task}", traces, step_layout(mine, yaxis={"range": [0, 1.03]})))
-    note = "Held-out prompts of each task; the dotted line is the step at which training went over to another task."
+            figures.append(Figure(f"pass@1 of {task}", traces, step_layout(switched, yaxis={"range": [0, 1.03]})))
+    note = "Held-out prompts of each task; the dotted line is the step at which training changed to another task."
     return Panel("sequence", "What is kept of a task when the next begins?", note, figures) if figures else None
 
 
 def samples(runs: Sequence[Run]) -> Panel | None:
     """A few completions of each run, from its start to its end, shaded by surprisal."""
-    each = max(2, _SAMPLES // len(runs))
-    shown = [_samples(run, each, i == 0) for i, run in enumerate(runs) if run.samples]
-    if not shown:
+    num = max(2, _SAMPLES // len(runs))
+    tables = [_samples(run, num, i == 0) for i, run in enumerate(runs) if run.samples]
+    if not tables:
         return None
-    steps = [el("span", f"{nats:g}", class_="token", style=_shade(nats)) for nats in (0, 1, 2, 3, _SURPRISED)]
-    legend = el("p", "surprisal, nats: ", steps, " and more", class_="scale")
+    shades = [el("span", f"{nats:g}", class_="token", style=_style(nats)) for nats in (0, 1, 2, 3, SURPRISED)]
+    legend = el("p", "surprisal, nats: ", shades, " and more", class_="scale")
     note = "Completions as they were sampled. The stronger the shade of a token, the less the policy expected it."
-    return Panel("samples", "What does the model write?", note, [], Html(legend + "".join(shown)))
+    return Panel("samples", "What does the model write?", note, [], Html(legend + "".join(tables)))
 
 
-def _samples(run: Run, count: int, opened: bool) -> Html:
+def _samples(run: Run, num: int, opened: bool) -> Html:
     rows = run.samples
     last = len(rows) - 1
-    kept = (
-        sorted({round(i * last / max(count - 1, 1)) for i in range(count)}) if len(rows) > count else range(len(rows))
-    )
+    kept = sorted({round(i * last / max(num - 1, 1)) for i in range(num)}) if len(rows) > num else range(len(rows))
     head = ("step", "reward", "advantage", "prompt", "completion")
     body = [el("tr", [_cell(name, rows[i]) for name in head]) for i in kept]
-    shown = el(
+    content = el(
         "table",
         el("thead", el("tr", [el("th", name, scope="col") for name in head])),
         el("tbody", body),
         class_="samples cards",
     )
-    summary = el("summary", f"{run.label}: {len(body)} of {len(rows)} samples")
-    return el("details", summary, el("div", shown, class_="scroll", tabindex="0"), open=opened)
+    title = el("summary", f"{run.label}: {len(body)} of {len(rows)} samples")
+    return el("details", title, el("div", content, class_="scroll", tabindex="0"), open=opened)
 
 
 def _cell(name: str, row: dict[str, Any]) -> Html:
@@ -217,24 +211,24 @@ def _cut(text: str, limit: int = _MAX_PROMPT) -> str:
 
 
 def _completion(row: dict[str, Any]) -> list[Any]:
-    """Tokens with their shade; the plain completion where a row has no tokens."""
+    """Tokens with their shade; the plain completion of a row without tokens."""
     tokens, surprisal = row.get("tokens"), row.get("surprisal")
     entropy = row.get("entropy")
     if not isinstance(tokens, list) or not isinstance(surprisal, list) or len(tokens) != len(surprisal):
         return [_cut(str(row.get("completion") or ""), 4 * _MAX_PROMPT)]
     if not isinstance(entropy, list) or len(entropy) != len(tokens):
         entropy = [None] * len(tokens)
-    parts: list[Any] = []
+    spans: list[Any] = []
     for token, nats, spread in list(zip(tokens, surprisal, entropy, strict=True))[:_MAX_TOKENS]:
         known = is_number(nats)
         title = f"surprisal {nats:.2f}" if known else "surprisal not known"
         title += f", entropy {spread:.2f}" if is_number(spread) else ""
         text = str(token).replace("\n", "↵\n")
-        parts.append(el("span", text, class_="token", style=_shade(nats) if known else None, title=title))
+        spans.append(el("span", text, class_="token", style=_style(nats) if known else None, title=title))
     if len(tokens) > _MAX_TOKENS:
-        parts.append(f"… ({len(tokens) - _MAX_TOKENS} more tokens)")
-    return parts
+        spans.append(f"… ({len(tokens) - _MAX_TOKENS} more tokens)")
+    return spans
 
 
-def _shade(nats: float) -> str:
-    return f"--s:{min(max(nats / _SURPRISED, 0.0), 1.0):.2f}"
+def _style(nats: float) -> str:
+    return f"--s:{shade(nats):.2f}"

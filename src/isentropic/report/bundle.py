@@ -1,7 +1,7 @@
-"""Plotly's script cut to the kinds of figure on the page: a quarter of its bytes, and a fifth of the time to read it.
+"""Plotly's script cut to the kinds of figure on the page: a quarter of its bytes, and a fifth of the time to parse it.
 
-The script is a list of modules, ``var name=W((exports,module)=>{...});``, that run where another says ``name()``, and
-ends in a call that registers every kind of trace. With that list cut to ours, what nothing names any more is left out.
+The script is a list of modules, ``var name=W((exports,module)=>{...});``, which run when another calls ``name()``, and
+ends in a call that registers every kind of trace. With that list cut to ours, modules that nothing calls are left out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 from itertools import pairwise
 
 KINDS = ("bar",)  # besides scatter, which is part of the core
-# Versions whose cut script the tests in tests/report drew every figure with. Another is taken whole.
+# Versions with which the tests in tests/report drew every figure from the cut script. Another is taken whole.
 TESTED = ("v4.1.1",)
 _MODULE = re.compile(r"(?<=;)var [\w$]+=W\(")
 _DEFINED = re.compile(r"([\w$]+)=(?:W|Ea)\(")  # W: CommonJS, Ea: ES modules
@@ -21,10 +21,13 @@ _WRAPPER = re.compile(r"self : this, (\(\) => \{.*\})\)\);\s*$", re.DOTALL)
 
 
 def cut(script: str) -> str:
-    """The script with the traces in ``KINDS`` alone; as it was given, where its version is not in ``TESTED``.
+    """The script with the traces in ``KINDS`` alone; unchanged if its version is not in ``TESTED``.
 
     Args:
         script: plotly.min.js.
+
+    Returns:
+        The script, which draws the same figures.
 
     Example:
         >>> cut("/* plotly.js v0.0.1 */")
@@ -41,25 +44,25 @@ def cut(script: str) -> str:
     ours = [name for name in _USED.findall(listed[1]) if _kind(modules[places[name]], modules, places) in KINDS]
     last = f"{last[: listed.start(1)]}{','.join(f'{name}()' for name in ours)}{last[listed.end(1) :]}"
     kept = _reached(before + last, modules, places)
-    # In brackets it is compiled once; else it is read twice, once to look for its end.
+    # A function in brackets is compiled at once; any other is parsed twice, first to find its end.
     return _WRAPPER.sub(r"self : this, (\1)));\n", before + "".join(modules[i] for i in sorted(kept)) + last, count=1)
 
 
 def _kind(module: str, modules: list[str], places: dict[str, int]) -> str | None:
     """The name of the trace that a module exports, itself or by another."""
-    found = _KIND.search(module)
-    if found:
-        return found[1]
-    handed_on = re.search(r"\.exports=([\w$]+)\(\)\}\);$", module)
-    return _kind(modules[places[handed_on[1]]], modules, places) if handed_on else None
+    kind = _KIND.search(module)
+    if kind:
+        return kind[1]
+    other = re.search(r"\.exports=([\w$]+)\(\)\}\);$", module)
+    return _kind(modules[places[other[1]]], modules, places) if other else None
 
 
 def _reached(text: str, modules: list[str], places: dict[str, int]) -> set[int]:
-    """Places of the modules that a text names, and those name, and so on."""
+    """Places of the modules that a text calls, directly or through others."""
     reached: set[int] = set()
-    ahead = [text]
-    while ahead:
-        named = {places[name] for name in _USED.findall(ahead.pop()) if name in places} - reached
-        reached |= named
-        ahead += [modules[i] for i in named]
+    texts = [text]
+    while texts:
+        called = {places[name] for name in _USED.findall(texts.pop()) if name in places} - reached
+        reached |= called
+        texts += [modules[i] for i in called]
     return reached

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..control.targets import Level, parse_level
+from ..control.targets import parse_level
+from ..runs.summary import SETTLED
 from .figures import (
     BAND,
     Figure,
@@ -24,16 +25,16 @@ from .figures import (
 from .runs import Run
 
 _PATH_POINTS = 120
-# Where the name of a path's end stands, in pixels from it: apart, since paths may end together.
+# Offsets of the name of a path from its end, in pixels; they differ, since paths may end at the same place.
 _ARROWS = ((50, -24), (-50, -24), (60, 8), (-60, 8), (50, 34), (-50, 34))
-# Blue to orange over grey: its ends differ to every eye, and it stands on white and on black.
+# Blue to orange over grey: colour-blind eyes can distinguish its ends, and it is visible on white and on black.
 _SCALE = [[0, "#2f7fd1"], [0.5, "#9a8f9a"], [1, "#e69f00"]]
 
 
 def hold(runs: Sequence[Run]) -> Panel | None:
     """Entropy with its target band, and reward."""
-    entropy = over_steps(runs, "entropy/mean", "Entropy, nats a token", rangemode="tozero")
-    rewards = collect(runs, ("reward/mean", "Mean reward of the training prompts"))
+    entropy = over_steps(runs, "entropy/mean", rangemode="tozero")
+    rewards = collect(runs, "reward/mean")
     if entropy is None:
         return Panel("hold", "Does reward rise?", _note(runs, False), rewards) if rewards else None
     targets = [trace for run in _first_of_groups(runs) for trace in _target(run, len(runs))]
@@ -43,10 +44,10 @@ def hold(runs: Sequence[Run]) -> Panel | None:
 
 
 def _note(runs: Sequence[Run], target: bool) -> str:
-    parts = ["Thick: smoothed; thin: every step." if len(runs) <= 4 else "Smoothed over about ten steps."]
+    note = "Thick: smoothed; thin: every step." if len(runs) <= 4 else "Smoothed over about ten steps."
     if target:
-        parts.append(f"Dotted: the target; shaded: its band, or {BAND:.0%} on either side of a single level.")
-    return " ".join(parts)
+        note += f" Dotted: the target; shaded: its band, or {BAND:.0%} on either side of a single level."
+    return note
 
 
 def _first_of_groups(runs: Sequence[Run]) -> list[Run]:
@@ -54,15 +55,11 @@ def _first_of_groups(runs: Sequence[Run]) -> list[Run]:
 
 
 def _once(traces: list[Trace]) -> list[Trace]:
-    """Runs that hold the same target need it drawn once."""
-    seen: list[Any] = []
-    kept = []
+    """Traces without those that repeat another: runs with the same target need it drawn once."""
+    by_look: dict[Any, Trace] = {}
     for trace in traces:
-        key = trace["y"][0], trace["y"][-1], trace.get("fill"), trace["line"]["width"]
-        if key not in seen:
-            seen.append(key)
-            kept.append(trace)
-    return kept
+        by_look.setdefault((trace["y"][0], trace["y"][-1], trace.get("fill"), trace["line"]["width"]), trace)
+    return list(by_look.values())
 
 
 def _target(run: Run, num_runs: int) -> list[Trace]:
@@ -92,8 +89,7 @@ def _edges(run: Run) -> tuple[list[float], list[float]] | None:
     x, start = len(run.column("entropy/target")[0]), run.column("entropy/mean")[1]
     if kind != "band" or len(levels) != 2 or not start:
         return None
-    found: list[Level] = [parse_level(level) for level in levels]
-    low, high = (level.amount * (start[0] if level.of_initial else 1.0) for level in found)
+    low, high = (level.amount * (start[0] if level.of_initial else 1.0) for level in map(parse_level, levels))
     return [low] * x, [high] * x
 
 
@@ -129,42 +125,36 @@ def phase(runs: Sequence[Run]) -> Panel | None:
         coloraxis={"colorscale": _SCALE, "cmin": 1, "cmax": last, "colorbar": bar},
         annotations=[note | {"arrowcolor": "@muted", "font": {"size": 11}} for note in notes],
     )
-    note = (
-        "A path a run, smoothed, from its first step (large, blue) to its last (large, orange). Upwards is learning; "
-    )
-    note += "leftwards is spent entropy."
-    return Panel(
-        "phase", "What did reward cost in entropy?", note, [Figure("Reward against entropy", traces, look, True)]
-    )
+    note = "A path a run, smoothed, from its first step (large, blue) to its last (large, orange). "
+    note += "Upwards is learning; leftwards is spent entropy."
+    figure = Figure("Reward against entropy", traces, look, True)
+    return Panel("phase", "What did reward cost in entropy?", note, [figure])
 
 
 def _range(traces: Sequence[Trace], axis: str) -> list[float]:
-    """The span of the paths and a margin: labels that stand outside would widen it on a narrow page."""
+    """The span of the paths and a margin: labels outside of it would widen it on a narrow page."""
     values = [value for trace in traces for value in trace[axis]]
     margin = 0.1 * (max(values) - min(values)) or 0.1
     return [min(values) - margin, max(values) + margin]
 
 
 def knob(runs: Sequence[Run]) -> Panel | None:
-    """The knob, a figure for every kind of knob, and where it stood at a bound."""
+    """The knob, a figure for every kind of knob, and the steps at which it was at a bound."""
     figures = []
-    names = dict.fromkeys(str(run.header["recipe"].get("knob") or "knob") for run in runs)
-    for name in names:
-        mine = [run for run in runs if str(run.header["recipe"].get("knob") or "knob") == name]
-        traces = [trace for run in mine for trace in _knob(run, len(runs))]
+    by_knob: dict[str, list[Run]] = {}
+    for run in runs:
+        by_knob.setdefault(str(run.header["recipe"].get("knob") or "knob"), []).append(run)
+    for name, with_knob in by_knob.items():
+        traces = [trace for run in with_knob for trace in _knob(run, len(runs))]
         if traces:
-            figures.append(Figure(f"Knob: {name}", traces, step_layout(mine), len(names) == 1))
-    figures += collect(
-        runs,
-        ("predict/knob", "What it adds to entropy, predicted, nats a token a step"),
-        ("predict/gain", "Predicted change by a unit of the knob, nats a token a step"),
-    )
+            figures.append(Figure(f"Knob: {name}", traces, step_layout(with_knob), len(by_knob) == 1))
+    figures += collect(runs, "predict/knob", "predict/gain")
     if not figures:
         return None
-    shares = [(run, run.column("knob/saturated")[1]) for run in runs]
-    at = [f"{run.label}: {sum(v) / len(v):.0%}" for run, v in shares if v]
-    note = "What the controller turned at each step. Crosses: steps at which it stood at a bound and could do no more."
-    note += f" Steps at a bound: {'; '.join(at)}." if at else ""
+    shares = [(run, run.summary["knob/saturated"]) for run in runs]
+    at = [f"{run.label}: {share:.0%}" for run, share in shares if share is not None]
+    note = "What the controller set at each step. Crosses: steps at which it was at a bound and could do no more."
+    note += f" Share of steps at a bound after step {SETTLED}: {'; '.join(at)}." if at else ""
     return Panel("knob", "How hard did the controller have to work?", note, figures)
 
 
@@ -175,9 +165,9 @@ def _knob(run: Run, num_runs: int) -> list[Trace]:
     bound = [(r["step"], r["knob/value"]) for r in run.rows_with("knob/value", "knob/saturated") if r["knob/saturated"]]
     traces = [line(run, x, y, line={"width": 1.5})]
     if bound:
-        stay, value = thin([a for a, _ in bound], [b for _, b in bound], 400)
+        steps, values = thin([a for a, _ in bound], [b for _, b in bound], 400)
         colour = "@ink" if num_runs == 1 else run.colour
         cross = {"symbol": "x-thin-open", "size": 7, "color": colour, "line": {"width": 1.5, "color": colour}}
-        traces.append(line(run, stay, value) | {"mode": "markers", "marker": cross, "hovertemplate": "at a bound"})
+        traces.append(line(run, steps, values) | {"mode": "markers", "marker": cross, "hovertemplate": "at a bound"})
         traces[-1]["name"] = plain(f"{run.label}, at a bound")
     return traces

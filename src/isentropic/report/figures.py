@@ -10,12 +10,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from ..runs.labels import METRICS
 from .html import Html, visible
 from .runs import Run
 
 Trace = dict[str, Any]
 MAX_POINTS = 2000
 BAND = 0.05  # share of the target
+SURPRISED = 4.0  # nats at which a token is shaded in full
 _RAW = 4  # runs up to which the unsmoothed line is drawn too
 
 
@@ -39,12 +41,12 @@ class Panel(NamedTuple):
 
 
 def rounded(values: Sequence[float]) -> list[float]:
-    """Five digits: what a screen can show."""
+    """Values to five digits: a screen resolves no more."""
     return [float(f"{value:.5g}") if isinstance(value, float) else value for value in values]
 
 
 def thin(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tuple[list[float], list[float]]:
-    """At most about ``limit`` points: of every stretch the lowest and the highest, so that no spike is lost.
+    """At most about ``limit`` points: the lowest and the highest of every stretch, so that no spike is lost.
 
     Example:
         >>> thin(range(8), [0, 9, 0, 0, 0, 0, -9, 0], limit=4)
@@ -61,28 +63,48 @@ def thin(x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS) -> tup
 
 
 def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """An exponential mean that starts without bias.
+    """An exponential mean, without bias at its start.
 
     Example:
         >>> smooth([1.0, 1.0, 1.0])
         [1.0, 1.0, 1.0]
     """
     level = weight = 0.0
-    out = []
+    means = []
     for value in values:
         level += share * (value - level)
         weight += share * (1 - weight)
-        out.append(level / weight)
-    return out
+        means.append(level / weight)
+    return means
+
+
+def shade(nats: float) -> float:
+    """How strongly a token is shaded by its surprisal, from 0 to 1.
+
+    Example:
+        >>> shade(1.0), shade(9.0)
+        (0.25, 1.0)
+    """
+    return min(max(nats / SURPRISED, 0.0), 1.0)
 
 
 def budget(runs: Sequence[Run]) -> int:
-    """Points a line: fewer where there are many runs, so that the page stays light."""
+    """Points a line: fewer if there are many runs, so that the page stays small."""
     return max(200, MAX_POINTS // max(1, len(runs) // 3))
 
 
 def line(run: Run, x: Sequence[float], y: Sequence[float], limit: int = MAX_POINTS, **more: Any) -> Trace:
-    """A line in the colour and dash of its run."""
+    """A line in the colour and dash of its run.
+
+    Args:
+        run: whose line it is.
+        x, y: as many of each.
+        limit: points, about.
+        more: further fields of plotly's trace; ``line`` is added to the style of the run.
+
+    Returns:
+        A trace of plotly.
+    """
     x, y = thin(x, y, limit)
     style = {"color": run.colour, "dash": run.dash, "width": 2, **more.pop("line", {})}
     return {
@@ -97,14 +119,20 @@ def line(run: Run, x: Sequence[float], y: Sequence[float], limit: int = MAX_POIN
     }
 
 
-def over_steps(runs: Sequence[Run], name: str, caption: str, smoothing: bool = True, **axis: Any) -> Figure | None:
-    """A metric against step, a line a run; None where no run has it."""
+def over_steps(runs: Sequence[Run], name: str, **axis: Any) -> Figure | None:
+    """A metric against step, a line a run, smoothed if it is long; None if no run has it.
+
+    Args:
+        runs: in order of the page.
+        name: a field of metrics.jsonl with a caption in ``METRICS``.
+        axis: further settings of plotly's y axis.
+    """
     traces: list[Trace] = []
     for run in runs:
         x, y = run.column(name)
         if not x:
             continue
-        if not smoothing or len(x) < 30:
+        if len(x) < 30:
             traces.append(line(run, x, y, budget(runs)))
         elif len(runs) <= _RAW:
             traces.append(line(run, x, y, budget(runs), opacity=0.35, line={"width": 1, "dash": "solid"}))
@@ -113,33 +141,33 @@ def over_steps(runs: Sequence[Run], name: str, caption: str, smoothing: bool = T
             traces.append(line(run, x, smooth(y), budget(runs)))
     if not traces:
         return None
-    return Figure(caption, traces, step_layout(runs, yaxis=axis))
+    return Figure(METRICS[name], traces, step_layout(runs, yaxis=axis))
 
 
-def collect(runs: Sequence[Run], *wanted: tuple[str, str], **axis: Any) -> list[Figure]:
-    """Figures of the metrics (name, caption) that exist."""
-    found = [over_steps(runs, name, caption, **axis) for name, caption in wanted]
-    return [figure for figure in found if figure is not None]
+def collect(runs: Sequence[Run], *names: str, **axis: Any) -> list[Figure]:
+    """A figure for each of these metrics that a run has."""
+    figures = [over_steps(runs, name, **axis) for name in names]
+    return [figure for figure in figures if figure is not None]
 
 
 def marks(runs: Sequence[Run]) -> dict[str, Any]:
-    """Lines and names where a run's task changes."""
-    found = dict.fromkeys((step, task) for run in runs for step, task in run.switches())
+    """Lines and names at the steps at which a run's task changes."""
+    switches = dict.fromkeys((step, task) for run in runs for step, task in run.switches())
     shapes = [
         {"type": "line", "xref": "x", "yref": "paper", "x0": step - 0.5, "x1": step - 0.5, "y0": 0, "y1": 1}
         | {"line": {"color": "@ink", "width": 1, "dash": "dot"}}
-        for step, _ in found
+        for step, _ in switches
     ]
     notes = [
         {"xref": "x", "yref": "paper", "x": step - 0.5, "y": 1, "xanchor": "left", "yanchor": "top", "xshift": 3}
         | {"text": plain(f"switch to {task}"), "showarrow": False, "font": {"size": 11, "color": "@ink"}}
-        for step, task in found
+        for step, task in switches
     ]
     return {"shapes": shapes, "annotations": notes}
 
 
 def plain(text: str) -> str:
-    """Text for plotly, which reads a few tags in labels: none is left.
+    """Text for plotly, which interprets a few tags in labels: none is left.
 
     Example:
         >>> plain("<b>x</b>")
@@ -149,20 +177,23 @@ def plain(text: str) -> str:
 
 
 def step_layout(runs: Sequence[Run], **more: Any) -> dict[str, Any]:
-    """The layout of whatever is drawn against the optimizer step."""
+    """The layout of a figure over optimizer steps."""
     last = max((run.metrics[-1]["step"] for run in runs if run.metrics), default=1)
     axis = {"title": {"text": "optimizer step"}, "range": [0, last]}
     return layout(xaxis=axis, hovermode="x unified", **marks(runs), **more)
 
 
 def layout(**more: Any) -> dict[str, Any]:
-    """The house layout: quiet axes, no title (the page has it), colours of the theme.
+    """The layout that figures share: plain axes, no title (the page has it), colours of the theme.
+
+    Args:
+        more: plotly's fields, which are merged into these.
 
     Example:
         >>> layout(yaxis={"range": [0, 1]})["yaxis"]["range"]
         [0, 1]
     """
-    quiet = {
+    plain_axis = {
         "gridcolor": "@grid",
         "zerolinecolor": "@grid",
         "linecolor": "@muted",
@@ -177,8 +208,8 @@ def layout(**more: Any) -> dict[str, Any]:
         "hoverlabel": {"bgcolor": "@card", "bordercolor": "@muted", "font": {"color": "@ink"}, "namelength": 40},
         "showlegend": False,
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 11}},
-        "xaxis": quiet,
-        "yaxis": quiet,
+        "xaxis": plain_axis,
+        "yaxis": plain_axis,
         "hovermode": "closest",
         "dragmode": "zoom",
         "uirevision": "kept",

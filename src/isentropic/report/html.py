@@ -1,4 +1,4 @@
-"""Markup in which everything is escaped unless it is markup already."""
+"""HTML in which everything is escaped unless it is markup already."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Html(str):
-    """Text that is markup; any other string is escaped where it enters an element."""
+    """Text that is markup; any other string is escaped when it becomes part of an element."""
 
     __slots__ = ()
 
@@ -21,27 +21,27 @@ def el(name: str, /, *children: Any, **attributes: Any) -> Html:
 
     Args:
         name: the tag.
-        children: :class:`Html`, anything that ``str`` shows, None, or lists of these.
-        attributes: values are escaped; True stands alone, None and False are left out. ``class_`` is ``class`` and
-            ``data_run`` is ``data-run``.
+        children: :class:`Html`, anything that ``str`` turns into text, None, or lists of these.
+        attributes: values are escaped; True gives the name alone, None and False are left out. ``class_`` is ``class``
+            and ``data_run`` is ``data-run``.
 
     Example:
         >>> el("p", "1 < 2 ", el("b", "&"), class_="note", hidden=True, title=None)
         '<p class="note" hidden>1 &lt; 2 <b>&amp;</b></p>'
     """
-    words = [name]
+    tag = [name]
     for key, value in attributes.items():
         key = key.rstrip("_").replace("_", "-")
         if value is True:
-            words.append(key)
+            tag.append(key)
         elif value is not None and value is not False:
-            words.append(f'{key}="{escape(visible(str(value)))}"')
-    opened = f"<{' '.join(words)}>"
-    return Html(opened) if name in VOID else Html(f"{opened}{join(children)}</{name}>")
+            tag.append(f'{key}="{escape(visible(str(value)))}"')
+    start = f"<{' '.join(tag)}>"
+    return Html(start) if name in VOID else Html(f"{start}{join(children)}</{name}>")
 
 
 def join(children: Any) -> Html:
-    """Children side by side, escaped where they are not markup.
+    """Children side by side, escaped unless they are markup.
 
     Example:
         >>> join(["<b>", Html("<br>"), None, 3])
@@ -57,7 +57,7 @@ def join(children: Any) -> Html:
 
 
 def visible(text: str) -> str:
-    """Characters that would act on a page or a terminal shown as pictures of themselves; tab and newline stay.
+    """Text with pictures of the characters that would control a page or a terminal; tab and newline stay.
 
     Example:
         >>> visible("a\\x1b[31mb\\n"), visible("\\u202eabc")
@@ -66,7 +66,7 @@ def visible(text: str) -> str:
     return "".join(_picture(c) for c in text) if any(not c.isprintable() for c in text) else text
 
 
-# Marks that turn the direction of the text around them.
+# Marks that change the direction of the text around them.
 _DIRECTIONS = {0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
@@ -81,7 +81,7 @@ def _picture(char: str) -> str:
 
 
 def data(value: Any) -> Html:
-    """JSON for a script element that is data: nothing in it can end the element.
+    """JSON for a script element that holds data: nothing in it can end the element.
 
     Example:
         >>> data({"a": "</script>"})
@@ -92,7 +92,13 @@ def data(value: Any) -> Html:
 
 
 def table(head: list[Any], rows: list[list[Any]], **attributes: Any) -> Html:
-    """A table that scrolls sideways where it is too wide; on a phone one of class ``cards`` becomes a list."""
+    """A table that scrolls sideways if it is too wide; on a phone one of class ``cards`` becomes a list.
+
+    Args:
+        head: one cell per column.
+        rows: as many cells each; numbers are written by :func:`number`.
+        attributes: of the table element, as :func:`el` takes them.
+    """
     return el(
         "div",
         el(
@@ -107,8 +113,8 @@ def table(head: list[Any], rows: list[list[Any]], **attributes: Any) -> Html:
 
 
 def _cell(name: Any, value: Any) -> Html:
-    shown = number(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    return el("td", shown, data_name=None if isinstance(name, Html) else name)
+    content = number(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+    return el("td", content, data_name=None if isinstance(name, Html) else name)
 
 
 def number(value: float | None, digits: int = 3) -> str:

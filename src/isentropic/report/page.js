@@ -1,6 +1,6 @@
 "use strict";
-// Draws the figures from the data beside them, in the colours of the theme; nothing here touches the network, except
-// that a live page asks the server it came from whether the run has gone on.
+// Draws the figures from the data beside them, in the colours of the theme; nothing here uses the network, except that
+// a live page asks the server it came from whether the run has new rows.
 (() => {
   const hidden = new Set();
   const config = {
@@ -8,7 +8,7 @@
   };
   const now = performance.now.bind(performance);
 
-  // "@ink" and its like become the theme's colours.
+  // "@ink" and other names that begin with @ become the theme's colours.
   const paint = (value, style) => {
     if (typeof value === "string" && value[0] === "@") return style.getPropertyValue("--" + value.slice(1)).trim();
     if (Array.isArray(value)) return value.length && typeof value[0] === "number" ? value : value.map((v) => paint(v, style));
@@ -31,10 +31,11 @@
   const figures = () => [...document.querySelectorAll(".figure")];
   const redraw = () => figures().filter((f) => f.dataset.drawn).forEach(draw);
 
-  // What a person sees at once; what comes near, is focused or printed when that happens; the rest while the page idles.
+  // Figures of the first screens are drawn at once, one that comes near, is focused or printed at that time, and the
+  // rest while the page is idle.
   const need = (figure) => figure.dataset.drawn || draw(figure);
-  const near = new IntersectionObserver((seen) => {
-    for (const { target, isIntersecting } of seen) {
+  const near = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) {
       if (!isIntersecting) continue;
       near.unobserve(target);
       need(target);
@@ -83,7 +84,7 @@
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 
-  // A live page takes over what changed, and keeps its place, its zoom and what is open.
+  // A live page replaces what changed, and keeps its place, its zoom and what is open.
   const refresh = async () => {
     try {
       const { mark } = await (await fetch("/mark")).json();

@@ -9,11 +9,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ..runs.clock import duration
+from ..runs.record import is_number
 from .about import swatch
 from .bundle import cut
 from .figures import Figure, Panel
 from .html import Html, data, el, number, table
-from .runs import Run, is_number
+from .runs import Run
 from .sketch import sketch
 
 PLOTLY_PATH = "/plotly.js"
@@ -33,7 +35,7 @@ def plotly_js() -> str:
     return cut(get_plotlyjs())
 
 
-def _own(name: str) -> str:
+def _asset(name: str) -> str:
     return (files("isentropic.report") / name).read_text(encoding="utf-8")
 
 
@@ -45,8 +47,14 @@ def document(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str
         keys: the numbers of the first screen.
         panels: in order.
         live: see :func:`isentropic.report.render`.
+
+    Returns:
+        A whole HTML document.
+
+    Raises:
+        ImportError: plotly is missing.
     """
-    script, style = _own("page.js"), _own("page.css")
+    script, style = _asset("page.js"), _asset("page.css")
     plotly = plotly_js()
     title = f"{' · '.join(dict.fromkeys(run.label for run in runs[:4]))} – isentropic"
     head = el(
@@ -74,7 +82,7 @@ def document(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str
 
 
 def _policy(script: str, plotly: str, live: str | None) -> str:
-    """Only the two scripts that are ours run, and nothing is fetched: what a run wrote stays text whatever it holds."""
+    """Only our two scripts run, and nothing is fetched: what a run wrote is never executed, whatever it holds."""
     allowed = [_hash(script), "'self'" if live else _hash(plotly)]
     connect = "'self'" if live else "'none'"
     return (
@@ -99,8 +107,8 @@ def _header(runs: Sequence[Run], panels: Sequence[Panel]) -> Html:
         )
         for run in runs
     ]
-    shown = el("fieldset", el("legend", "Runs shown"), boxes, class_="runs") if len(runs) > 1 else None
-    return el("header", el("nav", links, aria_label="Panels"), shown)
+    toggles = el("fieldset", el("legend", "Runs shown"), boxes, class_="runs") if len(runs) > 1 else None
+    return el("header", el("nav", links, aria_label="Panels"), toggles)
 
 
 _SHORT = {
@@ -111,7 +119,7 @@ _SHORT = {
     "passk": "pass@k",
     "distinct": "diversity",
     "quadrants": "tokens",
-    "where": "places",
+    "places": "places",
     "predicted": "prediction",
     "clip": "clips",
     "cov": "covariance",
@@ -127,14 +135,14 @@ def _short(panel: Panel) -> str:
 
 
 def _first(runs: Sequence[Run], keys: Html) -> Html:
-    """What a person sees first: which run, how far it is, and its numbers."""
+    """The first screen: which run, how far it is, and its numbers."""
     if len(runs) == 1:
         run = runs[0]
         recipe = run.header["recipe"]
         title = el("h1", run.label, el("small", f" on {run.header.get('task') or 'a task'}"))
         control = [f"{name} {recipe[name]}" for name in ("knob", "controller", "target") if recipe.get(name)]
-        words = [str(run.header.get("model") or ""), f"seed {run.header.get('seed')}", *control, _progress(run)]
-        lines = el("p", " · ".join(word for word in words if word), class_="facts")
+        facts = [str(run.header.get("model") or ""), f"seed {run.header.get('seed')}", *control, _progress(run)]
+        lines = el("p", " · ".join(fact for fact in facts if fact), class_="facts")
         formula = el("p", str(recipe["formula"]), class_="formula") if recipe.get("formula") else None
         return el("section", title, lines, formula, keys, id="top", class_="top", data_live_part="top")
     title = el("h1", f"{len(runs)} runs side by side")
@@ -144,9 +152,9 @@ def _first(runs: Sequence[Run], keys: Html) -> Html:
 
 
 def _progress(run: Run) -> str:
-    done = run.metrics[-1]["step"] if run.metrics else 0
+    done = run.summary["steps"]
     seconds = run.column("seconds")[1]
-    took = f" in {int(seconds[-1]) // 60}:{int(seconds[-1]) % 60:02d}" if seconds else ""
+    took = f" in {duration(seconds[-1])}" if seconds else ""
     return f"{done} steps{took}" if run.ended or not run.steps else f"step {done} of {run.steps}{took}"
 
 
@@ -190,7 +198,7 @@ def _figure(name: str, figure: Figure, wide: bool, at_once: bool) -> Html:
 
 
 def _numbers(panel: Panel) -> Html | None:
-    """The lines of a panel in figures, for whoever cannot or would not read a plot."""
+    """The lines of a panel as numbers, for readers who cannot see a plot or prefer a table."""
     rows: list[list[Any]] = []
     for figure in panel.figures:
         for trace in figure.traces:
@@ -205,5 +213,5 @@ def _numbers(panel: Panel) -> Html | None:
     if not rows:
         return None
     head = ["figure", "line", "first", "middle", "last", "lowest", "highest"]
-    parts = el("div", table(head, rows, class_="wordy"), data_live_part=f"{panel.id}-numbers")
-    return el("details", el("summary", "The same in numbers"), parts)
+    numbers = el("div", table(head, rows, class_="wordy"), data_live_part=f"{panel.id}-numbers")
+    return el("details", el("summary", "The same in numbers"), numbers)

@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
-from ..runs.record import Record
+from ..runs.record import Record, is_number
+from ..runs.summary import summary
 
-# Names in page.css: Okabe and Ito's colours, which colour-blind eyes tell apart, lightened where the page is dark.
+# Names in page.css: Okabe and Ito's colours, which colour-blind eyes can distinguish, lighter on a dark page.
 COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 SEVERITIES = ("serious", "warning", "note")
 # Settings in which two runs of one recipe may differ.
-_OWN = ("seed", "out")
+_PER_RUN = ("seed", "out")
 
 
 class Audit(NamedTuple):
-    """Findings, worst first; what was looked at, by name; measured figures, by name, in nats."""
+    """Findings, worst first; what was checked, by name; measured figures, by name, in nats."""
 
     findings: list[dict[str, Any]]
     checked: dict[str, Any]
@@ -52,7 +53,7 @@ class Run:
 
     @property
     def dash(self) -> str:
-        """The dash of its recipe: what tells it apart where colour does not."""
+        """The dash of its recipe, which distinguishes it without colour."""
         return DASHES[(self.group + self.group // len(COLOURS)) % len(DASHES)]
 
     @property
@@ -62,12 +63,16 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps the run is to take; 0 where its config does not say."""
-        steps = (self.header.get("config") or {}).get("steps")
-        return steps if isinstance(steps, int) else 0
+        """Optimizer steps the run is to take; 0 if its config does not say."""
+        return planned_steps(self.header)
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """The closing figures of the run so far, as :func:`isentropic.runs.summary.summary` defines them."""
+        return summary(self.metrics, self.evaluations)
 
     def column(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a metric, where it is known.
+        """Steps and values of a metric, at the steps that have it.
 
         Example:
             >>> run = Run(Path("r"), "r", 0, 0, {}, [{"step": 1, "a": 2}, {"step": 2, "a": None}], [], [], None, True)
@@ -89,32 +94,39 @@ class Run:
         return [b for a, b in pairwise(tasks) if a[1] != b[1]]
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is a finite number, and not a truth value."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def planned_steps(header: dict[str, Any]) -> int:
+    """Optimizer steps that a run.json announces; 0 if it does not say."""
+    steps = (header.get("config") or {}).get("steps")
+    return steps if isinstance(steps, int) else 0
 
 
 def read(paths: Iterable[str | Path]) -> list[Run]:
-    """The runs in these directories; a directory of run directories stands for all of them.
+    """The runs in these directories.
+
+    Args:
+        paths: run directories, or directories that hold run directories; a run that is named twice is read once.
+
+    Returns:
+        Runs in the order of the paths.
 
     Raises:
         ValueError: no path; one that is neither a run directory nor holds any; a run.json that cannot be read.
     """
-    found = list(dict.fromkeys(path.resolve() for given in paths for path in _expand(Path(given))))
-    if not found:
-        raise ValueError("a report needs at least one run directory, got none; name what `train --out` was given")
-    headers = [_header(path) for path in found]
+    folders = list(dict.fromkeys(folder.resolve() for path in paths for folder in _expand(Path(path))))
+    if not folders:
+        raise ValueError("a report needs at least one run directory, got none; name the directory of `train --out`")
+    headers = [_header(folder) for folder in folders]
     groups = _group(headers)
-    labels = _label(found, headers, groups)
+    labels = _label(folders, headers, groups)
     return [
-        _run(path, label, group, groups[:i].count(group), header)
-        for i, (path, label, group, header) in enumerate(zip(found, labels, groups, headers, strict=True))
+        _run(folder, label, group, groups[:i].count(group), header)
+        for i, (folder, label, group, header) in enumerate(zip(folders, labels, groups, headers, strict=True))
     ]
 
 
 def _expand(path: Path) -> list[Path]:
     if not (path / "run.json").exists() and path.is_dir():
-        inside = sorted(found.parent for found in path.glob("*/run.json"))
+        inside = sorted(file.parent for file in path.glob("*/run.json"))
         if inside:
             return inside
     return [path]
@@ -142,36 +154,36 @@ def _run(path: Path, label: str, group: int, member: int, header: dict[str, Any]
 
 
 def read_audit(path: Path) -> Audit | None:
-    """What a run directory's audit.json holds; None where no audit ran."""
+    """What a run directory's audit.json holds; None if no audit ran."""
     try:
-        found = json.loads((path / "audit.json").read_text(encoding="utf-8"))
+        audit = json.loads((path / "audit.json").read_text(encoding="utf-8"))
         rank = {name: i for i, name in enumerate(SEVERITIES)}
-        findings = [finding for finding in found["findings"] if isinstance(finding, dict)]
+        findings = [finding for finding in audit["findings"] if isinstance(finding, dict)]
         findings.sort(key=lambda finding: rank.get(str(finding.get("severity")), 1))
-        more = [value if isinstance(value := found.get(name), dict) else {} for name in ("checked", "figures")]
+        more = [value if isinstance(value := audit.get(name), dict) else {} for name in ("checked", "figures")]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError):
-        what = {"severity": "warning", "what": "audit.json cannot be read", "remedy": "run the audit again"}
-        return Audit([what], {}, {})
+        unreadable = {"severity": "warning", "what": "audit.json cannot be read", "remedy": "run the audit again"}
+        return Audit([unreadable], {}, {})
     return Audit(findings, *more)
 
 
 def _group(headers: Sequence[dict[str, Any]]) -> list[int]:
-    """Runs with the same settings but for the seed are one group."""
-    keys: dict[str, int] = {}
-    found = []
+    """The number of each run's group: runs with the same settings, except for the seed."""
+    numbers: dict[str, int] = {}
+    groups = []
     for header in headers:
-        config = {k: v for k, v in header["config"].items() if k not in _OWN}
+        config = {k: v for k, v in header["config"].items() if k not in _PER_RUN}
         key = json.dumps([config, header["recipe"]], sort_keys=True, default=str)
-        found.append(keys.setdefault(key, len(keys)))
-    return found
+        groups.append(numbers.setdefault(key, len(numbers)))
+    return groups
 
 
 def _label(paths: Sequence[Path], headers: Sequence[dict[str, Any]], groups: Sequence[int]) -> list[str]:
-    """A recipe's name, what sets its group apart, and the seed where a group has several; else the directory's name."""
+    """Recipe, the settings in which its group differs, and the seed if a group has several; else the directory."""
     first = {group: headers[groups.index(group)] for group in groups}
-    differ = [key for key in first[groups[0]]["config"] if key not in (*_OWN, "recipe", "recipe_options")]
+    differ = [key for key in first[groups[0]]["config"] if key not in (*_PER_RUN, "recipe", "recipe_options")]
     differ = [key for key in differ if len({str(header["config"].get(key)) for header in first.values()}) > 1]
     labels = []
     for path, header, group in zip(paths, headers, groups, strict=True):

@@ -1,4 +1,4 @@
-"""The lines of a figure as plain SVG: what stands there until plotly has been read, in the place it will draw in."""
+"""The lines of a figure as plain SVG, in the place where plotly will draw it once its script has been read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def sketch(figure: Figure) -> Html:
     margin = 0.05 * (max(values) - floor) or 1.0
     low, high = floor if floor == 0 else floor - margin, max(values) + margin
     first, last = figure.layout["xaxis"]["range"]
-    parts = []
+    polylines = []
     for trace in lines:
         known = [(x, y) for x, y in zip(trace["x"], trace["y"], strict=True) if is_number(y)]
         points = " ".join(
@@ -35,7 +35,7 @@ def sketch(figure: Figure) -> Html:
         )
         look = {"stroke": f"var(--{trace['line']['color'][1:]})", "stroke_width": trace["line"]["width"]}
         look["stroke_dasharray"] = None if trace["line"].get("dash", "solid") == "solid" else "4 3"
-        parts.append(
+        polylines.append(
             el(
                 "polyline",
                 points=points,
@@ -46,4 +46,4 @@ def sketch(figure: Figure) -> Html:
             )
         )
     box = f"0 0 {_WIDTH} {_HEIGHT}"
-    return el("svg", parts, viewBox=box, preserveAspectRatio="none", class_="sketch", aria_hidden="true")
+    return el("svg", polylines, viewBox=box, preserveAspectRatio="none", class_="sketch", aria_hidden="true")

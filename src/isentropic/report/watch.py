@@ -1,7 +1,7 @@
-"""A run that goes on, live: in the terminal, or as the report in a browser on this machine.
+"""A run while it trains: in the terminal, or as the report in a browser on this machine.
 
-Only files are read, so that a run started elsewhere is followed and left alone; what it is writing at the moment is
-taken as far as it is whole.
+Only files are read, so that any run can be followed and none is disturbed; a row that is being written is left for
+later.
 """
 
 from __future__ import annotations
@@ -15,27 +15,32 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..runs.record import Record
+from ..control.names import suggest
+from ..runs.clock import duration
+from ..runs.record import Record, is_number
+from .figures import shade
 from .html import visible
-from .runs import is_number, read_audit
+from .runs import planned_steps, read_audit
 
 HOST = "127.0.0.1"
 _PERIOD = 0.5  # seconds between looks at the files
-_SILENT = 120  # seconds without a row after which a run seems to stand still
+_SILENT = 120  # seconds without a row after which a run is called silent
 _MIN_WIDTH = 40
 _ROWS = 4  # of the picture of entropy
 _BLOCKS = " ▁▂▃▄▅▆▇█"
-_SURPRISED = 4.0  # nats at which a token is shaded in full
 _STYLES = {"serious": "bold red", "warning": "yellow", "note": "dim"}
 
 
 def spark(values: Sequence[float], width: int) -> str:
-    """Values as one line of blocks, averaged into at most ``width`` columns, from the lowest to the highest.
+    """Values as one line of blocks, the lowest value as the lowest block.
+
+    Args:
+        values: in order.
+        width: characters at most; more values are averaged.
 
     Example:
         >>> spark([0, 1, 2, 3], 4)
@@ -73,11 +78,11 @@ class Canvas(NamedTuple):
 
 
 def canvas(values: Sequence[float], target: Sequence[float | None], width: int, height: int) -> Canvas:
-    """Entropy against its target on a grid of characters: ``•`` the value, ``─`` the target, both in one place ``◆``.
+    """Entropy against its target on a grid of characters: ``•`` the value, ``─`` the target, ``◆`` both in one cell.
 
     Args:
         values: at least one.
-        target: as many; None where there is none.
+        target: as many; None at a step without one.
         width, height: of the grid at most, in characters.
 
     Example:
@@ -86,8 +91,8 @@ def canvas(values: Sequence[float], target: Sequence[float | None], width: int, 
     """
     means = columns(values, width)
     goals = [sum(known) / len(known) if known else None for known in _known_by_column(target, width)]
-    seen = [*means, *[goal for goal in goals if goal is not None]]
-    low, high = min(seen), max(seen)
+    drawn = [*means, *[goal for goal in goals if goal is not None]]
+    low, high = min(drawn), max(drawn)
     rise = (height - 1) / (high - low) if high > low else 0.0
     grid = [[" "] * len(means) for _ in range(height)]
     for x, (value, goal) in enumerate(zip(means, goals, strict=True)):
@@ -105,22 +110,14 @@ def _known_by_column(values: Sequence[float | None], width: int) -> Iterator[lis
         yield [value for value in values[a:b] if is_number(value)]
 
 
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds as a person writes them.
-
-    Example:
-        >>> clock(59), clock(3723)
-        ('0:59', '1:02:03')
-    """
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
 def time_left(rows: Sequence[dict[str, Any]], steps: int) -> float | None:
-    """Seconds to the last step at the pace of the latest rows; None where it is not known.
+    """Seconds to the last step at the pace of the latest rows; None if it is not known.
 
-    ``seconds`` counts from the start of the process, so a resume makes it fall: only rows since then are asked.
+    ``seconds`` counts from the start of the process, so it falls when a run is resumed: only rows since then are used.
+
+    Args:
+        rows: of metrics.jsonl.
+        steps: that the run is to take; 0 if unknown.
 
     Example:
         >>> time_left([{"step": 1, "seconds": 10}, {"step": 3, "seconds": 14}], 13)
@@ -138,29 +135,28 @@ def time_left(rows: Sequence[dict[str, Any]], steps: int) -> float | None:
 
 
 def check_path(run: str | Path, once: bool) -> Path:
-    """The directory of a run that is there, or that can still begin.
+    """The directory of a run that exists, or that can still begin.
 
     Args:
-        run: as given.
-        once: it must be there already.
+        run: as the user wrote it.
+        once: the run must exist already.
 
     Raises:
-        ValueError: nothing can begin there; the message names a run nearby.
+        ValueError: no run can begin there; the message names one with a similar path.
     """
     path = Path(run)
     if (path / "run.json").is_file():
         return path
-    runs = [str(found.parent) for found in Path(path.parent).glob("*/run.json")]
-    near = get_close_matches(str(path), runs, n=1)
-    hint = f"did you mean {near[0]}?" if near else "name what `train --out` was given"
+    neighbours = [str(file.parent) for file in path.parent.glob("*/run.json")]
+    hint = suggest(path, neighbours) or "; name the directory of `train --out`"
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, not a run directory; {hint}")
+        raise ValueError(f"{path} is a file, not a run directory{hint}")
     if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"{path} is not a run directory: it has no run.json, and other things are in it; {hint}")
+        raise ValueError(f"{path} is not a run directory: it has no run.json, and other things are in it{hint}")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: no run can begin there, {path.parent} does not exist; {hint}")
+        raise ValueError(f"{path}: no run can begin there, {path.parent} does not exist{hint}")
     if once:
-        raise ValueError(f"{path} holds no run yet; leave --once out to wait for it, or: {hint}")
+        raise ValueError(f"{path} holds no run yet{hint}; or leave --once out to wait for it")
     return path
 
 
@@ -180,39 +176,46 @@ class Snapshot:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps it is to take, 0 where unknown."""
-        steps = (self.header.get("config") or {}).get("steps")
-        return steps if isinstance(steps, int) else 0
+        """Optimizer steps the run is to take; 0 if unknown."""
+        return planned_steps(self.header)
 
     def values(self, name: str) -> list[float]:
-        """A metric where it is known."""
+        """A metric, at the steps that have it."""
         return [row[name] for row in self.rows if is_number(row.get(name))]
 
     def state(self) -> str:
-        """Running, finished, or how long it has been silent."""
+        """``running``, ``finished``, or for how long no row was written."""
         if self.ended:
             return "finished"
         if not self.rows:
             return "no step yet"
         silent = time.time() - (self.path / "metrics.jsonl").stat().st_mtime
-        return "running" if silent < _SILENT else f"silent for {clock(silent)}: slow, stopped or killed"
+        return "running" if silent < _SILENT else f"silent for {duration(silent)}: slow, stopped or killed"
 
 
 def stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Sizes and times of the files a view is made from: another value, another view."""
+    """Name, size and time of each file of a run: they change when a view of the run must be drawn again."""
     names = ("run.json", "metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "audit.json", "summary.json")
-    found = []
+    files = []
     for name in names:
         try:
             stat = (path / name).stat()
         except OSError:
             continue
-        found.append((name, stat.st_size, stat.st_mtime_ns))
-    return tuple(found)
+        files.append((name, stat.st_size, stat.st_mtime_ns))
+    return tuple(files)
 
 
 def frame(now: Snapshot, width: int) -> Any:
-    """One picture of a run as rich draws it."""
+    """One picture of a run, for rich to draw.
+
+    Args:
+        now: what the files of the run hold.
+        width: characters; at least 40 are used.
+
+    Raises:
+        ImportError: rich is missing.
+    """
     from rich.console import Group
     from rich.panel import Panel
     from rich.text import Text
@@ -222,8 +225,8 @@ def frame(now: Snapshot, width: int) -> Any:
     width = max(width, _MIN_WIDTH)
     config = now.header.get("config") or {}
     name = f"{config.get('recipe', 'run')} on {now.header.get('task', 'a task')}, seed {now.header.get('seed')}"
-    parts: list[Any] = [_progress(now, width - 4)]
-    parts += _entropy(now, width - 4)
+    lines: list[Any] = [_progress(now, width - 4)]
+    lines += _entropy(now, width - 4)
     for label, metric in (("reward", "reward/mean"), ("knob", "knob/value")):
         values = now.values(metric)
         if values:
@@ -231,10 +234,10 @@ def frame(now: Snapshot, width: int) -> Any:
             line = Text(f"{label:8}{values[-1]:8.3f}  ")
             line.append(spark(values, width - 24), style="green" if label == "reward" else "magenta")
             line.append(bound, style="bold red")
-            parts.append(line)
-    parts += _warnings(now)
-    parts += _texts(now)
-    return Panel(Group(*parts), title=Text(visible(name)), subtitle=Text(visible(f"{now.path}   q quits")))
+            lines.append(line)
+    lines += _warnings(now)
+    lines += _texts(now)
+    return Panel(Group(*lines), title=Text(visible(name)), subtitle=Text(visible(f"{now.path}   q quits")))
 
 
 def _progress(now: Snapshot, width: int) -> Any:
@@ -246,10 +249,10 @@ def _progress(now: Snapshot, width: int) -> Any:
     filled = round(min(done / now.steps, 1.0) * 24) if now.steps else 0
     line.append("━" * filled, style="green").append("┈" * (24 - filled), style="dim")
     if not now.ended and left is not None:
-        line.append(f"  eta {clock(left)}")
+        line.append(f"  eta {duration(left)}")
     seconds = now.values("seconds")
     if seconds:
-        line.append(f"  {clock(seconds[-1])} gone", style="dim")
+        line.append(f"  {duration(seconds[-1])} gone", style="dim")
     state = now.state()
     line.append(f"  {state}", style="bold yellow" if state.startswith("silent") else "dim")
     line.truncate(width)
@@ -271,9 +274,9 @@ def _entropy(now: Snapshot, width: int) -> list[Any]:
     head.append("  nats a token", style="dim")
     styles = {"•": "cyan", "◆": "bold green", "─": "yellow"}
     lines = [head]
-    drawn = canvas(values, goals, width - 10, _ROWS)
-    edges = {0: f"{drawn.high:8.3f} ", _ROWS - 1: f"{drawn.low:8.3f} "}
-    for i, row in enumerate(drawn.grid):
+    picture = canvas(values, goals, width - 10, _ROWS)
+    edges = {0: f"{picture.high:8.3f} ", _ROWS - 1: f"{picture.low:8.3f} "}
+    for i, row in enumerate(picture.grid):
         line = Text().append(edges.get(i, " " * 9), style="dim")
         for cell in row:
             line.append(cell, style=styles.get(cell, ""))
@@ -310,8 +313,8 @@ def _texts(now: Snapshot) -> list[Any]:
         tokens, surprisal = row.get("tokens"), row.get("surprisal")
         if isinstance(tokens, list) and isinstance(surprisal, list) and len(tokens) == len(surprisal):
             for token, nats in list(zip(tokens, surprisal, strict=True))[:100]:
-                share = min(max(nats / _SURPRISED, 0.0), 1.0) if is_number(nats) else 0.0
-                line.append(_one_line(token), style=f"on rgb({round(40 + 150 * share)},40,40)" if share > 0.2 else "")
+                red = shade(nats) if is_number(nats) else 0.0
+                line.append(_one_line(token), style=f"on rgb({round(40 + 150 * red)},40,40)" if red > 0.2 else "")
         else:
             line.append(_one_line(row.get("completion"))[:300])
         lines.append(line)
@@ -324,7 +327,7 @@ def _one_line(value: Any) -> str:
 
 @contextmanager
 def _keys() -> Iterator[bool]:
-    """Single keys from the terminal, which is left as it was; False where there is no terminal to ask."""
+    """Let single keys be read from the terminal, and restore it afterwards; yields False without a terminal."""
     if os.name != "posix" or not sys.stdin.isatty():
         yield False
         return
@@ -340,7 +343,7 @@ def _keys() -> Iterator[bool]:
 
 
 def _quits(seconds: float, listening: bool) -> bool:
-    """Wait; True as soon as q is pressed, or where the terminal is gone."""
+    """Wait; True as soon as q is pressed or the terminal is closed."""
     if not listening:
         time.sleep(seconds)
         return False
@@ -355,14 +358,14 @@ def _quits(seconds: float, listening: bool) -> bool:
 
 
 def watch(run: str | Path, once: bool = False) -> None:
-    """Show a run until q is pressed; print one picture where ``once`` is set or nobody looks at a terminal.
+    """Show a run in the terminal until q is pressed; if the output is not a terminal, print one picture.
 
     Args:
-        run: the run directory, which may not have begun.
-        once: print what is there now, and return.
+        run: the run directory; the run may not have begun yet.
+        once: print one picture and return.
 
     Raises:
-        ValueError: no run is or can begin there.
+        ValueError: no run is there or can begin there.
         ImportError: rich is missing.
     """
     try:
@@ -377,26 +380,26 @@ def watch(run: str | Path, once: bool = False) -> None:
         console.print(frame(Snapshot(path), console.width))
         return
     with _keys() as listening, Live(console=console, screen=True, auto_refresh=False) as live:
-        shown: Any = None
+        drawn: Any = None
         while True:
             state = stamp(path), console.size, int(time.time() / 10)
-            if state != shown:
-                shown = state
+            if state != drawn:
+                drawn = state
                 live.update(frame(Snapshot(path), console.width), refresh=True)
             if _quits(_PERIOD, listening):
                 return
 
 
 class _Pages(http.server.BaseHTTPRequestHandler):
-    """The report of one run, made anew when its files change."""
+    """Answers requests for the report of one run."""
 
     server: Any
 
     def do_GET(self) -> None:
-        """Answer for the page, its mark, and plotly; anything else is not here."""
+        """Answer requests for the page, its mark and plotly; anything else is not found."""
         from .page import PLOTLY_PATH, plotly_js
 
-        # A name of another host that points at this machine must not read the page.
+        # A page of another host whose name resolves to this machine must not read this one.
         if self.headers.get("Host", "").rsplit(":", 1)[0] not in (HOST, "localhost"):
             return self._answer(403, "text/plain", "this page is for this machine alone")
         path = self.path.split("?")[0]
@@ -419,15 +422,15 @@ class _Pages(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Nothing: the terminal stays quiet."""
+        """Print nothing."""
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """The report of a run on this machine's loopback address, refreshed while the run goes on.
+    """The report of a run on this machine's loopback address, refreshed while the run trains.
 
     Args:
         run: the run directory.
-        port: 0 takes a free one.
+        port: 0 chooses a free one.
 
     Raises:
         ValueError: not a run directory; a port that is taken.
@@ -442,7 +445,7 @@ class Server(http.server.ThreadingHTTPServer):
         plotly_js()
         self.run = check_path(run, once=True)
         self._lock = threading.Lock()
-        self._made: tuple[str, str] = ("", "")
+        self._rendered: tuple[str, str] = ("", "")  # mark and page
         try:
             super().__init__((HOST, port), _Pages)
         except OSError as error:
@@ -450,26 +453,30 @@ class Server(http.server.ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The address of the page."""
         return f"http://{HOST}:{self.server_address[1]}/"
 
     def mark(self) -> str:
-        """The state of the files in a few letters."""
+        """The state of the files, as a short text."""
         return format(hash(stamp(self.run)) & 0xFFFFFFFFFFFF, "x")
 
     def page(self) -> str:
-        """The page, made once for a state of the files."""
+        """The page, rendered once for each state of the files."""
         from . import render
 
         with self._lock:
             mark = self.mark()
-            if self._made[0] != mark:
-                self._made = mark, render([self.run], live=mark)
-            return self._made[1]
+            if self._rendered[0] != mark:
+                self._rendered = mark, render([self.run], live=mark)
+            return self._rendered[1]
 
 
 def serve(run: str | Path, port: int) -> None:
     """Serve the report until Ctrl-C.
+
+    Args:
+        run: the run directory.
+        port: 0 chooses a free one.
 
     Raises:
         ValueError: see :class:`Server`.

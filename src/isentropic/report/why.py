@@ -3,195 +3,125 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
+from typing import Any
 
+from ..runs.calibration import BLOCK, Calibration, block_changes, calibrate
+from ..runs.explain import top_tokens
+from ..runs.labels import CLIP_STATES, FORMS, POSITIONS, QUADRANTS, SIGNS
+from ..runs.record import is_number
 from .figures import Figure, Panel, Trace, collect, layout, line, plain, rounded, smooth, step_layout
-from .html import Html, el, number, table
-from .runs import Run, is_number
+from .html import Html, el, table
+from .runs import Run
 
-FORMS = {
-    "predict/change": "exact form",
-    "predict/change_simple": "without moments",
-    "predict/change_natural": "of a natural-gradient step",
+# Colour and hatch of each quadrant, in the order of the bars; they and the bonus sum to the predicted change.
+_LOOKS = {
+    "likely_up": ("@c0", ""),
+    "rare_down": ("@c4", "/"),
+    "rare_up": ("@c5", "x"),
+    "likely_down": ("@c1", "\\"),
+    "bonus": ("@c2", "."),
 }
-# Name, meaning, colour and hatch; the first four and the bonus sum to the predicted change.
-QUADRANTS = {
-    "predict/likely_up": ("likely tokens, pushed up", "@c0", ""),
-    "predict/rare_down": ("rare tokens, pushed down", "@c4", "/"),
-    "predict/rare_up": ("rare tokens, pushed up", "@c5", "x"),
-    "predict/likely_down": ("likely tokens, pushed down", "@c1", "\\"),
-    "predict/bonus": ("entropy term", "@c2", "."),
-}
-SIGNS = {"predict/positive": "A > 0", "predict/negative": "A < 0", "predict/neutral": "A = 0"}
-CLIPS = {
-    "predict/unclipped": "not clipped",
-    "predict/clipped_low": "clipped low",
-    "predict/clipped_high": "clipped high",
-    "predict/removed_low": "removed by the lower bound",
-    "predict/removed_high": "removed by the upper bound",
-}
-EIGHTHS = {f"predict/position_{i}": f"{i}/8" for i in range(1, 9)}
+_HATCHES = ("", "/", "x", ".", "\\", "+")  # of recipes side by side
 _BINS = 25
-_WINDOW = 10  # steps
-_TOP = 12
-
-
-class Fit(NamedTuple):
-    """Measured on predicted changes through the origin, and how many pairs there were."""
-
-    slope: float
-    error: float
-    correlation: float
-    pairs: int
-
-
-def pairs(run: Run, name: str) -> list[tuple[float, float]]:
-    """Predicted and measured change of every step where both are known: H(t+1) − H(t) follows step t's update."""
-    known = {row["step"]: row for row in run.rows_with("entropy/mean")}
-    return [
-        (row[name], known[row["step"] + 1]["entropy/mean"] - row["entropy/mean"])
-        for row in run.rows_with("entropy/mean", name)
-        if row["step"] + 1 in known
-    ]
-
-
-def fit(found: Sequence[tuple[float, float]]) -> Fit | None:
-    """Least squares through the origin; None below three pairs or where no change was predicted.
-
-    Example:
-        >>> fit([(1.0, 2.0), (2.0, 4.0), (-1.0, -2.0)])
-        Fit(slope=2.0, error=0.0, correlation=1.0, pairs=3)
-    """
-    square = sum(x * x for x, _ in found)
-    if len(found) < 3 or square == 0:
-        return None
-    slope = sum(x * y for x, y in found) / square
-    error = math.sqrt(sum((y - slope * x) ** 2 for x, y in found) / (len(found) - 1) / square)
-    mx, my = (sum(column) / len(found) for column in zip(*found, strict=True))
-    spread = math.sqrt(sum((x - mx) ** 2 for x, _ in found) * sum((y - my) ** 2 for _, y in found))
-    correlation = sum((x - mx) * (y - my) for x, y in found) / spread if spread else 0.0
-    return Fit(slope, error, round(correlation, 12), len(found))
-
-
-def windows(found: Sequence[tuple[float, float]], size: int = _WINDOW) -> list[tuple[float, float]]:
-    """Means of neighbouring pairs: the noise of single readings nearly cancels between one step and the next.
-
-    Example:
-        >>> windows([(1.0, 3.0), (3.0, 5.0), (9.0, 9.0)], size=2)
-        [(2.0, 4.0)]
-    """
-    starts = range(0, len(found) - size + 1, size)
-    return [(_mean_of(found[i : i + size], 0), _mean_of(found[i : i + size], 1)) for i in starts]
-
-
-def _mean_of(found: Sequence[tuple[float, float]], place: int) -> float:
-    return sum(pair[place] for pair in found) / len(found)
+_LABEL_WIDTH = 22  # characters
 
 
 def predicted(runs: Sequence[Run]) -> Panel | None:
-    """Predicted against measured change of entropy: summed over the run, and step by step."""
-    fits = [(run, fit(pairs(run, "predict/change"))) for run in runs]
-    mine = [(run, found) for run, found in fits if found is not None]
-    if not mine:
+    """Predicted against measured change of entropy: added up over the run, and from block to block."""
+    fits = [(run, calibration) for run in runs if (calibration := calibrate(run.metrics)) is not None]
+    if not fits:
         return None
-    sums = [trace for run, found in mine for trace in _sums(run, found.slope)]
-    shown = [run for run, _ in mine]
+    calibrated = [run for run, _ in fits]
+    sums = [trace for run, calibration in fits for trace in _sums(run, calibration)]
     note = (
         "Predictions are first order in the logits, at the learning rate; how much farther the optimizer moves the "
-        "logits is the calibration slope: of measured on predicted changes of single steps, through the origin, with "
-        "its standard error. Change since the start: measured (solid, smoothed), and predictions added up and scaled "
-        "by the slope (dotted), each standing for the steps until the next. Single steps: averaged over neighbours in "
-        "size, since one reading is noisy; the line has the slope."
+        f"logits is the calibration slope: of measured on predicted changes from one block of {BLOCK} steps to the "
+        "next, by least squares. The drift is what entropy moves beside it. Change since the start: measured (solid, "
+        "smoothed), and predictions times slope plus drift, added up (dotted), each prediction counting for the steps "
+        "until the next. Changes between blocks: a mark a pair of neighbours, and the line of the fit."
     )
     figures = [
-        Figure("Change of entropy since the start, nats a token", sums, step_layout(shown)),
-        _scatter(mine),
+        Figure("Change of entropy since the start, nats a token", sums, step_layout(calibrated)),
+        _scatter(fits),
     ]
-    return Panel("predicted", "Was the change of entropy foreseen?", note, figures, _calibration(shown))
+    return Panel("predicted", "Was the change of entropy foreseen?", note, figures, _calibrations(calibrated))
 
 
-def _calibration(runs: Sequence[Run]) -> Html:
-    """Slope and correlations: of every form for one run, of the main one for several."""
+def _calibrations(runs: Sequence[Run]) -> Html:
+    """Slope, drift and correlation, as `isentropic explain` writes them; of every form for a single run."""
     rows = []
     for run in runs:
-        for name, form in FORMS.items() if len(runs) == 1 else [("predict/change", FORMS["predict/change"])]:
-            found, smoothed = fit(pairs(run, name)), fit(windows(pairs(run, name)))
-            if found is not None:
-                slope = f"{number(found.slope)} ± {number(found.error)}"
-                over = f"{smoothed.correlation:.2f}" if smoothed else "–"
-                rows.append([run.label, form, slope, f"{found.correlation:.2f}", over, found.pairs])
-    head = ["run", "prediction", "calibration slope", "correlation", f"over windows of {_WINDOW}", "steps"]
+        for form in FORMS if len(runs) == 1 else ("change",):
+            calibration = calibrate(run.metrics, f"predict/{form}")
+            if calibration is not None:
+                figures = (f"{calibration.slope:.3g}", f"{calibration.drift:+.1e}", f"{calibration.correlation:.2f}")
+                rows.append([run.label, FORMS[form], *map(_minus, figures), calibration.blocks])
+    head = ["run", "prediction", "calibration slope", "drift a step, nats", "correlation", "pairs of blocks"]
     return table(head, rows, class_="cards")
 
 
-def _sums(run: Run, slope: float) -> list[Trace]:
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _sums(run: Run, calibration: Calibration) -> list[Trace]:
     x, entropy = run.column("entropy/mean")
     level = smooth(entropy)
     steps, change = run.column("predict/change")
     total = [level[x.index(steps[0])] - entropy[0] if steps[0] in x else 0.0]
     for i, value in enumerate(change[:-1]):
-        total.append(total[-1] + slope * value * (steps[i + 1] - steps[i]))
-    measured, added = (plain(f"{run.label}, {word}") for word in ("measured", "predicted × slope"))
+        total.append(total[-1] + (calibration.slope * value + calibration.drift) * (steps[i + 1] - steps[i]))
+    measured, added = (plain(f"{run.label}, {word}") for word in ("measured", "predicted × slope + drift"))
     return [
         line(run, x, [v - entropy[0] for v in level], line={"dash": "solid"}) | {"name": measured},
         line(run, steps, total, line={"dash": "dot"}) | {"name": added},
     ]
 
 
-def _scatter(fits: Sequence[tuple[Run, Fit]]) -> Figure:
+def _scatter(fits: Sequence[tuple[Run, Calibration]]) -> Figure:
     traces: list[Trace] = []
-    for run, found in fits:
-        known = sorted(pairs(run, "predict/change"))
-        size = max(1, math.ceil(len(known) / _BINS))
-        bins = [known[i : i + size] for i in range(0, len(known), size)]
-        x, y = ([_mean_of(b, place) for b in bins] for place in (0, 1))
-        error = [_error_of_mean([pair[1] for pair in b]) for b in bins]
-        bars = {"type": "data", "array": rounded(error), "thickness": 1, "width": 0, "color": run.colour}
+    for run, calibration in fits:
+        x, y = zip(*sorted(block_changes(run.metrics)), strict=True)
         dots = {"symbol": run.symbol, "size": 7, "color": run.colour}
-        traces.append(line(run, rounded(x), y) | {"mode": "markers", "marker": dots, "error_y": bars})
-        traces[-1]["hovertemplate"] = "predicted %{x:.2e}<br>measured %{y:.2e}"
-        style = {"width": 1.5, "dash": "solid"}
+        traces.append(line(run, x, y) | {"mode": "markers", "marker": dots})
+        traces[-1] |= {"x": rounded(traces[-1]["x"]), "hovertemplate": "predicted %{x:.2e}<br>measured %{y:.2e}"}
         ends = rounded([x[0], x[-1]])
-        traces.append(line(run, ends, [found.slope * v for v in ends], line=style, hoverinfo="skip", opacity=0.6))
+        fitted = [calibration.slope * v + calibration.drift * BLOCK for v in ends]
+        style = {"width": 1.5, "dash": "solid"}
+        traces.append(line(run, ends, fitted, line=style, hoverinfo="skip", opacity=0.6))
     look = layout(
         xaxis={"title": {"text": "predicted change"}, "nticks": 6},
         yaxis={"title": {"text": "measured change"}},
     )
-    return Figure("Changes of single steps, nats a token", traces, look)
-
-
-def _error_of_mean(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 0.0
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return Figure(f"Changes from one block of {BLOCK} steps to the next, nats a token", traces, look)
 
 
 def quadrants(runs: Sequence[Run]) -> Panel | None:
-    """The predicted change split by likely or rare and up or down: over time for one run, in sum for several."""
-    mine = [run for run in runs if any(run.column(name)[0] for name in QUADRANTS)]
-    if not mine:
+    """The predicted change split by likely or rare and up or down: over time for one run, on average for several."""
+    split = [run for run in runs if any(run.column(f"predict/{name}")[0] for name in QUADRANTS)]
+    if not split:
         return None
-    figures = [_over_time(mine[0])] if len(mine) == 1 else [_in_sum(mine)]
+    figures = [_over_time(split[0])] if len(split) == 1 else [_on_average(split)]
     note = (
-        "Likely: surprisal below the entropy of its place; up: training raises its probability. A likely token pushed "
+        "Likely: surprisal below the entropy of its row; up: training raises its probability. A likely token pushed "
         "up and a rare one pushed down lower entropy; the other two raise it. Bars add up to the predicted change."
     )
-    return Panel("quadrants", "Which tokens move entropy?", note, figures, _top_tokens(mine))
+    return Panel("quadrants", "Which tokens move entropy?", note, figures, _top_tokens(split))
 
 
 def _over_time(run: Run) -> Figure:
-    rows = [row for row in run.metrics if any(is_number(row.get(name)) for name in QUADRANTS)]
+    rows = [row for row in run.metrics if any(is_number(row.get(f"predict/{name}")) for name in QUADRANTS)]
     size = max(1, math.ceil(len(rows) / _BINS))
     groups = [rows[i : i + size] for i in range(0, len(rows), size)]
     x = [sum(row["step"] for row in group) / len(group) for group in groups]
     traces: list[Trace] = []
-    for name, (meaning, colour, hatch) in QUADRANTS.items():
-        y = [_mean(row.get(name) for row in group) for group in groups]
+    for name, look in _LOOKS.items():
+        y = [_mean(row.get(f"predict/{name}") for row in group) for group in groups]
         if any(y):
-            traces.append(_bar(meaning, colour, hatch) | {"x": rounded(x), "y": rounded([v or 0.0 for v in y])})
+            ends = {"x": rounded(x), "y": rounded([v or 0.0 for v in y])}
+            traces.append(_bar(QUADRANTS[name], *look) | ends)
     change = [_mean(row.get("predict/change") for row in group) for group in groups]
     if any(value is not None for value in change):
         total = {
@@ -202,20 +132,20 @@ def _over_time(run: Run) -> Figure:
             "y": rounded([v or 0.0 for v in change]),
         }
         traces.append(total | {"line": {"color": "@ink", "width": 2}})
-    look = step_layout([run], barmode="relative", bargap=0.1, showlegend=True)
-    return Figure("Predicted change a step, nats a token", traces, look, True)
+    axes = step_layout([run], barmode="relative", bargap=0.1, showlegend=True)
+    return Figure("Predicted change a step, nats a token", traces, axes, True)
 
 
-def _in_sum(runs: Sequence[Run]) -> Figure:
+def _on_average(runs: Sequence[Run]) -> Figure:
     traces: list[Trace] = []
-    for name, (meaning, colour, hatch) in QUADRANTS.items():
-        sums = [_mean(run.column(name)[1]) for run in runs]
-        if any(sums):
-            bar = {"orientation": "h", "y": [plain(r.label) for r in runs], "x": rounded([v or 0.0 for v in sums])}
-            traces.append(_bar(meaning, colour, hatch) | bar)
-    look = layout(barmode="relative", showlegend=True, yaxis={"autorange": "reversed"}, hovermode="y unified")
-    look["xaxis"] = {**look["xaxis"], "nticks": 6}
-    return Figure("Mean predicted change a step, nats a token", traces, look, True)
+    for name, look in _LOOKS.items():
+        means = [_mean(run.column(f"predict/{name}")[1]) for run in runs]
+        if any(means):
+            bar = {"orientation": "h", "y": [plain(r.label) for r in runs], "x": rounded([v or 0.0 for v in means])}
+            traces.append(_bar(QUADRANTS[name], *look) | bar)
+    axes = layout(barmode="relative", showlegend=True, yaxis={"autorange": "reversed"}, hovermode="y unified")
+    axes["xaxis"] = {**axes["xaxis"], "nticks": 6}
+    return Figure("Mean predicted change a step, nats a token", traces, axes, True)
 
 
 def _bar(name: str, colour: str, hatch: str) -> Trace:
@@ -223,54 +153,48 @@ def _bar(name: str, colour: str, hatch: str) -> Trace:
     return {"type": "bar", "name": name, "marker": {"color": colour, "pattern": pattern, "line": {"width": 0}}}
 
 
-def _mean(values: object) -> float | None:
-    known = [value for value in values if is_number(value)]  # type: ignore[attr-defined]
-    return sum(known) / len(known) if known else None
+def _mean(values: Iterable[Any]) -> float | None:
+    numbers = [value for value in values if is_number(value)]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def _top_tokens(runs: Sequence[Run]) -> Html:
     """The tokens that moved entropy most, over the whole run."""
     tables = []
     for run in runs:
-        sums: defaultdict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for row in run.metrics:
-            for entry in row.get("predict/top_tokens") or []:
-                if isinstance(entry, list) and len(entry) == 3 and is_number(entry[1]) and is_number(entry[2]):
-                    sums[str(entry[0])][0] += entry[1]
-                    sums[str(entry[0])][1] += entry[2]
-        top = sorted(sums.items(), key=lambda item: -abs(item[1][0]))[:_TOP]
-        if top:
-            rows = [
-                [el("code", repr(token)), f"{change:+.2e}".replace("-", "−"), int(count)]
-                for token, (change, count) in top
-            ]
-            shown = table(["token", "predicted change in sum", "times"], rows)
-            tables.append(el("details", el("summary", f"Single tokens that moved it most: {run.label}"), shown))
+        rows = [
+            [el("code", repr(str(token["text"]))), _minus(f"{token['change']:+.2e}"), token["count"]]
+            for token in top_tokens(run.metrics)
+        ]
+        if rows:
+            tokens = table(["token", "predicted change in sum", "times"], rows)
+            tables.append(el("details", el("summary", f"Single tokens that moved it most: {run.label}"), tokens))
     return Html("".join(tables))
 
 
-def where(runs: Sequence[Run]) -> Panel | None:
-    """The predicted change by the sample's sign and by the place in the answer."""
-    figures = [
-        _by_class(runs, EIGHTHS, "By place in the answer: first to last eighth"),
+def places(runs: Sequence[Run]) -> Panel | None:
+    """The predicted change by the sign of the sample's advantage and by the place in the answer."""
+    candidates = [
+        _by_class(runs, POSITIONS, "By place in the answer: first to last eighth"),
         _by_class(runs, SIGNS, "By the sign of the sample's advantage"),
     ]
-    found = [figure for figure in figures if figure is not None]
-    if not found:
+    figures = [figure for figure in candidates if figure is not None]
+    if not figures:
         return None
     note = "Mean predicted change of entropy a step, nats a token; above zero it raises entropy."
-    return Panel("where", "Which samples, and where in the answer?", note, found)
+    return Panel("places", "Which samples, and where in the answer?", note, figures)
 
 
-def _by_class(runs: Sequence[Run], names: Mapping[str, str], caption: str, across: bool = False) -> Figure | None:
+def _by_class(runs: Sequence[Run], labels: Mapping[str, str], caption: str) -> Figure | None:
+    """Mean of each field of a split, a bar a run; along the y axis if their names are long."""
+    across = max(map(len, labels.values())) > _LABEL_WIDTH
     traces: list[Trace] = []
-    hatches = ("", "/", "x", ".", "\\", "+")
     for run in runs:
-        means = {label: _mean(run.column(name)[1]) for name, label in names.items()}
+        means = {label: _mean(run.column(f"predict/{name}")[1]) for name, label in labels.items()}
         y = [value for value in means.values() if value is not None]
         if y:
-            x = [label for label, value in means.items() if value is not None]
-            bar = _bar(plain(run.label), run.colour, hatches[run.group % len(hatches)])
+            x = ["<br>".join(wrap(label, _LABEL_WIDTH)) for label, value in means.items() if value is not None]
+            bar = _bar(plain(run.label), run.colour, _HATCHES[run.group % len(_HATCHES)])
             ends = {"x": rounded(y), "y": x, "orientation": "h"} if across else {"x": x, "y": rounded(y)}
             traces.append(bar | ends | {"meta": {"run": run.label}})
     if not traces:
@@ -285,15 +209,9 @@ def _by_class(runs: Sequence[Run], names: Mapping[str, str], caption: str, acros
 
 def clip(runs: Sequence[Run]) -> Panel | None:
     """How many tokens the clip bounds, and what that does to entropy."""
-    figures = collect(
-        runs,
-        ("clip/low_frac", "Share of tokens stopped by the lower bound (A < 0)"),
-        ("clip/high_frac", "Share of tokens stopped by the upper bound (A > 0)"),
-        ("ratio/outside_frac", "Share of ratios outside the bounds"),
-        ("theorem2/violated_frac", "Share of places outside the entropy bounds of Theorem 2"),
-        rangemode="tozero",
-    )
-    moved = _by_class(runs, CLIPS, "Predicted change of entropy by clip state, nats a token a step", across=True)
+    shares = ("clip/low_frac", "clip/high_frac", "ratio/outside_frac", "theorem2/violated_frac")
+    figures = collect(runs, *shares, rangemode="tozero")
+    moved = _by_class(runs, CLIP_STATES, "Predicted change of entropy by clip state, nats a token a step")
     if moved is not None:
         figures.append(moved)
     if not figures:
@@ -306,8 +224,8 @@ def clip(runs: Sequence[Run]) -> Panel | None:
 
 
 def covariance(runs: Sequence[Run]) -> Panel | None:
-    """cov(A, log π): the driver of entropy's fall."""
-    figures = collect(runs, ("cov/adv_logp", "cov(A, log π), nats"))
+    """cov(A, log π): what drives entropy down."""
+    figures = collect(runs, "cov/adv_logp")
     if not figures:
         return None
     note = "Above zero the tokens that are rewarded are those already likely: training then lowers entropy."

@@ -2,7 +2,13 @@
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Write a duration as hours, minutes and seconds.
+
+    Args:
+        seconds: not negative; parts of a second are dropped.
+
+    Returns:
+        ``M:SS``, or ``H:MM:SS`` from an hour on.
 
     Example:
         >>> duration(59), duration(3723)

@@ -10,7 +10,7 @@
       evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
       summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, and
                          ``before`` holds a first task's evaluations at the start, at the switch and at the end
-      report.html        written at the end: what the rest of the directory shows, as a page
+      report.html        written at the end: what the rest of the directory holds, as a page
       checkpoint-N/      the engine's own checkpoint after optimizer step N, and isentropic.json, written last
 
 Rows are JSON objects; a number that is not finite, or not known, is null. Fields are only ever added within a schema
@@ -21,11 +21,11 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ==========================  ==========================================================================================
 ``entropy/mean``            nats per generated token, exact, at the sampling temperature; whole step, all ranks
 ``entropy/tokens``          tokens that were read
-``entropy/target``          H* in force, nats; null while the start is measured, or without a target
+``entropy/target``          H* in force, nats; null while the first entropy is measured, or without a target
 ``entropy/error``           (H − H*)/H*
 ``entropy/refused``         readings refused in a row
 ``knob/value``              the knob in force during the step
-``knob/saturated``          1 where it stands at a bound
+``knob/saturated``          1 if it is at a bound, else 0
 ``clip/low_frac``           share of tokens with A<0 whose gradient the lower bound removed
 ``clip/high_frac``          share of tokens with A>0 whose gradient the upper bound removed or capped
 ``ratio/mean``              mean importance ratio
@@ -44,11 +44,11 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
                             the batch; ``episode/truncated_frac``, share that turns or tokens ended
 ``entropy/turn_1``          to ``entropy/turn_8``: as ``entropy/mean``, over the tokens of an episode's first turn and
                             on, as far as there were turns; the eighth holds the later ones too
-``task``                    name of the task, where tasks follow one another; another name than before is a switch
+``task``                    name of the task, if tasks follow one another; another name than before is a switch
 ==========================  ==========================================================================================
 
-On steps that are explained (``explain_every``), a row also holds what ``dynamics.py`` predicts: nats per token, to
-first order in the logits, times the learning rate. Each split sums to ``predict/change``.
+On steps that are explained (``explain_every``), a row also holds what ``entropy/prediction.py`` predicts: nats per
+token, to first order in the logits, times the learning rate. Each split sums to ``predict/change``.
 
 ==========================  ==========================================================================================
 ``predict/change``          predicted entropy change of the step: exact form, or without moments if ``moments`` is 0
@@ -63,7 +63,7 @@ first order in the logits, times the learning rate. Each split sums to ``predict
 ``predict/gain``            derivative of the change by the knob; for a clip, an estimate from the tokens at its edge
 ``predict/knob``            gain × knob: what the knob adds; null for a clip
 ``predict/numerics``        what the rounding of log π in this pass adds, to first order; null without moments
-``predict/moments``         1 where the moments of the rows were at hand
+``predict/moments``         1 if the moments of the rows were available, else 0
 ``predict/top_tokens``      [text, change, count] of the tokens that moved entropy most, summed by token, main process
 ``numerics/logp_rms``       rms difference between the engine's log π and that of an fp32 head, nats; with
                             ``numerics/entropy_bias``, mean difference of the entropies
@@ -74,14 +74,14 @@ audit.json (missing with ``--audit off``): ``findings``, gravest first, each wit
 serious ones; ``checked``, by name, as text; ``figures``, by name, in nats.
 
 A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``advantage``, and, aligned by token,
-``tokens``, ``surprisal`` (nats, current policy) and ``entropy``. Of an episode, ``completion`` is all that was said,
-and the tokens are those that the policy wrote.
+``tokens``, ``surprisal`` (nats, current policy) and ``entropy``. For an episode with an environment, ``completion`` is
+the whole dialogue, and the tokens are those that the policy wrote.
 
 A row of evaluations.jsonl: ``step``, ``task``, ``k``, ``temperature``, ``pass@1``, ``pass@k`` under its own number,
 ``distinct`` (mean number of different right answers among k), ``majority`` (share of prompts whose most frequent answer
-is right), ``truncated_frac`` (share of completions that met the limit of tokens), ``num_tokens`` sampled, ``entropy``
-(sampled estimate, nats per token), and by prompt ``prompts``, ``num_samples``, ``num_correct``, ``num_distinct``,
-``num_truncated``.
+is right), ``truncated_frac`` (share of completions that reached the limit of tokens), ``num_tokens`` sampled,
+``entropy`` (sampled estimate, nats per token), and by prompt ``prompts``, ``num_samples``, ``num_correct``,
+``num_distinct``, ``num_truncated``.
 """
 
 from __future__ import annotations
@@ -96,11 +96,21 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 SCHEMA = 1
 CHECKPOINT_FILE = "isentropic.json"
 _PACKAGES = ("isentropic", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "numpy")
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a field of a row holds a finite number; a truth value is none.
+
+    Example:
+        >>> is_number(0.5), is_number(None), is_number(True), is_number(float("nan"))
+        (True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def plain(value: Any) -> Any:
@@ -127,7 +137,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, without a last line that was cut short; nothing where the file is missing."""
+    """The rows of a JSONL file, without a last line that was cut short; none if the file is missing."""
     if not path.exists():
         return
     # A write may end inside a character too.
@@ -143,13 +153,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version()}
+    numbers = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = version(name)
+            numbers[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return numbers
 
 
 class Record:
@@ -167,7 +177,14 @@ class Record:
         self.path = Path(path)
 
     def start(self, config: dict[str, Any], recipe: dict[str, Any], seed: int, **more: Any) -> None:
-        """Write run.json; a directory that is missing is made."""
+        """Write run.json, and create the directory if it is missing.
+
+        Args:
+            config: the settings of the run, resolved.
+            recipe: its recipe, as a dict.
+            seed: of the run.
+            **more: further fields of run.json, such as ``task`` and ``model``.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
         from datetime import datetime
 
@@ -193,7 +210,7 @@ class Record:
         path = self.path / "run.json"
         if not path.is_file():
             raise ValueError(
-                f"{self.path} is not a run directory: it has no run.json; name what `train --out` was given"
+                f"{self.path} is not a run directory: it has no run.json; name the directory of `train --out`"
             )
         header = json.loads(path.read_text(encoding="utf-8"))
         if header.get("schema") != SCHEMA:
@@ -213,7 +230,7 @@ class Record:
         return list(read_rows(self.path / f"{name}.jsonl"))
 
     def rewind(self, step: int) -> None:
-        """Forget rows after an optimizer step: the run goes on from its checkpoint there."""
+        """Delete the rows after an optimizer step, so that the run can continue from its checkpoint there."""
         for name in ("metrics", "samples", "evaluations"):
             path = self.path / f"{name}.jsonl"
             if path.exists():
@@ -223,10 +240,10 @@ class Record:
                 draft.replace(path)
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Complete checkpoints, oldest first: those whose isentropic.json, written last, is there."""
-        found = []
+        """Step and path of complete checkpoints, oldest first: those with an isentropic.json, which is written last."""
+        complete = []
         for path in self.path.glob("checkpoint-*"):
             number = re.fullmatch(r"checkpoint-(\d+)", path.name)
             if number and (path / CHECKPOINT_FILE).is_file():
-                found.append((int(number[1]), path))
-        return sorted(found)
+                complete.append((int(number[1]), path))
+        return sorted(complete)

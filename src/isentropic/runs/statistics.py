@@ -1,4 +1,4 @@
-"""Evaluation of sampled answers: unbiased pass@k, coverage, voting, intervals over prompts. Numpy only."""
+"""Statistics of sampled answers and of runs: unbiased pass@k, voting, intervals, robust means. Numpy only."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -60,43 +60,16 @@ def pass_at_k(num_samples: Numbers, num_correct: Numbers, k: Numbers) -> float |
     return float(chance) if chance.ndim == 0 else chance
 
 
-def distinct_correct(answers: Sequence[Sequence[str]], correct: Sequence[Sequence[bool]]) -> float:
-    """Count the different right answers of each prompt and average over prompts.
-
-    ``mean_p |{answer : right}|``
-
-    Args:
-        answers: [p g] answers, equal where their strings are; normalise them first. Groups may differ in size.
-        correct: [p g] whether each is right.
-
-    Returns:
-        The mean number of distinct right answers a prompt.
-
-    Raises:
-        ValueError: no prompt; shapes that differ.
-
-    >>> distinct_correct([["1+2", "2+1", "1+2", "3"], ["4"]], [[True, True, True, False], [False]])
-    1.0
-    """
-    if len(answers) == 0:
-        raise ValueError("answers must hold at least one prompt, got none; evaluate on more")
-    shapes = [len(group) for group in answers], [len(group) for group in correct]
-    if shapes[0] != shapes[1]:
-        raise ValueError(f"answers and correct must match, got groups of {shapes[0]} and {shapes[1]}; align them")
-    counts = [len({a for a, ok in zip(*pair, strict=True) if ok}) for pair in zip(answers, correct, strict=True)]
-    return sum(counts) / len(counts)
-
-
 def majority_vote(answers: Sequence[str | None]) -> str | None:
-    """Choose the answer given most often.
+    """Choose the most frequent answer.
 
     ``argmax_a #{i : answer_i = a}``
 
     Args:
-        answers: the answers to one prompt, normalised; ``None`` where a response holds no answer, which is no vote.
+        answers: the answers to one prompt, normalised; ``None`` for a response without an answer, which is no vote.
 
     Returns:
-        The winner, of equals the one given first; ``None`` without a vote.
+        The winner, of equals the first; ``None`` without a vote.
 
     Self-consistency (arXiv:2203.11171).
 
@@ -241,7 +214,7 @@ def stratified_interval(
     num: int = 2000,
     seed: int = 0,
 ) -> Interval | None:
-    """Bound a statistic of runs by the percentile bootstrap, seeds drawn again within each task.
+    """Bound a statistic of runs by the percentile bootstrap, seeds resampled within each task.
 
     Args:
         statistic: of one list a group, each by task, to a number.
@@ -251,7 +224,7 @@ def stratified_interval(
         seed: of the resampling.
 
     Returns:
-        The interval, or ``None`` where a task of a group has fewer than 3 runs: no spread can be read from those.
+        The interval, or ``None`` if a task of a group has fewer than 3 runs: no spread can be read from those.
 
     Agarwal et al. (arXiv:2108.13264), stratified bootstrap.
 
@@ -263,9 +236,9 @@ def stratified_interval(
     if any(task.size < MIN_VALUES for group in arrays for task in group):
         return None
     rng = np.random.default_rng(seed)
-    found = [
+    resampled = [
         statistic(*([task[rng.integers(task.size, size=task.size)] for task in group] for group in arrays))
         for _ in range(num)
     ]
-    low, high = np.quantile(found, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(resampled, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from .record import is_number
 from .statistics import rms_relative_error
 
 SETTLED = 20  # optimizer steps before the entropy error counts
@@ -32,12 +32,11 @@ def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float
         same at every evaluation of the tasks before the last, by name.
 
     Example:
-        >>> rows = [{"step": t, "entropy/mean": 1.1, "entropy/target": 1.0, "reward/mean": t / 40} for t in range(1, 41)]
+        >>> steps = range(1, 41)
+        >>> rows = [{"step": t, "entropy/mean": 1.1, "entropy/target": 1.0, "reward/mean": t / 40} for t in steps]
         >>> figures = summary(rows)
-        >>> round(figures["entropy/rms_error"], 3), figures["reward/start"], figures["reward/end"]
-        (0.1, 0.025, 0.9624999999999999)
-        >>> summary([])["steps"]
-        0
+        >>> figures["steps"], round(figures["entropy/rms_error"], 3), figures["reward/start"], figures["reward/end"]
+        (40, 0.1, 0.025, 0.9625)
     """
     first, last = (rows[0], rows[-1]) if rows else ({}, {})
     tail, settled = rows[-max(1, len(rows) // 10) :], rows[SETTLED:]
@@ -57,19 +56,15 @@ def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float
     return figures | _evaluated(evaluations)
 
 
-def _known(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
 def _mean(rows: Sequence[Row], name: str) -> float | None:
-    values = [row[name] for row in rows if _known(row.get(name))]
+    values = [row[name] for row in rows if is_number(row.get(name))]
     return sum(values) / len(values) if values else None
 
 
 def _target_error(rows: Sequence[Row]) -> float | None:
     """RMS relative error over the settled steps with a target; a target of 0 gives no scale and is left out."""
     pairs = [(row.get("entropy/mean"), row.get("entropy/target")) for row in rows if row["step"] > SETTLED]
-    pairs = [(value, target) for value, target in pairs if _known(value) and _known(target) and target]
+    pairs = [(value, target) for value, target in pairs if is_number(value) and is_number(target) and target]
     return float(rms_relative_error(*map(list, zip(*pairs, strict=True)))) if pairs else None
 
 

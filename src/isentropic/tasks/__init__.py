@@ -1,10 +1,9 @@
-"""Verifiable tasks: prompts, a verifier, and what makes two right answers the same answer.
+"""Verifiable tasks: prompts, a verifier, and a canonical form by which two right answers are the same answer.
 
-A `Task` is data, so a task of your own is one object in one file; `load_task` finds it, a built-in one, a generator of
-reasoning-gym, a data set or a mixture by its name. Importing this file imports no torch and builds nothing.
+A `Task` is data, so a custom task is one object in one file; `load_task` finds it by its name, as it finds a built-in
+task, a generator of reasoning-gym, a data set or a mixture. Importing this package imports no torch and builds nothing.
 """
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -13,44 +12,69 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
+
+from ..control.names import suggest
 
 TASKS: dict[str, str] = {
     "expr": "isentropic.tasks.expressions:expr",
     "expr-digit": "isentropic.tasks.expressions:expr_digit",
 }
-# kind: (who makes the task of what follows the first colon, how such a name is written, what it is).
-KINDS: dict[str, tuple[str, str, str]] = {
-    "gsm8k": ("isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"),
-    "math": ("isentropic.tasks.data:named", "math[:path=...]", "competition mathematics; held out is MATH-500"),
-    "math500": ("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, to evaluate on"),
-    "aime24": ("isentropic.tasks.data:named", "aime24[:path=...]", "30 problems, to evaluate on"),
-    "rg": ("isentropic.tasks.gym:load", "rg:GENERATOR[:option=value...]", "any generator of reasoning-gym"),
-    "file": (
+
+
+class Kind(NamedTuple):
+    """Tasks whose name starts with a word and a colon.
+
+    Attributes:
+        loader: ``module:function`` that creates the task from the text after the first colon and the whole name.
+        form: how such a name is written.
+        meaning: in a few words.
+    """
+
+    loader: str
+    form: str
+    meaning: str
+
+
+KINDS: dict[str, Kind] = {
+    "gsm8k": Kind(
+        "isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"
+    ),
+    "math": Kind("isentropic.tasks.data:named", "math[:path=...]", "competition mathematics; held out is MATH-500"),
+    "math500": Kind("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, to evaluate on"),
+    "aime24": Kind("isentropic.tasks.data:named", "aime24[:path=...]", "30 problems, to evaluate on"),
+    "rg": Kind("isentropic.tasks.gym:load", "rg:GENERATOR[:option=value...]", "any generator of reasoning-gym"),
+    "file": Kind(
         "isentropic.tasks.data:from_file",
         "file:PATH.jsonl|.parquet:prompt=COLUMN:answer=COLUMN:verifier=exact|numeric|math",
         "rows of your own",
     ),
-    "hub": (
+    "hub": Kind(
         "isentropic.tasks.data:from_hub",
         "hub:ORG/NAME:prompt=COLUMN:answer=COLUMN:verifier=exact|numeric|math",
         "a data set of the hub",
     ),
-    "mix": ("isentropic.tasks.mixture:load", "mix:TASK@WEIGHT+TASK@WEIGHT...", "several tasks by share"),
-    "textworld": ("isentropic.tasks.environments.textworld:load", "textworld:GAME[:option=value...]", "text adventures, generated"),
-    "textarena": ("isentropic.tasks.environments.textarena:load", "textarena:GAME[:option=value...]", "games for one player"),
-    "appworld": (
+    "mix": Kind("isentropic.tasks.mixture:load", "mix:TASK@WEIGHT+TASK@WEIGHT...", "several tasks by share"),
+    "textworld": Kind(
+        "isentropic.tasks.environments.textworld:load",
+        "textworld:GAME[:option=value...]",
+        "text adventures, generated",
+    ),
+    "textarena": Kind(
+        "isentropic.tasks.environments.textarena:load", "textarena:GAME[:option=value...]", "games for one player"
+    ),
+    "appworld": Kind(
         "isentropic.tasks.environments.appworld:load",
         "appworld:train=FILE:test=FILE:ports=8000-8007",
         "apps behind a server",
     ),
 }
-_ALONE = ("gsm8k", "math", "math500", "aime24")  # kinds that are a name without anything after it
+_WITHOUT_OPTIONS = ("gsm8k", "math", "math500", "aime24")  # kinds whose name needs nothing after it
 
 
 @dataclass(frozen=True)
 class Task:
-    """A verifiable task: what is asked, in training and when held out, and which answers are right.
+    """A verifiable task: prompts to train on and held-out prompts, and a verifier of answers.
 
     A row is a dict with `prompt` and the columns that `verify` names, all of them plain values, so that
     `datasets.Dataset.from_list(rows)` is a dataset in TRL's standard format.
@@ -62,13 +86,13 @@ class Task:
         heldout: () -> rows to evaluate on, disjoint from those of every training seed. Any beginning of the list
             should be a fair sample, so that a cheaper evaluation may take the first rows.
         verify: (completion, **columns) -> right or wrong. It gets the columns that it names (`prompt` is one), or all
-            of them when it takes `**columns`.
-        normalise: completion, right or wrong -> canonical text of its answer, empty where it gives none. Two right
-            answers are distinct when these differ, and equal texts are votes for one answer.
+            of them if it takes `**columns`.
+        normalise: completion, right or wrong -> canonical text of its answer, empty if it gives none. Two right
+            answers are distinct if these differ, and equal texts are votes for one answer.
         max_completion_length: tokens that an answer may take, the end-of-sequence token included.
-        stop: a completion ends before the first of these, in training and evaluation: what follows is not judged. If
-            it is a line break, generation ends there too.
-        gold: row -> a right completion; None where none is known. By it the best constant answer is found.
+        stop: a completion ends before the first of these, in training and evaluation: the text after it is not judged.
+            If it is a line break, generation ends there too.
+        gold: row -> a right completion; None if none is known. The best constant answer is searched among these.
 
     A prompt is a text, or a conversation in the form of a list of messages, for which the tokenizer needs a chat
     template; all prompts of a task have one form.
@@ -98,7 +122,7 @@ class Task:
     gold: Callable[[dict[str, Any]], str] | None = None
 
     def cut(self, completion: str) -> str:
-        """Return a completion up to where it ends.
+        """Return a completion up to its stop text.
 
         Example:
             >>> from isentropic.tasks.expressions import expr
@@ -108,8 +132,8 @@ class Task:
         """
         return completion.partition(self.stop)[0] if self.stop else completion
 
-    def asked(self, row: dict[str, Any]) -> Any:
-        """Return what makes two rows the same question: the prompt."""
+    def question(self, row: dict[str, Any]) -> Any:
+        """Return the value by which two rows are the same question: the prompt."""
         return row["prompt"]
 
     def reward(
@@ -119,12 +143,12 @@ class Task:
 
         Args:
             completions: b texts, or b conversations, of which the last message counts.
-            prompts: b prompts, given to `verify` as `prompt` if it asks.
-            columns: b values each, for example `target=[73, 12]`. What `verify` does not name is ignored: an engine
-                also passes its state and its loggers here.
+            prompts: b prompts, passed to `verify` as `prompt` if it names it.
+            columns: b values each, for example `target=[73, 12]`. Those that `verify` does not name are ignored: an
+                engine also passes its state and its loggers here.
 
         Raises:
-            ValueError: a column that `verify` needs is missing, or has not b values.
+            ValueError: a column that `verify` needs is missing, or does not have b values.
         """
         num = len(completions)
         if prompts is not None:
@@ -160,45 +184,45 @@ def load_task(name: str) -> Task:
     """Return the task of a name: of `TASKS`, of one of the `KINDS`, or your own at `package.module:attribute` or
     `file.py:NAME`.
 
-    What needs an extra or a file says so here; rows are read when they are asked for.
+    A missing extra or file is reported here; rows are read when they are asked for.
 
     Raises:
-        ValueError: there is no such name, option, module or attribute, or what stands there is not a `Task`.
+        ValueError: there is no such name, option, module or attribute, or it is not a `Task`.
 
     Example:
         >>> load_task("expr").max_completion_length
         8
     """
     kind, colon, rest = name.partition(":")
-    if kind in KINDS and (colon or kind in _ALONE):
-        module_name, _, attribute = KINDS[kind][0].partition(":")
+    if kind in KINDS and (colon or kind in _WITHOUT_OPTIONS):
+        module_name, _, attribute = KINDS[kind].loader.partition(":")
         return getattr(importlib.import_module(module_name), attribute)(rest, name)
     if name not in TASKS and not colon:
         known = [*TASKS, *KINDS]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}? Or" if near else "use one of these, or"
         raise ValueError(
-            f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {name!r}; "
-            f"{hint} name a Task of your own, for example 'my_tasks.py:spelling'; see `isentropic tasks`"
+            f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {name!r}"
+            f"{suggest(name, known)}; name a Task of your own, for example 'my_tasks.py:spelling', or see "
+            "`isentropic tasks`"
         )
     module_name, _, attribute = TASKS.get(name, name).rpartition(":")
     module = _module(name, module_name)
     task = getattr(module, attribute, None)
     if isinstance(task, Task):
         return task
-    found = sorted(key for key, value in vars(module).items() if isinstance(value, Task))
+    tasks = sorted(key for key, value in vars(module).items() if isinstance(value, Task))
     got = "no such attribute" if task is None else f"a {type(task).__name__}"
-    near = difflib.get_close_matches(attribute, found, n=1)
-    hint = f"did you mean {module_name}:{near[0]}?" if near else "assign an isentropic.tasks.Task to that name"
-    raise ValueError(f"task {name!r} must be a Task, got {got}; Tasks in {module_name}: {found or 'none'}; {hint}")
+    raise ValueError(
+        f"task {name!r} must be a Task, got {got}{suggest(attribute, tasks)}; Tasks in {module_name}: "
+        f"{tasks or 'none'}; assign an isentropic.tasks.Task to that name"
+    )
 
 
-def _module(name: str, where: str) -> ModuleType:
-    """The module of a dotted name, or the one that a file holds, which may import its neighbours."""
-    if where.endswith(".py"):
-        path = Path(where).expanduser().resolve()
+def _module(name: str, place: str) -> ModuleType:
+    """The module of a dotted name, or of a file, which may import modules beside it."""
+    if place.endswith(".py"):
+        path = Path(place).expanduser().resolve()
         if not path.is_file():
-            raise ValueError(f"task {name!r} must name a Python file, got {where!r}, and there is no such file")
+            raise ValueError(f"task {name!r} must name a Python file, got {place!r}, and there is no such file")
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
         assert spec.loader is not None
@@ -208,12 +232,12 @@ def _module(name: str, where: str) -> ModuleType:
         spec.loader.exec_module(module)
         return module
     try:
-        return importlib.import_module(where)
+        return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        # An import that fails inside the module is the author's to see; only the module itself is our message.
-        if error.name is None or not f"{where}.".startswith(f"{error.name}."):
+        # An import that fails inside the module is its author's error; our message is about the module itself only.
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise
         raise ValueError(
-            f"task {name!r} must name an importable module, got {where!r}, and there is no module "
+            f"task {name!r} must name an importable module, got {place!r}, and there is no module "
             f"{error.name!r}; install it, or put its directory on PYTHONPATH"
         ) from error

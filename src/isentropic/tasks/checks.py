@@ -1,4 +1,4 @@
-"""What is checked of a task's rows before a run: nothing held out is trained on, and no constant answer wins."""
+"""Checks of a task's rows before a run: nothing held out is trained on, and no constant answer wins."""
 
 import hashlib
 import json
@@ -10,16 +10,16 @@ from typing import Any
 from . import Task
 
 logger = logging.getLogger("isentropic")
-CANDIDATES = 3
+CANDIDATES = 3  # right answers that are tried as constants
 CONSTANT_ROWS = 200
-EASY = 0.3
+EASY = 0.3  # a constant answer that is right more often is worth a warning
 
 
-def mark(prompt: Any) -> str:
-    """Return the hash of what is asked; spaces and the case of letters make no difference.
+def prompt_hash(prompt: Any) -> str:
+    """Return the hash of a prompt, for which white space and the case of letters make no difference.
 
     Example:
-        >>> mark("One  apple?") == mark("one apple?\\n"), mark("1") == mark("2")
+        >>> prompt_hash("One  apple?") == prompt_hash("one apple?\\n"), prompt_hash("1") == prompt_hash("2")
         (True, False)
     """
     text = prompt if isinstance(prompt, str) else json.dumps([m.get("content") for m in prompt], ensure_ascii=False)
@@ -33,8 +33,8 @@ def training_rows(task: Task, seed: int, others: Iterable[Task] = ()) -> list[di
         ValueError: nothing is left.
     """
     rows = task.train(seed)
-    heldout = {mark(each.asked(row)) for each in (task, *others) for row in each.heldout()}
-    kept = [row for row in rows if mark(task.asked(row)) not in heldout]
+    heldout = {prompt_hash(other.question(row)) for other in (task, *others) for row in other.heldout()}
+    kept = [row for row in rows if prompt_hash(task.question(row)) not in heldout]
     if not kept:
         raise ValueError(
             f"task {task.name!r}: all {len(rows)} rows to train on are held out too, nothing is left; give other rows"
@@ -50,13 +50,13 @@ def training_rows(task: Task, seed: int, others: Iterable[Task] = ()) -> list[di
 
 
 def best_constant(task: Task, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
-    """Return the best constant answer and the share of rows that it gets right; None where no right answer is known.
+    """Return the best constant answer and the share of rows for which it is right; None if no right answer is known.
 
-    What is tried: the most frequent right answers, and no answer at all.
+    The most frequent right answers are tried, and the empty answer.
 
     Args:
         task: whose verifier judges.
-        rows: held-out ones; of many, the first 200 count.
+        rows: held-out ones; the first 200 are used.
 
     Example:
         >>> rows = [{"prompt": "1+1=", "sum": "2"}, {"prompt": "2+0=", "sum": "2"}, {"prompt": "1+2=", "sum": "3"}]
@@ -78,11 +78,11 @@ def best_constant(task: Task, rows: Sequence[dict[str, Any]]) -> tuple[str, floa
 
 
 def constant_line(task: Task, rows: Sequence[dict[str, Any]]) -> str | None:
-    """Return the line about the best constant answer that a run prints, and warn where it is too good."""
-    found = best_constant(task, rows)
-    if found is None:
+    """Return the line about the best constant answer that a run prints, and warn if it is too good."""
+    best = best_constant(task, rows)
+    if best is None:
         return None
-    answer, score = found
+    answer, score = best
     shown = answer.strip() if len(answer.strip()) <= 40 else f"{answer.strip()[:37]}..."
     if score > EASY:
         logger.warning(

@@ -1,4 +1,4 @@
-r"""Rows that exist already: GSM8K, MATH, MATH-500 and AIME 2024 by name, files of your own, data sets of the hub.
+r"""Tasks from existing data: GSM8K, MATH, MATH-500 and AIME 2024 by name, files of your own, data sets of the hub.
 
 Named sets come from the hub, or from JSON lines on this machine by `path=`. Nothing is read until rows are asked for.
 """
@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import Task
-from .spec import EXTRA, chosen, require, split
+from .spec import EXTRA, require, resolve, split
 from .verifiers import VERIFIERS, boxed, normal
 
 BOXED = "\n\nReason step by step, and put the final answer in \\boxed{}."
-SHARE = 10  # where there is one file and no other, one row in so many is held out, by the hash of its prompt
-ORDER_SEED = 20240917  # held-out rows come in an order that their file does not decide: any beginning is a fair sample
+HELD_OUT_SHARE = 10  # of a single file, one row in so many is held out, by the hash of its prompt
+ORDER_SEED = 20240917  # held-out rows are shuffled: any beginning of the list is a fair sample
 
 
 class Source(NamedTuple):
-    """Where a named set lies and what its columns are.
+    """The location of a named set, and its columns.
 
     Attributes:
-        hub: repository, configuration and split, to train on and held out; None where there is nothing to train on.
-        files: names looked for in a directory, to train on and held out.
-        columns: of the question and of the answer; where the answer's is missing, `solution` is read.
+        hub: repository, configuration and split, to train on and held out; None if there is nothing to train on.
+        files: names of files in a directory, to train on and held out.
+        columns: of the question and of the answer; `solution` is read if the answer's is missing.
         verifier: a key of `VERIFIERS`.
         tokens: limit of a completion.
     """
@@ -65,7 +65,7 @@ SOURCES = {
     ),
 }
 NAMED_OPTIONS: dict[str, Any] = {"path": "", "prompt": ("chat", "plain"), "tokens": 0}
-OWN_OPTIONS: dict[str, Any] = {
+CUSTOM_OPTIONS: dict[str, Any] = {
     "prompt": "prompt",
     "answer": "answer",
     "verifier": ("exact", "numeric", "math"),
@@ -74,7 +74,7 @@ OWN_OPTIONS: dict[str, Any] = {
     "heldout": "",
     "tokens": 512,
 }
-HUB_OPTIONS = {**OWN_OPTIONS, "config": "", "split": "train"}
+HUB_OPTIONS = {**CUSTOM_OPTIONS, "config": "", "split": "train"}
 Rows = list[dict[str, Any]]
 
 
@@ -82,46 +82,46 @@ def named(rest: str, name: str) -> Task:
     """Return the task of `gsm8k`, `math`, `math500` or `aime24`, from the hub or from `path=`.
 
     Raises:
-        ValueError: an unknown option, a path where nothing is, or no math-verify where the verifier needs it.
+        ValueError: an unknown option, a path that does not exist, or a verifier that needs math-verify without it.
     """
     kind = name.partition(":")[0]
     source = SOURCES[kind]
     words, options = split(rest)
     if words:
         raise ValueError(f"task {name!r}: got {words[0]!r} after {kind}, must be options such as path=DIRECTORY")
-    told = chosen(name, options, NAMED_OPTIONS)
+    settings = resolve(name, options, NAMED_OPTIONS)
     if source.verifier == "math":
         require(name, ["math_verify"])
-    where: tuple[Any, Any] = source.hub
-    if told["path"]:
-        where = _files(name, Path(str(told["path"])).expanduser(), source)
+    sources: tuple[Any, Any] = source.hub
+    if settings["path"]:
+        sources = _files(name, Path(str(settings["path"])).expanduser(), source)
     else:
         require(name, ["datasets"])
     question, answer = source.columns
-    rows = partial(_rows, name, question=question, answer=answer, chat=told["prompt"] == "chat", instruction=BOXED)
+    rows = partial(_rows, name, question=question, answer=answer, chat=settings["prompt"] == "chat", instruction=BOXED)
     return _task(
         name,
-        f"{kind}, from {told['path'] or 'the hub'}.",
-        where,
+        f"{kind}, from {settings['path'] or 'the hub'}.",
+        sources,
         rows,
         verifier=source.verifier,
-        tokens=told["tokens"] or source.tokens,
-        # A base model goes on with a question of its own.
-        stop="" if told["prompt"] == "chat" else "\n\nQuestion:",
+        tokens=settings["tokens"] or source.tokens,
+        # A base model continues with a question that it makes up.
+        stop="" if settings["prompt"] == "chat" else "\n\nQuestion:",
         boxes=True,
     )
 
 
 def _files(name: str, path: Path, source: Source) -> tuple[Path | None, Path]:
-    """The files to train on and held out: a file as it is, or those of a directory that have a known name."""
+    """The files to train on and held out: the file itself, or those of a directory that have a known name."""
     if path.is_file():
         return (None if source.hub[0] is None else path), path
     if not path.is_dir():
-        raise ValueError(f"task {name!r}: path: got {str(path)!r}, must be a directory or a file, and nothing is there")
-    found = [next((path / n for n in names if (path / n).is_file()), None) for names in source.files]
-    if found[1] is None:
+        raise ValueError(f"task {name!r}: path: got {str(path)!r}, must be a directory or a file, and does not exist")
+    files = [next((path / n for n in names if (path / n).is_file()), None) for names in source.files]
+    if files[1] is None:
         raise ValueError(f"task {name!r}: path: {path} has none of {', '.join(source.files[1])}; name the file itself")
-    return found[0], found[1]
+    return files[0], files[1]
 
 
 def from_file(rest: str, name: str) -> Task:
@@ -130,52 +130,51 @@ def from_file(rest: str, name: str) -> Task:
     Without `heldout=PATH`, one row in ten is held out, chosen by the hash of its prompt.
 
     Raises:
-        ValueError: an unknown option, a path where nothing is, or no math-verify where the verifier needs it.
+        ValueError: an unknown option, a path that does not exist, or a verifier that needs math-verify without it.
     """
     words, options = split(rest)
     if len(words) != 1:
         raise ValueError(f"task {name!r} must be file:PATH[:option=value...], got {len(words)} words after file")
-    told = chosen(name, options, OWN_OPTIONS)
-    paths = [Path(str(p)).expanduser() for p in (words[0], told["heldout"] or words[0])]
+    settings = resolve(name, options, CUSTOM_OPTIONS)
+    paths = [Path(str(p)).expanduser() for p in (words[0], settings["heldout"] or words[0])]
     for path in paths:
         if path.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"task {name!r}: got {str(path)!r}, must end in .jsonl or .parquet")
         if not path.is_file():
             raise ValueError(f"task {name!r}: got {str(path)!r}, and there is no such file")
-    return _own(name, f"Rows of {words[0]}.", (paths[0], paths[1]), told)
+    return _custom(name, f"Rows of {words[0]}.", (paths[0], paths[1]), settings)
 
 
 def from_hub(rest: str, name: str) -> Task:
     """Return the task of `hub:ORG/NAME:prompt=COLUMN:...`, with `config=`, `split=` and `heldout=SPLIT`.
 
     Raises:
-        ValueError: an unknown option, a missing extra, or a name that is none.
+        ValueError: an unknown option, a missing extra, or a name that is not ORG/NAME.
     """
     words, options = split(rest)
     if len(words) != 1 or words[0].count("/") != 1:
         raise ValueError(f"task {name!r} must be hub:ORG/NAME[:option=value...], got {':'.join(words)!r} after hub")
-    told = chosen(name, options, HUB_OPTIONS)
+    settings = resolve(name, options, HUB_OPTIONS)
     require(name, ["datasets"])
-    config = str(told["config"]) or None
-    train = (words[0], config, str(told["split"]))
-    heldout = (words[0], config, str(told["heldout"] or told["split"]))
-    return _own(name, f"Rows of {words[0]}.", (train, heldout), told)
+    config = str(settings["config"]) or None
+    train = (words[0], config, str(settings["split"]))
+    heldout = (words[0], config, str(settings["heldout"] or settings["split"]))
+    return _custom(name, f"Rows of {words[0]}.", (train, heldout), settings)
 
 
-def _own(name: str, description: str, where: tuple[Any, Any], told: dict[str, Any]) -> Task:
-    if told["verifier"] == "math":
+def _custom(name: str, description: str, sources: tuple[Any, Any], settings: dict[str, Any]) -> Task:
+    if settings["verifier"] == "math":
         require(name, ["math_verify"])
-    rows = partial(
-        _rows, name, question=told["prompt"], answer=told["answer"], chat=told["format"] == "chat", instruction=None
-    )
-    stop = "\n" if told["stop"] == "line" else ""
-    return _task(name, description, where, rows, told["verifier"], told["tokens"] or 512, stop, boxes=False)
+    question, answer, chat = settings["prompt"], settings["answer"], settings["format"] == "chat"
+    rows = partial(_rows, name, question=question, answer=answer, chat=chat, instruction=None)
+    stop = "\n" if settings["stop"] == "line" else ""
+    return _task(name, description, sources, rows, settings["verifier"], settings["tokens"] or 512, stop, boxes=False)
 
 
 def _task(
     name: str,
     description: str,
-    where: tuple[Any, Any],
+    sources: tuple[Any, Any],
     rows: Callable[[Iterable[dict[str, Any]]], Rows],
     verifier: str,
     tokens: int,
@@ -183,26 +182,27 @@ def _task(
     boxes: bool,
 ) -> Task:
     @cache
-    def both() -> tuple[Rows, Rows]:
-        """Rows to train on and held out; from one place, by the hash of the prompt."""
-        if where[0] == where[1]:
-            every = rows(_read(name, where[0]))
-            parts = [[row for row in every if held(row["prompt"]) is wanted] for wanted in (False, True)]
-            return parts[0], _mixed(parts[1])
-        return ([] if where[0] is None else rows(_read(name, where[0]))), _mixed(rows(_read(name, where[1])))
+    def split_rows() -> tuple[Rows, Rows]:
+        """Rows to train on and held out; split by the hash of the prompt if both are of one source."""
+        if sources[0] == sources[1]:
+            all_rows = rows(_read(name, sources[0]))
+            to_train = [row for row in all_rows if not is_held_out(row["prompt"])]
+            return to_train, _shuffled([row for row in all_rows if is_held_out(row["prompt"])])
+        to_train = [] if sources[0] is None else rows(_read(name, sources[0]))
+        return to_train, _shuffled(rows(_read(name, sources[1])))
 
     def train(seed: int) -> Rows:
-        found = list(both()[0])
-        if not found:
+        to_train = list(split_rows()[0])
+        if not to_train:
             raise ValueError(f"task {name!r} has no rows to train on; use it with `isentropic eval --task`")
-        random.Random(seed).shuffle(found)
-        return found
+        random.Random(seed).shuffle(to_train)
+        return to_train
 
     return Task(
         name=name,
         description=description,
         train=train,
-        heldout=lambda: list(both()[1]),
+        heldout=lambda: list(split_rows()[1]),
         verify=VERIFIERS[verifier],
         normalise=partial(normal, verifier),
         max_completion_length=tokens,
@@ -211,24 +211,24 @@ def _task(
     )
 
 
-def held(prompt: Any) -> bool:
-    """Return whether a row of one file without a second is held out, which its prompt alone decides.
+def is_held_out(prompt: Any) -> bool:
+    """Return whether a row of a single file is held out, which depends on its prompt alone.
 
     Example:
-        >>> sum(held(f"question {i}") for i in range(1000))
+        >>> sum(is_held_out(f"question {i}") for i in range(1000))
         115
     """
-    return int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % SHARE == 0
+    return int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
-def _mixed(rows: Rows) -> Rows:
+def _shuffled(rows: Rows) -> Rows:
     random.Random(ORDER_SEED).shuffle(rows)
     return rows
 
 
 def _rows(
     name: str,
-    found: Iterable[dict[str, Any]],
+    source: Iterable[dict[str, Any]],
     *,
     question: str,
     answer: str,
@@ -237,7 +237,7 @@ def _rows(
 ) -> Rows:
     """Rows in the form of a task: a prompt and the right answer, as texts."""
     rows = []
-    for number, row in enumerate(found, start=1):
+    for number, row in enumerate(source, start=1):
         text, right = row.get(question), _right(row, answer)
         if text is None or right is None:
             missing = question if text is None else answer
@@ -260,7 +260,7 @@ def _rows(
 
 
 def _right(row: dict[str, Any], column: str) -> str | None:
-    r"""The right answer of a row: its column, after `####` where it has one; or what the solution boxes."""
+    r"""The right answer of a row: its column, after `####` if that occurs; without one, what the solution boxes."""
     value = row.get(column)
     if value is None:
         solution = row.get("solution")
@@ -269,18 +269,18 @@ def _right(row: dict[str, Any], column: str) -> str | None:
     return (text.rpartition("####")[2].replace(",", "") if "####" in text else text).strip()
 
 
-def _read(name: str, where: Any) -> Iterable[dict[str, Any]]:
-    if isinstance(where, Path):
-        return _read_file(name, where)
+def _read(name: str, source: Any) -> Iterable[dict[str, Any]]:
+    if isinstance(source, Path):
+        return _read_file(name, source)
     from datasets import load_dataset
 
-    repository, config, part = where
+    repository, config, split = source
     try:
-        return load_dataset(repository, config, split=part)  # type: ignore[return-value]
+        return load_dataset(repository, config, split=split)  # type: ignore[return-value]
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"task {name!r}: the hub does not give {repository} ({part}): {reason}; check the name and the network, "
+            f"task {name!r}: the hub does not give {repository} ({split}): {reason}; check the name and the network, "
             "or give rows on this machine by path= or file:"
         ) from None
 

@@ -1,11 +1,12 @@
 """Write an arithmetic expression of k digits that has a given value: many right answers, all of them countable.
 
-The prompt `73 5>` gives a target and a digit; `9*8-3+4` answers it. In `expr` the digit means nothing; in the sister
-task `expr-digit` it must be one of the operands. Both share the prompt format and the held-out targets, so a policy
-trained on one can be asked the other: what it lost in diversity on the first shows as lost pass@k on the second.
+The prompt `73 5>` gives a target and a digit; `9*8-3+4` answers it. In `expr` the digit has no meaning; in the related
+task `expr-digit` it must be one of the operands. Both have the same prompt format and held-out targets, so a policy
+trained on one can be evaluated on the other: diversity lost on the first shows as lost pass@k on the second.
 
 With k = 4 there are 177,147 expressions; 113,208 of them have a value from 0 to 99, between 72 and 3,467 a target. To
-the verifier a policy that knows one answer a target is as good as one that knows them all; counting tells them apart.
+the verifier a policy that knows one answer a target is as good as one that knows them all; counting distinct answers
+distinguishes them.
 """
 
 import random
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from isentropic.tasks import Task
+from . import Task
 
 DIGITS = "123456789"
 OPERATORS = "+-*"
@@ -29,8 +30,8 @@ HELD_OUT = tuple((37 * i + 11) % TARGETS for i in range(20))
 def enumerate_expressions(operands: int = 4) -> tuple[np.ndarray, np.ndarray]:
     """Return the values [n] and the texts [n, 2k-1], as ASCII codes, of all expressions with a value from 0 to 99.
 
-    Multiplication binds first: a sum is carried beside the product that is still growing, and each `+` or `-` folds the
-    product into the sum. Generated, never stored: 20 ms for k = 4.
+    Multiplication binds first: a sum is kept beside the current product, and each `+` or `-` adds the product to the
+    sum. Generated, never stored: 20 ms for k = 4.
 
     Raises:
         ValueError: `operands` is not from 1 to 5 (6 would be 129 million expressions).
@@ -60,7 +61,7 @@ def enumerate_expressions(operands: int = 4) -> tuple[np.ndarray, np.ndarray]:
         all_values.append(values[kept])
         all_texts.append(texts)
     values, texts = np.concatenate(all_values), np.concatenate(all_texts)
-    # Every caller shares the cached arrays.
+    # All callers share the cached arrays.
     values.setflags(write=False)
     texts.setflags(write=False)
     return values, texts
@@ -77,25 +78,8 @@ def _counts(operands: int) -> np.ndarray:
     return counts
 
 
-def count_solutions(target: int, operands: int = 4, *, digit: int | None = None) -> int:
-    """Return how many distinct expressions of k digits have the value `target` (and use `digit`, if given).
-
-    Raises:
-        ValueError: `target` is not from 0 to 99, `digit` not from 1 to 9, or `operands` not from 1 to 5.
-
-    Example:
-        >>> count_solutions(3, 2), count_solutions(3, 2, digit=9)  # 1+2 2+1 1*3 3*1 4-1 5-2 6-3 7-4 8-5 9-6
-        (10, 1)
-    """
-    if not 0 <= target < TARGETS:
-        raise ValueError(f"target must be from 0 to {TARGETS - 1}, got {target}")
-    if digit is not None and not 1 <= digit <= 9:
-        raise ValueError(f"digit must be from 1 to 9, got {digit}; leave it out to count all expressions")
-    return int(_counts(operands)[target, digit or 0])
-
-
 def format_prompt(target: int, digit: int) -> str:
-    """Return the prompt: two digits of target, the digit, and the mark after which the answer starts.
+    """Return the prompt: two digits of target, the digit, and `>`, after which the answer starts.
 
     Example:
         >>> format_prompt(7, 5)
@@ -108,7 +92,7 @@ def evaluate(text: str) -> int | None:
     """Return the value of an expression such as `9*8-3+4`, or None if the text is anything else.
 
     The grammar is one digit 1-9, then any number of (operator, digit) pairs: no brackets, no signs, no spaces, no other
-    alphabets. The text comes from a model, so it is read character by character and never given to an evaluator.
+    alphabets. The text comes from a model, so it is read character by character and never passed to an evaluator.
 
     Example:
         >>> evaluate("9*8-3+4"), evaluate("9*8-"), evaluate("12+3")
@@ -132,7 +116,7 @@ def verify(completion: str, target: int, digit: int, *, operands: int = 4, digit
         >>> verify("9*8-3+4", 73, 5), verify("9*8-3+4", 73, 5, digit_required=True)
         (True, False)
     """
-    # The length first: a long text must not be parsed, nor its product computed.
+    # The length first: a long text must neither be parsed nor evaluated.
     if len(completion) != 2 * operands - 1 or evaluate(completion) != target:
         return False
     return not digit_required or str(digit) in completion
@@ -167,19 +151,19 @@ def _gold(row: dict[str, Any], *, operands: int, digit_required: bool) -> str:
     return bytes(right[0]).decode()
 
 
-def _same(text: str) -> str:
+def _unchanged(text: str) -> str:
     return text
 
 
 def expressions(operands: int = 4, *, digit_required: bool = False) -> Task:
-    """Return the task for k operands: `expr`, or with `digit_required` its sister `expr-digit`.
+    """Return the task for k operands: `expr`, or with `digit_required` the related task `expr-digit`.
 
-    Only what has an answer is asked. Twenty targets are held out, the same for both tasks and for every k; the other
-    80, each with nine digits, are for training.
+    Only prompts that have an answer are asked. Twenty targets are held out, the same for both tasks and for every k;
+    the other 80, each with nine digits, are for training.
 
-    Two right answers are distinct when their texts differ. The verifier admits one spelling of an expression (no
-    spaces, no brackets), so nothing is left to normalise; and `1+2` and `2+1` count twice on purpose, because a policy
-    has to put probability on both, and `count_solutions` counts them so.
+    Two right answers are distinct if their texts differ. The verifier accepts one spelling of an expression (no spaces,
+    no brackets), so there is nothing to normalise; `1+2` and `2+1` count as two on purpose, because a policy has to put
+    probability on both.
 
     Raises:
         ValueError: `operands` is not from 1 to 5.
@@ -193,19 +177,19 @@ def expressions(operands: int = 4, *, digit_required: bool = False) -> Task:
     """
     if not 1 <= operands <= MAX_OPERANDS:
         raise ValueError(f"operands must be from 1 to {MAX_OPERANDS}, got {operands}; 4 is the built-in task")
-    which = {"operands": operands, "digit_required": digit_required}
+    variant = {"operands": operands, "digit_required": digit_required}
     name = "expr-digit" if digit_required else "expr"
-    must = ", the given digit among them" if digit_required else ""
+    required = ", the given digit among them" if digit_required else ""
     return Task(
         name=name if operands == 4 else f"{name}-{operands}",
-        description=f"Write an expression of {operands} digits 1-9 with + - * that has the given value{must}.",
-        train=partial(_train, **which),
-        heldout=partial(_heldout, **which),
-        verify=partial(verify, **which),
-        normalise=_same,
+        description=f"Write an expression of {operands} digits 1-9 with + - * that has the given value{required}.",
+        train=partial(_train, **variant),
+        heldout=partial(_heldout, **variant),
+        verify=partial(verify, **variant),
+        normalise=_unchanged,
         # One token a character, and the end of the sequence.
         max_completion_length=2 * operands,
-        gold=partial(_gold, **which),
+        gold=partial(_gold, **variant),
     )
 
 

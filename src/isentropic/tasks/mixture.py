@@ -10,42 +10,42 @@ from typing import Any
 from . import Task, load_task
 from .environments import EnvironmentTask
 
-_PART = re.compile(r"(.+?)@([0-9.]+)(?:\+|$)")
+_MEMBER = re.compile(r"(.+?)@([0-9.]+)(?:\+|$)")
 
 
-def parts(rest: str, name: str) -> list[tuple[str, float]]:
+def members(rest: str, name: str) -> list[tuple[str, float]]:
     """Return the names and their shares, which sum to 1.
 
     Raises:
-        ValueError: what is not TASK@WEIGHT+TASK@WEIGHT, or weights that are not above 0.
+        ValueError: a text that is not TASK@WEIGHT+TASK@WEIGHT, or weights that are not above 0.
 
     Example:
-        >>> parts("rg:gcd:max_numbers=3@3+expr@1", "mix")
+        >>> members("rg:gcd:max_numbers=3@3+expr@1", "mix")
         [('rg:gcd:max_numbers=3', 0.75), ('expr', 0.25)]
     """
-    found = [(m[1], m[2]) for m in _PART.finditer(rest)]
-    if len(found) < 2 or "".join(f"{task}@{weight}+" for task, weight in found) != f"{rest}+":
+    pairs = [(m[1], m[2]) for m in _MEMBER.finditer(rest)]
+    if len(pairs) < 2 or "".join(f"{task}@{weight}+" for task, weight in pairs) != f"{rest}+":
         raise ValueError(f"task {name!r} must be mix:TASK@WEIGHT+TASK@WEIGHT, got {rest!r} after mix")
     try:
-        weights = [float(weight) for _, weight in found]
+        weights = [float(weight) for _, weight in pairs]
     except ValueError:
         weights = [0.0]
     if min(weights) <= 0:
-        raise ValueError(f"task {name!r}: weights must be > 0, got {', '.join(w for _, w in found)}; leave a task out")
-    return [(task, weight / sum(weights)) for (task, _), weight in zip(found, weights, strict=True)]
+        raise ValueError(f"task {name!r}: weights must be > 0, got {', '.join(w for _, w in pairs)}; leave a task out")
+    return [(task, weight / sum(weights)) for (task, _), weight in zip(pairs, weights, strict=True)]
 
 
 def load(rest: str, name: str) -> Task:
     """Return the mixture of `mix:TASK@WEIGHT+TASK@WEIGHT...`.
 
     Raises:
-        ValueError: what is no mixture, a task that cannot be loaded, one named twice, one that is played, or tasks that
-            end differently.
+        ValueError: a text that is not a mixture, a task that cannot be loaded, one named twice, one that is played, or
+            tasks with different stop texts.
     """
-    shares = parts(rest, name)
+    shares = members(rest, name)
     tasks = {task: load_task(task) for task, _ in shares}
     if len(tasks) != len(shares):
-        raise ValueError(f"task {name!r}: a task stands there twice; add its weights")
+        raise ValueError(f"task {name!r}: a task is named twice; add its weights")
     played = [name for name, task in tasks.items() if isinstance(task, EnvironmentTask)]
     if played:
         raise ValueError(
@@ -62,10 +62,10 @@ def load(rest: str, name: str) -> Task:
 
 
 def mixture(name: str, tasks: dict[str, Task], shares: list[float]) -> Task:
-    """Return a task that asks the prompts of several, by share.
+    """Return a task with the prompts of several, by share.
 
-    Every row carries `member`, the name of the task that it belongs to. As many rows are taken as make the shares
-    hold without a row twice; held-out rows alternate, so that any beginning holds the shares too.
+    Every row has a column `member`, the name of the task that it belongs to. As many rows are taken as the shares allow
+    without taking a row twice; held-out rows alternate, so that any beginning of the list has the same shares.
 
     Args:
         name: of the mixture.
@@ -74,11 +74,11 @@ def mixture(name: str, tasks: dict[str, Task], shares: list[float]) -> Task:
     """
 
     def joined(rows: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
-        num = min(len(part) / share for part, share in zip(rows, shares, strict=True))
+        num = min(len(of_member) / share for of_member, share in zip(rows, shares, strict=True))
         placed = [
             ((i + 0.5) / max(1, int(num * share)), {**row, "member": member})
-            for member, part, share in zip(tasks, rows, shares, strict=True)
-            for i, row in enumerate(part[: max(1, int(num * share))])
+            for member, of_member, share in zip(tasks, rows, shares, strict=True)
+            for i, row in enumerate(of_member[: max(1, int(num * share))])
         ]
         placed.sort(key=lambda pair: pair[0])
         columns = dict.fromkeys(key for _, row in placed for key in row)
@@ -90,8 +90,8 @@ def mixture(name: str, tasks: dict[str, Task], shares: list[float]) -> Task:
         return rows
 
     def verify(completion: str, member: str, prompt: Any = None, **columns: Any) -> bool:
-        held = {key: [value] for key, value in columns.items()}
-        return bool(tasks[member].reward([completion], prompts=[prompt], **held)[0])
+        per_row = {key: [value] for key, value in columns.items()}
+        return bool(tasks[member].reward([completion], prompts=[prompt], **per_row)[0])
 
     first, *_ = tasks.values()
     return Task(
@@ -100,7 +100,7 @@ def mixture(name: str, tasks: dict[str, Task], shares: list[float]) -> Task:
         train=train,
         heldout=lambda: joined([task.heldout() for task in tasks.values()]),
         verify=verify,
-        # Two tasks may read one text differently; of a mixture only the text itself is known.
+        # Two tasks may normalise one text differently, and a mixture does not know which of them it answers.
         normalise=lambda completion: " ".join(completion.split()),
         max_completion_length=max(task.max_completion_length for task in tasks.values()),
         stop=first.stop,

@@ -1,19 +1,20 @@
-"""How a task is named in one line: `kind:what:option=value:...`, its options checked by name. Standard library only."""
+"""Names of tasks, `kind:word:option=value:...`: parsed, and their options checked by name. Standard library only."""
 
 import json
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any
+
+from ..control.names import suggest
 
 EXTRA = "pip install 'isentropic[tasks]'"
 
 
 def split(text: str) -> tuple[list[str], dict[str, Any]]:
-    """Split at colons: words first, then options; a value is read as JSON where it can be, else as text.
+    """Split at colons: words first, then options; a value is read as JSON if it is JSON, and as text otherwise.
 
     Args:
-        text: what follows the kind.
+        text: after the kind and its colon.
 
     Raises:
         ValueError: a word after an option, or an option named twice.
@@ -46,28 +47,28 @@ def _value(text: str) -> Any:
         return text
 
 
-def chosen(name: str, options: dict[str, Any], allowed: dict[str, Any]) -> dict[str, Any]:
-    """The options over their defaults.
+def resolve(name: str, options: dict[str, Any], allowed: dict[str, Any]) -> dict[str, Any]:
+    """The options, checked, with defaults for those that are missing.
 
     Args:
         name: of the task, for the message.
-        options: as given.
-        allowed: defaults by name. A tuple is a choice of texts, the first of them the default; an int or a bool must
-            stay one.
+        options: as the user wrote them.
+        allowed: defaults by name. A tuple is a choice of texts, the first of them the default; an option with an int
+            or a bool for a default must be one.
 
     Raises:
         ValueError: an unknown option, or a value that is not allowed.
 
     Example:
-        >>> chosen("gsm8k", {"tokens": 64}, {"prompt": ("chat", "plain"), "tokens": 512})
+        >>> resolve("gsm8k", {"tokens": 64}, {"prompt": ("chat", "plain"), "tokens": 512})
         {'prompt': 'chat', 'tokens': 64}
     """
     for key in options:
         if key not in allowed:
-            near = get_close_matches(key, list(allowed), n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            raise ValueError(f"task {name!r}: unknown option {key!r}{hint}; allowed: {', '.join(allowed)}")
-    found: dict[str, Any] = {}
+            raise ValueError(
+                f"task {name!r}: unknown option {key!r}{suggest(key, allowed)}; allowed: {', '.join(allowed)}"
+            )
+    resolved: dict[str, Any] = {}
     for key, default in allowed.items():
         value = options.get(key, default[0] if isinstance(default, tuple) else default)
         if isinstance(default, tuple) and value not in default:
@@ -76,24 +77,24 @@ def chosen(name: str, options: dict[str, Any], allowed: dict[str, Any]) -> dict[
             raise ValueError(f"task {name!r}: {key}: got {value!r}, must be an integer >= 0")
         if type(default) is bool and type(value) is not bool:
             raise ValueError(f"task {name!r}: {key}: got {value!r}, must be true or false")
-        found[key] = str(value) if isinstance(default, str) else value
-    return found
+        resolved[key] = str(value) if isinstance(default, str) else value
+    return resolved
 
 
 def options(name: str, text: str, allowed: dict[str, Any]) -> dict[str, Any]:
-    """The options alone, over their defaults, of a task whose words have been read.
+    """The options of a text that has no words, checked, with defaults for those that are missing.
 
     Raises:
-        ValueError: as :func:`split` and :func:`chosen`, or a word that is no option.
+        ValueError: as :func:`split` and :func:`resolve`, or a word that is not an option.
 
     Example:
         >>> options("game", "level=3:hard=true", {"level": 1, "hard": False, "text": ("full", "brief")})
         {'level': 3, 'hard': True, 'text': 'full'}
     """
-    words, given = split(text)
+    words, values = split(text)
     if words:
         raise ValueError(f"task {name!r}: got {words[0]!r}, must be OPTION=VALUE; options: {', '.join(allowed)}")
-    return chosen(name, given, allowed)
+    return resolve(name, values, allowed)
 
 
 def require(name: str, packages: Sequence[str]) -> None:

@@ -1,7 +1,7 @@
-r"""Whether a text that a model wrote is right: `exact`, `numeric` and `math`, and where in the text the answer stands.
+r"""Verifiers of texts that a model wrote, `exact`, `numeric` and `math`, and extraction of the answer from a text.
 
-Nothing here raises or hangs on any text: what cannot be read is wrong. Numbers are compared exactly, as fractions of
-integers; mathematics is compared by math-verify, in a process of its own with a hard time limit.
+Nothing here raises or hangs on any text: an answer that cannot be read is wrong. Numbers are compared exactly, as
+fractions of integers; mathematics is compared by math-verify, in a separate process with a hard time limit.
 """
 
 import re
@@ -18,7 +18,7 @@ _ANY_NUMBER = re.compile(r"[-+]?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?")
 
 
 def boxed(text: str) -> str | None:
-    r"""Return what the last complete `\boxed{...}` holds, its braces balanced; None without one.
+    r"""Return the content of the last complete `\boxed{...}`, its braces balanced; None without one.
 
     Example:
         >>> boxed(r"so \boxed{1}, no: \boxed{\frac{1}{2}}")
@@ -26,17 +26,17 @@ def boxed(text: str) -> str | None:
     """
     for opening in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*\{", text[-MAX_TEXT:])][-50:]):
         depth, tail = 1, text[-MAX_TEXT:][opening : opening + MAX_ANSWER + 1]
-        for at, char in enumerate(tail):
+        for index, char in enumerate(tail):
             depth += (char == "{") - (char == "}")
             if depth == 0:
-                return tail[:at].strip()
+                return tail[:index].strip()
     return None
 
 
 def answer_in(text: str) -> str | None:
-    r"""Return the answer that a text gives: what is boxed last; else what follows the last mark; else its only line.
+    r"""Return the answer that a text gives: the last box; without one the text after the last mark, or its only line.
 
-    A mark is `####`, `answer is` or `answer:`. None where the text has several lines and none of these.
+    A mark is `####`, `answer is` or `answer:`. None if the text has several lines and none of these.
 
     Example:
         >>> answer_in("It is 3. The answer is: 4."), answer_in(" 17\n"), answer_in("first\nsecond")
@@ -46,19 +46,19 @@ def answer_in(text: str) -> str | None:
 
 
 def _answer_in(text: str) -> tuple[str | None, bool]:
-    """The answer, and whether it was marked as one."""
+    """The answer, and whether it was boxed or marked."""
     text = text[-MAX_TEXT:]
-    found, marked = boxed(text), True
-    if found is None:
+    answer, marked = boxed(text), True
+    if answer is None:
         marks = [m.end() for m in _MARKS.finditer(text)]
         lines = text[marks[-1] if marks else 0 :].strip().splitlines()
         marked = bool(marks)
-        found = lines[0].strip() if lines and (marked or len(lines) == 1) else None
-    return (found, marked) if found and len(found) <= MAX_ANSWER else (None, marked)
+        answer = lines[0].strip() if lines and (marked or len(lines) == 1) else None
+    return (answer, marked) if answer and len(answer) <= MAX_ANSWER else (None, marked)
 
 
 def number(text: str) -> Fraction | None:
-    """Return the number that a text is, currency and thousands signs aside; None if it is anything else.
+    """Return the number that a text is, ignoring currency and thousands signs; None if it is anything else.
 
     Example:
         >>> number("$1,200.50"), number("3/4"), number("1 or 2")
@@ -75,7 +75,7 @@ def number(text: str) -> Fraction | None:
 
 
 def exact(completion: str, answer: str) -> bool:
-    """Return whether the completion is the answer, but for white space.
+    """Return whether the completion is the answer, ignoring white space.
 
     Example:
         >>> exact(" the  sea\\n", "the sea"), exact("the sea, yes", "the sea")
@@ -87,7 +87,7 @@ def exact(completion: str, answer: str) -> bool:
 def numeric(completion: str, answer: str) -> bool:
     r"""Return whether the number that the completion gives has the value of the answer.
 
-    The answer is where `answer_in` finds it. It is a number alone; boxed or marked, it may have words beside it, such
+    `answer_in` extracts the answer. It is a number alone; if it is boxed or marked, it may have words beside it, such
     as a unit, but no second number.
 
     Example:
@@ -112,8 +112,8 @@ def _stated_number(completion: str) -> Fraction | None:
 def math(completion: str, answer: str) -> bool:
     r"""Return whether the answer that the completion gives equals the right one, by math-verify.
 
-    The answer is where `answer_in` finds it; a completion in several lines without box or mark is wrong. One answer has
-    three seconds of processor time; what takes longer is wrong, and only that.
+    `answer_in` extracts the answer; a completion in several lines without box or mark is wrong. One answer has three
+    seconds of processor time; an answer that takes longer is wrong.
 
     Example:
         >>> math(r"\boxed{\frac{2}{4}}", r"\frac12")  # doctest: +SKIP
@@ -131,7 +131,7 @@ VERIFIERS = {"exact": exact, "numeric": numeric, "math": math}
 
 
 def tidy(text: str) -> str:
-    r"""Return an answer in the form in which two spellings of one answer are most often the same text.
+    r"""Return a canonical text of an answer, in most cases the same for two spellings of one answer.
 
     Example:
         >>> tidy(r"\dfrac{1}{2}"), tidy("$1,000.0$"), tidy(r"\left( 3, x \right)")
@@ -147,14 +147,14 @@ def tidy(text: str) -> str:
 
 
 def normal(verifier: str, completion: str) -> str:
-    """Return the canonical text of the answer in a completion, by which distinct answers and votes are counted.
+    """Return the canonical text of the answer in a completion, which is compared to count distinct answers and votes.
 
     Args:
         verifier: a key of `VERIFIERS`.
         completion: right or wrong.
 
     Returns:
-        The text; empty where there is no answer.
+        The text; empty if there is no answer.
 
     Example:
         >>> normal("numeric", "#### 1,200"), normal("exact", " a  b ")

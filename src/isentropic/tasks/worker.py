@@ -1,11 +1,11 @@
-"""Verification in processes of their own: a hard time limit, safe in any thread, nothing left behind.
+"""Verification in worker processes: a hard time limit, safe in any thread, no process left behind.
 
-A verifier that computes with what a model wrote can run for ever, take all memory, or end the process. Here it does so
-elsewhere: `ask` sends one call to a worker and waits; a worker that is late or dies is replaced, and the call has no
-result. What ends a late one is the system's clock of its own processor time, so that a busy machine marks nobody wrong;
-a clock on the wall stands behind that. A worker without a parent ends too.
+A verifier that computes with the text of a model can run for ever, take all memory, or end its process. Here it does so
+in another process: `ask` sends one call to a worker and waits; a worker that is late or dies is replaced, and the call
+has no result. The limit is on the worker's processor time, so that no answer is marked wrong because the machine is
+busy; a longer limit on wall-clock time backs it. A worker whose parent has ended ends too.
 
-Importing this file imports no torch; a worker imports what it is asked for.
+Importing this module imports no torch; a worker imports the module that it is asked to call.
 """
 
 import atexit
@@ -22,8 +22,8 @@ from importlib import import_module
 from typing import Any
 
 SECONDS = 3.0  # of processor time that an answer may take
-PATIENCE = 10  # times as long on the wall
-START_SECONDS = 120.0  # a worker may take to import its library
+PATIENCE = 10  # times as long in wall-clock time
+START_SECONDS = 120.0  # that a worker may take to import its library
 WORKERS = 4
 MEMORY = 4 << 30  # bytes of address space
 
@@ -40,15 +40,15 @@ class Worker:
             stderr=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
         )
-        self.known: set[str] = set()
+        self.imported: set[str] = set()
 
     def call(self, function: str, args: tuple[Any, ...], seconds: float) -> Any:
-        """The result; raises TimeoutError or EOFError where there is none."""
+        """The result; raises TimeoutError or EOFError if there is none."""
         module = function.partition(":")[0]
-        if module not in self.known:
-            # What the library takes to import is not the answer's fault.
+        if module not in self.imported:
+            # The time that the import takes does not count against the answer.
             self._exchange({"module": module}, START_SECONDS)
-            self.known.add(module)
+            self.imported.add(module)
         return self._exchange({"function": function, "args": args, "seconds": seconds}, PATIENCE * seconds)
 
     def _exchange(self, message: dict[str, Any], seconds: float) -> Any:
@@ -62,10 +62,10 @@ class Worker:
             ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))
             if not ready:
                 raise TimeoutError
-            part = os.read(self.process.stdout.fileno(), 65536)
-            if not part:
+            received = os.read(self.process.stdout.fileno(), 65536)
+            if not received:
                 raise EOFError
-            line += part
+            line += received
         return json.loads(line)
 
     def kill(self) -> None:
@@ -78,28 +78,28 @@ class Worker:
 
 
 class Pool:
-    """Up to ``size`` workers, started when they are first needed; more threads than workers wait their turn."""
+    """Up to ``size`` workers, started when they are first needed; further threads wait for a free one."""
 
     def __init__(self, size: int = WORKERS) -> None:
         self.owner = os.getpid()
-        self.turns = threading.BoundedSemaphore(size)
+        self.free = threading.BoundedSemaphore(size)
         self.lock = threading.Lock()
         self.idle: list[Worker] = []
-        self.every: list[Worker] = []
+        self.workers: list[Worker] = []
 
     def ask(self, function: str, *args: Any, seconds: float | None = None) -> Any:
-        """The result of ``module:function`` on plain values, or None where it raised, died or was late."""
-        with self.turns:
+        """The result of ``module:function`` on plain values, or None if it raised, died or was late."""
+        with self.free:
             with self.lock:
                 worker = self.idle.pop() if self.idle else Worker()
-                if worker not in self.every:
-                    self.every.append(worker)
+                if worker not in self.workers:
+                    self.workers.append(worker)
             try:
                 result = worker.call(function, args, SECONDS if seconds is None else seconds)
             except BaseException as error:
                 worker.kill()
                 with self.lock:
-                    self.every.remove(worker)
+                    self.workers.remove(worker)
                 if isinstance(error, TimeoutError | EOFError | OSError | ValueError):
                     return None
                 raise
@@ -110,11 +110,11 @@ class Pool:
         return result.get("value")
 
     def close(self) -> None:
-        """End every worker."""
+        """End all workers."""
         with self.lock:
-            for worker in self.every:
+            for worker in self.workers:
                 worker.kill()
-            self.every, self.idle = [], []
+            self.workers, self.idle = [], []
 
 
 _pools: list[Pool] = []
@@ -127,10 +127,10 @@ def ask(function: str, *args: Any, seconds: float | None = None) -> Any:
     Args:
         function: importable by a new process; module-level.
         args: plain values, as JSON has them.
-        seconds: processor time that the call may take, imports aside; None is `SECONDS`.
+        seconds: processor time that the call may take, without imports; None is `SECONDS`.
 
     Returns:
-        What the function returned, as JSON has it; None where it raised, was late, or took its process down.
+        The result of the function, as JSON has it; None if it raised, was late, or ended its process.
 
     Example:
         >>> ask("operator:add", 2, 3)
@@ -141,7 +141,7 @@ def ask(function: str, *args: Any, seconds: float | None = None) -> Any:
 
 def _pool() -> Pool:
     with _pools_lock:
-        # A forked child must not speak into its parent's pipes.
+        # A forked child must not write into its parent's pipes.
         if not _pools or _pools[-1].owner != os.getpid():
             _pools[:] = [Pool()]
             atexit.register(_pools[-1].close)
@@ -155,9 +155,9 @@ def close() -> None:
 
 
 def serve() -> None:
-    """The life of a worker: a line in, a line out, until the parent closes the pipe."""
+    """The loop of a worker process: a line in, a line out, until the parent closes the pipe."""
     calls, answers = sys.stdin.buffer, os.dup(1)
-    # A library that prints must not speak into the pipe.
+    # A library that prints must not write into the pipe.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     _limit()
     for line in calls:
@@ -168,13 +168,13 @@ def serve() -> None:
                 import_module(message["module"])
             else:
                 module, _, name = message["function"].partition(":")
-                _clocks(message["seconds"])
+                _set_timers(message["seconds"])
                 reply["value"] = getattr(import_module(module), name)(*message["args"])
-                _clocks(0.0)
+                _set_timers(0.0)
         except ModuleNotFoundError as error:
             reply = {"missing": error.name}
         except Exception as error:
-            _clocks(0.0)
+            _set_timers(0.0)
             reply = {"error": type(error).__name__}
         try:
             text = json.dumps(reply)
@@ -183,14 +183,14 @@ def serve() -> None:
         os.write(answers, text.encode() + b"\n")
 
 
-def _clocks(seconds: float) -> None:
-    """Let the system end this process, deep in C code as it may be; 0 stops the clocks."""
+def _set_timers(seconds: float) -> None:
+    """Let the system end this process after this time, even inside C code; 0 stops the timers."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     signal.setitimer(signal.ITIMER_REAL, (PATIENCE + 1) * seconds)
 
 
 def _limit() -> None:
-    """No core files, no more memory than a verifier needs; Ctrl-C is the parent's to handle."""
+    """Limit memory, write no core files, and leave Ctrl-C to the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from isentropic import recipes
 from isentropic.engines import tabular as lab
 from isentropic.engines.tabular import Batch, Tree
-from isentropic.recipes import compose as recipes
 
 BIT = math.log(2)
 SMALL = Tree(prompts=3, vocab=3, depth=2)

@@ -1,6 +1,7 @@
-"""The command lines of configs/verl: hydra composes each, and the actor's config is built as verl builds it."""
+"""The command lines of configs/verl/grpo.sh: hydra composes each, and the actor's config is built as verl builds it."""
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -16,18 +17,49 @@ except PackageNotFoundError:
 os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_ENGINE_VENDOR": "nvidia"}
 import cpu_platform  # noqa: F401
 
-SCRIPTS = sorted((Path(__file__).parents[3] / "configs/verl").glob("*.sh"))
+SCRIPT = Path(__file__).parents[3] / "configs/verl/grpo.sh"
+# The rows of the table at the top of the script: its variables, by model and machine.
+ROWS = {
+    (m[1], m[2]): dict(word.split("=", 1) for word in m[3].split())
+    for m in re.finditer(
+        r"^#   (Qwen/\S+) +(.*?)  +((?:[A-Z]+=\S+ )*)sh configs/verl/grpo\.sh$", SCRIPT.read_text(), re.M
+    )
+}
+# By the same keys, what differs: nodes, GPUs a node, prompts a batch, learning rate, rank, GPUs a vLLM engine, tokens.
+DIFFER = {
+    ("Qwen/Qwen3-0.6B", "one GPU"): (1, 1, 128, 1e-6, 0, 1, 16384),
+    ("Qwen/Qwen3-0.6B", "8 GPUs"): (1, 8, 512, 1e-6, 0, 1, 16384),
+    ("Qwen/Qwen3-0.6B", "4 nodes of 8 GPUs"): (4, 8, 1024, 1e-6, 0, 1, 16384),
+    ("Qwen/Qwen3-8B", "one GPU, by LoRA"): (1, 1, 128, 1e-5, 64, 1, 8192),
+    ("Qwen/Qwen3-8B", "8 GPUs"): (1, 8, 512, 1e-6, 0, 2, 8192),
+    ("Qwen/Qwen3-8B", "4 nodes of 8 GPUs"): (4, 8, 1024, 1e-6, 0, 2, 8192),
+}
 
 
-def flags_of(script, tmp_path, **environment):
-    """What a script hands to python, by a python that says so."""
+def run_script(tmp_path, **variables):
+    """The script with a python that prints its arguments."""
     stub = tmp_path / "python"
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stub.chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), "CHECKPOINTS": "/shared", **environment}
-    done = subprocess.run(["sh", str(script)], capture_output=True, text=True, check=True, env=env)
-    head, *flags = done.stdout.split("\n-m\n")[-1].splitlines() if "\n-m\n" in done.stdout else done.stdout.splitlines()
-    return [flag for flag in [head, *flags] if "=" in flag]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), **variables}
+    return subprocess.run(["sh", str(SCRIPT)], capture_output=True, text=True, check=False, env=env)
+
+
+def flags_of(tmp_path, **variables):
+    """What the script hands to verl."""
+    done = run_script(tmp_path, **variables)
+    assert done.returncode == 0, done.stderr
+    head, module, *flags = done.stdout.splitlines()
+    assert (head, module) == ("-m", "verl.trainer.main_ppo")
+    return flags
+
+
+def differing(config):
+    """The settings in which the rows of the table differ, from a composed config."""
+    ours, trainer = config.actor_rollout_ref, config.trainer
+    machine = (trainer.nnodes, trainer.n_gpus_per_node, config.data.train_batch_size)
+    engine = (ours.rollout.tensor_model_parallel_size, ours.actor.ppo_max_token_len_per_gpu)
+    return (*machine, ours.actor.optim.lr, ours.model.lora_rank, *engine)
 
 
 def composed(flags):
@@ -39,14 +71,16 @@ def composed(flags):
     return config, omega_conf_to_dataclass(config.actor_rollout_ref.actor)
 
 
-def test_there_are_command_lines_for_two_sizes_and_three_machines():
-    assert len(SCRIPTS) == 6
+def test_the_table_has_two_sizes_and_three_machines():
+    assert list(ROWS) == list(DIFFER)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
-def test_a_command_line_composes_and_its_recipe_holds(script, tmp_path):
-    flags = flags_of(script, tmp_path)
+@pytest.mark.parametrize("row", DIFFER, ids=" ".join)
+def test_a_command_line_composes_and_its_recipe_holds(row, tmp_path):
+    flags = flags_of(tmp_path, **ROWS[row])
     config, actor = composed(flags)
+    assert differing(config) == DIFFER[row]
+    assert config.actor_rollout_ref.model.path == row[0]
     assert type(actor.policy_loss).__module__ == "isentropic.engines.verl.engine"
     recipe = actor.policy_loss.checked(actor)
     assert (recipe.target, recipe.knob, recipe.controller) == ("60%", "zeta", "predictive")
@@ -56,13 +90,23 @@ def test_a_command_line_composes_and_its_recipe_holds(script, tmp_path):
     actor.optim.total_training_steps = 50
     assert actor.policy_loss.steps(actor) == 200
     assert config.algorithm.adv_estimator == "rloo"
-    nodes, gpus = script.stem.rsplit("-", 1)[1], {"1gpu": (1, 1), "8gpu": (1, 8), "nodes": (4, 8)}
-    assert (config.trainer.nnodes, config.trainer.n_gpus_per_node) == gpus[nodes]
     # What verl checks before it starts anything.
     actor.validate(config.trainer.nnodes * config.trainer.n_gpus_per_node, config.data.train_batch_size, {})
-    other = flags_of(script, tmp_path, RECIPE="adapo", TARGET="anneal:100%:60%:500")
+    other = flags_of(tmp_path, **ROWS[row], RECIPE="adapo", TARGET="anneal:100%:60%:500")
     recipe = composed(other)[1].policy_loss.checked(actor)
     assert (recipe.target, recipe.knob) == ("anneal:100%:60%:500", "clip_high")
+
+
+def test_every_setting_in_which_the_rows_differ_has_a_variable(tmp_path):
+    variables = {"MODEL": "Qwen/Qwen3-8B", "LORA": "32", "BATCH": "256", "TENSOR_PARALLEL": "4"}
+    variables |= {"LR": "2e-6", "TOKENS": "4096", "CHECKPOINTS": "/shared", "DATA": "/data"}
+    config, actor = composed(flags_of(tmp_path, **variables, NODES="2", GPUS="4"))
+    assert differing(config) == (2, 4, 256, 2e-6, 32, 4, 4096)
+    assert (actor.ppo_mini_batch_size, config.actor_rollout_ref.model.lora_alpha) == (64, 32)
+    assert (config.trainer.default_local_dir, config.data.train_files) == ("/shared", "/data/train.parquet")
+    failed = run_script(tmp_path, NODES="2")
+    assert failed.returncode
+    assert "CHECKPOINTS: a directory that every node sees" in failed.stderr
 
 
 @pytest.mark.parametrize("name", ["monitor", "isentropic", "grpo", "dr-grpo", "reinforce", "qae", "aent"])
@@ -71,7 +115,7 @@ def test_a_recipe_composes_by_one_flag(name, tmp_path):
     from isentropic.recipes import RECIPES
 
     recipe = RECIPES.get(name)
-    rest = [flag for flag in flags_of(SCRIPTS[0], tmp_path) if "isentropic=" not in flag and "target=" not in flag]
+    rest = [flag for flag in flags_of(tmp_path) if "isentropic=" not in flag and "target=" not in flag]
     size = 128 if recipe is not None and recipe.on_policy else 32
     config, actor = composed([f"+isentropic={name}", *rest, f"actor_rollout_ref.actor.ppo_mini_batch_size={size}"])
     found = actor.policy_loss.checked(actor)
@@ -87,7 +131,7 @@ def test_a_recipe_composes_by_one_flag(name, tmp_path):
 
 
 def test_other_fields_of_a_recipe_are_one_flag(tmp_path):
-    rest = [flag for flag in flags_of(SCRIPTS[0], tmp_path) if "target=" not in flag]
+    rest = [flag for flag in flags_of(tmp_path) if "target=" not in flag]
     options = "actor_rollout_ref.actor.policy_loss.recipe_options={every: 2, zeta: 0.01, reduction: sequence}"
     _, actor = composed([*rest, options])
     with pytest.raises(
@@ -100,7 +144,7 @@ def test_other_fields_of_a_recipe_are_one_flag(tmp_path):
 
 def test_main_ppo_itself_composes(tmp_path):
     """``--cfg job`` prints what a run would be started with."""
-    flags = flags_of(SCRIPTS[0], tmp_path)
+    flags = flags_of(tmp_path)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "VERL_USE_EXTERNAL_MODULES": "cpu_platform"}
     env["PYTHONPATH"] = str(Path(__file__).parent)
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *flags, "--cfg", "job"]

@@ -4,10 +4,9 @@ import pytest
 import torch
 from head_case import case, plain, relative
 
-from isentropic import TokenBatch, compose
+from isentropic import TokenBatch, compose, recipes
 from isentropic.entropy.kernels import fused_logp, fused_policy_loss, loss
 from isentropic.losses import reduce
-from isentropic.recipes import compose as recipes
 
 ALLOWED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 B, T = 6, 15

@@ -7,10 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ... import recipes
 from ...entropy.statistics import token_entropy
-from ...recipes import compose as recipes
-from ...recipes.compose import Recipe
-from ...recipes.parts import BATCHWISE
+from ...losses.advantages import group_rate
+from ...recipes import Recipe
 from .states import Tree, answers, reach
 
 
@@ -26,6 +26,8 @@ class Batch(NamedTuple):
             where it was enumerated.
         entropy_old: ``[b t]`` entropy of the rows when the tokens were drawn, nats; ``None`` means that they have not
             moved since.
+        reward: ``[b]`` rewards of the answers.
+        group_rate: ``[b]`` share of right answers in the group of each.
     """
 
     rows: Tensor
@@ -34,12 +36,14 @@ class Batch(NamedTuple):
     adv: Tensor
     weight: Tensor
     entropy_old: Tensor | None = None
+    reward: Tensor | None = None
+    group_rate: Tensor | None = None
 
 
 def _check_recipe(recipe: Recipe) -> None:
     for name in ("dynamic_sampling", "overlong_buffer"):
-        if getattr(recipe, name):
-            raise ValueError(f"the lab has no {name}, got {getattr(recipe, name)}; switch it off in the recipe")
+        if setting := getattr(recipe, name):
+            raise ValueError(f"the tabular engine has no {name}, got {setting}; switch it off in the recipe")
 
 
 def expected_batch(
@@ -50,8 +54,8 @@ def expected_batch(
     Every answer y stands for each number m of right answers among the other ``group − 1``, with the weight
     ``π(y)·Binomial(m; group − 1, q)``, q being the prompt's share of right answers. The advantage of y is then known,
     and every loss is exact in expectation that depends on an answer and its advantage alone. ``repo_d``, whose β is a
-    mean over the batch, is taken at infinitely many groups. Parts that rank the tokens of a batch, or add them up, know
-    no weights: use ``sampled_batch`` for them.
+    mean over the batch, is taken at infinitely many groups. Components that rank the tokens of a batch, or add them up,
+    know no weights: use ``sampled_batch`` for them.
 
     Args:
         tree: the states.
@@ -61,8 +65,8 @@ def expected_batch(
         group: samples a prompt.
 
     Raises:
-        ValueError: rewards other than 0 and 1; a recipe with dynamic sampling, an overlong penalty or a part that looks
-            at the batch as a whole; a group that the baseline cannot use.
+        ValueError: rewards other than 0 and 1; a recipe with dynamic sampling, an overlong penalty or a component that
+            looks at the batch as a whole; a group that the baseline cannot use.
 
     [derived]
 
@@ -72,9 +76,9 @@ def expected_batch(
     ([1.0, 0.0, 0.0, -1.0], [1.0, 1.0, 1.0, 1.0])
     """
     _check_recipe(recipe)
-    for part in recipe.parts():
-        if part in BATCHWISE:
-            raise ValueError(f"{part} looks at a batch as a whole, where answers have no weights; use sampled_batch")
+    for component in recipe.components().values():
+        if component.per_batch:
+            raise ValueError(f"{component} looks at a batch as a whole, which knows no weights; use sampled_batch")
     if not ((rewards == 0) | (rewards == 1)).all():
         raise ValueError("an expected batch needs rewards of 0 and 1, got others; use sampled_batch for them")
     rows, ids = answers(tree)
@@ -92,7 +96,10 @@ def expected_batch(
     logp = logits.log_softmax(-1)[rows, ids]
     entropy = token_entropy(logits, chunk=len(logits))[rows]
     rows, ids, logp, entropy = (x.repeat_interleave(group, 0) for x in (rows, ids, logp, entropy))
-    return Batch(rows, ids, logp, adv.flatten(), weight.flatten() * (weight.numel() / tree.prompts), entropy)
+    weight = weight.flatten() * (weight.numel() / tree.prompts)
+    reward = rewards.flatten().repeat_interleave(group, 0)
+    rate = (others.to(prob.dtype) + rewards.flatten()[:, None]) / group
+    return Batch(rows, ids, logp, adv.flatten(), weight, entropy, reward, rate.flatten())
 
 
 def sampled_batch(
@@ -133,13 +140,15 @@ def draw(
     group: int,
     generator: torch.Generator,
 ) -> Batch:
-    """``sampled_batch`` with a generator that goes on."""
+    """``sampled_batch`` by a generator that the caller keeps."""
     _check_recipe(recipe)
     rows, ids = answers(tree)
     prob = reach(tree, logits)[1]
     drawn = torch.multinomial(prob, group, replacement=True, generator=generator)
-    adv = recipes.advantages(recipe, rewards.gather(1, drawn))
+    sampled = rewards.gather(1, drawn)
+    adv = recipes.advantages(recipe, sampled)
     chosen = (drawn + torch.arange(tree.prompts)[:, None] * prob.shape[1]).flatten()
     rows, ids = rows[chosen], ids[chosen]
     entropy = token_entropy(logits, chunk=len(logits))[rows]
-    return Batch(rows, ids, logits.log_softmax(-1)[rows, ids], adv, torch.ones_like(adv), entropy)
+    logp, rate = logits.log_softmax(-1)[rows, ids], group_rate(sampled)
+    return Batch(rows, ids, logp, adv, torch.ones_like(adv), entropy, sampled.flatten(), rate)

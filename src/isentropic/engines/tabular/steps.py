@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ...entropy import prediction as dynamics
+from ... import recipes
+from ...entropy import prediction
 from ...entropy.statistics import logits_stats, token_entropy
 from ...losses.reduce import SumCount
-from ...recipes import compose as recipes
-from ...recipes.compose import Recipe, with_knob
+from ...recipes import Recipe, with_knob
 from ...types import TokenBatch, TokenFacts, TokenStats
 from .batches import Batch
 from .states import Tree, mean_entropy, reach
@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
         fixed: measured change at fixed prefixes: every state counts as often as it was visited before the step.
         shift: measured change because the step changed which states are visited; ``fixed + shift`` is the whole.
         clipped: share of the tokens whose clip was active.
-        parts: the exact prediction split by ``dynamics.attribute``.
+        parts: the exact prediction split by ``prediction.attribute``.
         is_natural: whether the step was a natural-gradient one.
     """
 
@@ -95,18 +95,22 @@ def loss_of(recipe: Recipe, batch: Batch, run: Pass, knob: float | None) -> tupl
     if recipe.shaping == "repo_d":
         # Its β is a batch mean, which has to heed the weights: the same shaping with that mean given.
         adv = batch.adv[:, None].expand_as(batch.ids)
-        change = dynamics.predicted_change(adv, run.stats.logp, run.stats.entropy)
+        change = prediction.predicted_change(adv, run.stats.logp, run.stats.entropy)
         mean = float((batch.weight[:, None] * change).mean())
-        recipe = replace(recipe, shaping="repo", beta=-recipe.zeta * mean, knob=None)
+        beta = -recipe.number("zeta") * mean
+        recipe = replace(recipe, shaping="repo", constants={**recipe.constants, "beta": beta}, knob=None)
     logp, entropy, rows = (_weighted(x, batch.weight) for x in (run.logp, run.entropy, run.rows))
     mask = torch.ones_like(run.stats.logp)
-    return recipes.loss(recipe, TokenBatch(logp, batch.logp_old, batch.adv, mask, entropy, batch.entropy_old, rows))
+    facts = TokenBatch(
+        logp, batch.logp_old, batch.adv, mask, entropy, batch.entropy_old, rows, batch.reward, batch.group_rate
+    )
+    return recipes.loss(recipe, facts)
 
 
-def pulls(loss: Float[Tensor, ""], run: Pass) -> tuple[dynamics.Weights, Float[Tensor, "b t v"]]:
+def pulls(loss: Float[Tensor, ""], run: Pass) -> tuple[prediction.Weights, Float[Tensor, "b t v"]]:
     """How a loss pulls at the sampled tokens and entropies, and how at whole rows."""
     through = torch.autograd.grad(loss, run.rows, retain_graph=True, allow_unused=True)[0]
-    weights = dynamics.effective_weights(loss, run.logp, run.entropy)
+    weights = prediction.effective_weights(loss, run.logp, run.entropy)
     return weights, torch.zeros_like(run.rows) if through is None else -through
 
 
@@ -173,12 +177,12 @@ def step(
     before = run.logits.detach()
     after = before - lr * (slope / before.softmax(-1) if natural else slope)
     share = lr * visits[batch.rows]
-    scaled = dynamics.Weights(weights.logp * share, weights.entropy * share)
+    scaled = prediction.Weights(weights.logp * share, weights.entropy * share)
     adv, mask = batch.adv[:, None].expand_as(share), torch.ones_like(share)
     rows = (through * share[..., None], run.rows.detach())
-    parts = {name: float(x) for name, x in dynamics.attribute(scaled, run.stats, adv, mask, facts, rows).items()}
-    by_token = dynamics.natural_change(scaled.logp, run.stats.logp, run.stats.entropy, scaled.entropy)
-    by_token = by_token + dynamics.rows_change(*rows, natural=True)
+    parts = {name: float(x) for name, x in prediction.attribute(scaled, run.stats, adv, mask, facts, rows).items()}
+    by_token = prediction.natural_change(scaled.logp, run.stats.logp, run.stats.entropy, scaled.entropy)
+    by_token = by_token + prediction.rows_change(*rows, natural=True)
     fixed = mean_entropy(tree, after, visits) - mean_entropy(tree, before, visits)
     clipped = (facts.clipped_low | facts.clipped_high) * batch.weight[:, None]
     return Outcome(

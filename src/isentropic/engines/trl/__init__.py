@@ -9,13 +9,13 @@ __getattr__, __all__ = lazy(
     {
         "trainer": ("EntropyControlConfig", "EntropyControlMixin", "IsentropicConfig", "IsentropicTrainer"),
         "audit": ("StartAudit", "audit_trainer"),
-        "guard": ("EntropyGuard",),
+        "callbacks": ("EntropyGuard",),
         "rollout": ("Rollout",),
     },
 )
 
 if TYPE_CHECKING:
     from .audit import StartAudit, audit_trainer
-    from .guard import EntropyGuard
+    from .callbacks import EntropyGuard
     from .rollout import Rollout
     from .trainer import EntropyControlConfig, EntropyControlMixin, IsentropicConfig, IsentropicTrainer

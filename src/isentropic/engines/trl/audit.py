@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,14 @@ from transformers import TrainerCallback
 
 from ...entropy.audit import AuditBatch, Clip, Report, Scored, audit
 from ...runs.record import write_json
+from .compat import CHANGED_IN_PLACE, generated_batch, scored_tokens, tokenizer_of
 
 logger = logging.getLogger("isentropic")
 AUDIT_FILE = "audit.json"
 # A whole distribution is kept for each sampled token: this many numbers at most.
 _MAX_SCORES = 20_000_000
-_IN_PLACE = ("_metrics", "_logs", "_samples", "_batch_facts")
+# Objects of the trainer that keep state of their own; a plain GRPOTrainer has none of them.
+_OBJECTS = ("batches", "run_log", "run_log.samples")
 
 
 @torch.no_grad()
@@ -59,10 +62,7 @@ def audit_trainer(trainer: Any, prompts: int = 2, tokens: int = 64) -> Report:
 
 def _score(trainer: Any, model: Any, batch: AuditBatch) -> Scored:
     num = batch.mask.shape[1]
-    logp, entropy, _ = trainer._get_per_token_logps_and_entropies(
-        model, batch.input_ids, batch.attention_mask, num, compute_entropy=True
-    )
-    return Scored(logp, entropy)
+    return Scored(*scored_tokens(trainer, model, batch.input_ids, batch.attention_mask, num))
 
 
 def _clip(trainer: Any, batch: AuditBatch) -> Clip:
@@ -85,7 +85,7 @@ def _generated(trainer: Any, prompts: int, tokens: int) -> AuditBatch:
         trainer.generation_config = config = copy.deepcopy(config)
         config.max_new_tokens = limit
     with _scores(trainer) as seen:
-        output = trainer._generate_and_score_completions(rows)
+        output = generated_batch(trainer, rows)
     ids, mask = output["completion_ids"], output["completion_mask"]
     tools = output.get("tool_mask")
     logp_sampler, kept = output.get("sampling_per_token_logps"), None
@@ -120,14 +120,14 @@ def _tokens_made(trainer: Any, ids: torch.Tensor, native: bool) -> torch.Tensor:
     stopped on a string, and what follows is padding.
     """
     ends = torch.isin(ids, torch.tensor(trainer.eos_token_ids, device=ids.device))
-    padding = ids == trainer._tokenizer.pad_token_id
+    padding = ids == tokenizer_of(trainer).pad_token_id
     trailing = padding.flip(1).long().cumprod(1).flip(1).bool()
     ended = ends.any(1, keepdim=True)
     unended = torch.ones_like(padding) if native else ~trailing
-    made = torch.where(ended, ends.long().cumsum(1) - ends.long() == 0, unended)
+    sampled = torch.where(ended, ends.long().cumsum(1) - ends.long() == 0, unended)
     if trainer.mask_truncated_completions:
-        made = made & ended
-    return made.long()
+        sampled = sampled & ended
+    return sampled.long()
 
 
 @contextmanager
@@ -157,7 +157,9 @@ def _scores(trainer: Any) -> Iterator[list[torch.Tensor]]:
 def _untouched(trainer: Any) -> Iterator[None]:
     """Put back everything that generating and scoring a batch changes, random states included."""
     attributes = dict(vars(trainer))
-    attributes |= {name: copy.deepcopy(attributes[name]) for name in _IN_PLACE if name in attributes}
+    attributes |= {name: copy.deepcopy(attributes[name]) for name in CHANGED_IN_PLACE if name in attributes}
+    objects = [attrgetter(name)(trainer) for name in _OBJECTS if hasattr(trainer, name.partition(".")[0])]
+    states = [(owner, dict(vars(owner))) for owner in objects]
     tokens_seen, training = trainer.state.num_input_tokens_seen, trainer.model.training
     python, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002  (rewards, tools and environments use it)
     try:
@@ -171,6 +173,8 @@ def _untouched(trainer: Any) -> Iterator[None]:
         for name in set(vars(trainer)) - set(attributes):
             delattr(trainer, name)
         vars(trainer).update(attributes)
+        for owner, state in states:
+            vars(owner).update(state)
 
 
 class StartAudit(TrainerCallback):

@@ -9,8 +9,9 @@ then, to say how far its log-probabilities are from those.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,16 +25,15 @@ from ...entropy.prediction import (
     token_totals,
 )
 from ...entropy.statistics import logits_stats
-from ...recipes.compose import Recipe, knob_range, with_knob
-from ...recipes.terms import wide
+from ...recipes import Recipe, knob_range, with_knob
+from ...recipes.apply import per_token
 from ...types import TokenBatch, TokenFacts, TokenStats
-from ..rewrite import Handed, Term, given_at
+from ..rewrite import CLIP_KNOBS, Rewritten, across_knob, advantages_at
+from .compat import Trainer
 from .head import last_stats
-from .rows import native_facts, native_ratio
+from .hidden import head_of, logits_of, plain_logits, whole
+from .loss import Term, native_facts, native_ratio
 from .settings import clip_settings
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 logger = logging.getLogger("isentropic")
 TOP_TOKENS = 8
@@ -42,27 +42,22 @@ CHEAP_HEAD = 0.05  # a head with at most this share of the parameters is read at
 EVERY = 10
 
 
-def head_of(model: Any) -> tuple[Any, Any] | None:
-    """The backbone and the output embedding of a causal language model, PEFT or not; None where it is not known."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    find = getattr(base, "get_output_embeddings", None)
-    head = find() if find is not None else None
-    backbone = getattr(base, "base_model", None)
-    known = isinstance(head, torch.nn.Module) and isinstance(getattr(head, "weight", None), torch.Tensor)
-    return (backbone, head) if known and isinstance(backbone, torch.nn.Module) and backbone is not base else None
-
-
 def interval(model: Any, wanted: int | None, fused: bool = False) -> int:
-    """Optimizer steps between two explained ones: as asked; else 1 where moments cost little, and 10 where they do not.
+    """Optimizer steps between two explained ones: as asked; else 1 if moments cost little, else 10.
 
-    They cost little with the fused head, and where the head is small beside the model.
+    They cost little with the fused head, and if the head is small beside the model.
     """
     if wanted is not None or fused:
         return 1 if wanted is None else wanted
-    found = head_of(model)
-    if found is None:
+    known = head_of(model)
+    if known is None:
         return EVERY
-    return 1 if found[1].weight.numel() <= CHEAP_HEAD * sum(p.numel() for p in model.parameters()) else EVERY
+    return 1 if known[1].weight.numel() <= CHEAP_HEAD * sum(p.numel() for p in model.parameters()) else EVERY
+
+
+def predicts(recipe: Recipe) -> bool:
+    """Whether the recipe's controller needs predictions."""
+    return isinstance(recipe.controller, str) and recipe.controller.split(":")[0] == "predictive"
 
 
 def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
@@ -75,27 +70,8 @@ def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
         raise ValueError(f"explain_every must be >= 0 optimizer steps, got {every}; 0 explains none, 1 every one")
     if head not in ("auto", "trl"):
         raise ValueError(f"head must be auto or trl, got {head!r}; auto takes the fused head where it is faster")
-    if every == 0 and recipe.controller.split(":")[0] == "predictive":
+    if every == 0 and predicts(recipe):
         raise ValueError("controller predictive needs explained steps, got explain_every=0; leave it out, or choose pi")
-
-
-def plain_logits(config: Any) -> bool:
-    """Whether the model leaves its logits unscaled."""
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return all(getattr(config, name, None) is None for name in names)
-
-
-def _whole(x: torch.Tensor) -> torch.Tensor:
-    """A parameter that FSDP2 has sharded, gathered."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # pyrefly: ignore
-
-
-def logits_of(hidden: torch.Tensor, head: Any, config: Any) -> torch.Tensor:
-    """``[... v]`` logits in fp32 from ``[... d]`` hidden states, by a plain product with the head."""
-    logits = hidden.float() @ _whole(head.weight).float().T
-    logits = logits if head.bias is None else logits + _whole(head.bias).float()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    return logits if softcap is None else softcap * (logits / softcap).tanh()
 
 
 @torch.no_grad()
@@ -105,7 +81,7 @@ def _plain_stats(hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature
     Not by the fused head: what is compared with it must not be it.
     """
     parts = [hidden.new_zeros(5, 0, dtype=torch.float32)]
-    size = max(1, _CHUNK // len(_whole(head.weight)))
+    size = max(1, _CHUNK // len(whole(head.weight)))
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, chosen in zip(*(x.split(size) for x in (hidden, ids)), strict=True):
             logits = logits_of(rows, head, config)
@@ -114,15 +90,23 @@ def _plain_stats(hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature
     return torch.cat(parts, dim=1)
 
 
-class Explainer:
-    """Explains the steps of one trainer; sums of a window stay on the device until the step ends."""
+class Clipped(NamedTuple):
+    """What a clip bound acts on: the weights of a loss, the rows, the advantages and the objective's facts."""
 
-    def __init__(self, trainer: Any, every: int | None, fused: bool = False):
+    weights: Weights
+    rows: TokenStats
+    adv: torch.Tensor
+    facts: TokenFacts
+
+
+class Explainer:
+    """Explains the steps of one trainer; sums of a step stay on the device until it ends."""
+
+    def __init__(self, trainer: Trainer, every: int | None, fused: bool = False):
         self.trainer = trainer
         self.fused = fused
         self.every = interval(trainer.model, every, fused)
-        self.names: list[str] = []
-        self.sums: torch.Tensor | None = None
+        self.sums: dict[str, torch.Tensor] = {}
         self.tokens: torch.Tensor | None = None
         self._hidden: torch.Tensor | None = None
         self._warned = False
@@ -137,12 +121,12 @@ class Explainer:
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Keep the last hidden state of the forward pass inside, where it is wanted and the head is known."""
+        """Keep the last hidden state of the forward pass inside, if it is wanted and the head is known."""
         if not (self.due() and self._compares()):
             yield
             return
-        found = head_of(self.trainer.accelerator.unwrap_model(model))
-        if found is None:
+        known = head_of(self.trainer.accelerator.unwrap_model(model))
+        if known is None:
             self._warn("this model's head is not known: the predicted change is read without the moments of the rows")
             yield
             return
@@ -150,7 +134,7 @@ class Explainer:
         def keep(module: Any, args: Any, output: Any) -> None:
             self._hidden = output.last_hidden_state.detach()
 
-        handle = found[0].register_forward_hook(keep)
+        handle = known[0].register_forward_hook(keep)
         try:
             yield
         finally:
@@ -162,22 +146,24 @@ class Explainer:
         self._warned = True
 
     def _second(self, inputs: dict[str, Any], inside: torch.Tensor) -> TokenStats | None:
-        """The rows' statistics by a plain product in fp32, ``[b t]``, or None where there is no hidden state."""
+        """The rows' statistics by a plain product in fp32, ``[b t]``, or None if there is no hidden state."""
         hidden, self._hidden = self._hidden, None
         trainer, ids = self.trainer, inputs["completion_ids"]
-        found = head_of(trainer.accelerator.unwrap_model(trainer.model))
+        known = head_of(trainer.accelerator.unwrap_model(trainer.model))
         config = trainer.model.config.get_text_config()
-        if hidden is None or found is None or hidden.shape[0] != len(ids) or not plain_logits(config):
+        if hidden is None or known is None or hidden.shape[0] != len(ids) or not plain_logits(config):
             self._warn("no hidden state to read moments from: the predicted change is read without them")
             return None
         picked = hidden[:, -ids.shape[1] - 1 : -1][inside]
-        flat = _plain_stats(picked, found[1], ids[inside], float(trainer.temperature), config)
+        flat = _plain_stats(picked, known[1], ids[inside], float(trainer.temperature), config)
         table = flat.new_zeros(5, *ids.shape)
         table[:, inside] = flat
         return TokenStats(*table)
 
-    def add(self, loss: torch.Tensor, inputs: dict[str, Any], batch: TokenBatch, handed: Handed, term: Term) -> None:
-        """Add one micro-batch: the loss, what it was computed from, and what it was handed and given beside it."""
+    def add(
+        self, loss: torch.Tensor, inputs: dict[str, Any], batch: TokenBatch, rewritten: Rewritten, term: Term
+    ) -> None:
+        """Add one micro-batch: the loss, what it was computed from, and what was rewritten and added beside it."""
         logp, entropy = batch.logp, batch.entropy
         assert entropy is not None
         inside = batch.mask.bool()
@@ -185,14 +171,14 @@ class Explainer:
         read = TokenStats(logp.detach().float(), entropy.detach().float())
         rows = self._from_head(logp.shape[1]) or second or read
         weights = effective_weights(loss, logp, entropy, differentiable=True)
-        adv = wide(handed.adv.detach(), logp)
+        adv = per_token(rewritten.adv.detach(), logp)
         still = batch._replace(logp=logp.detach(), entropy=entropy.detach())
-        facts = handed.facts or native_facts(self.trainer, native_ratio(self.trainer, still), adv)
+        facts = rewritten.facts or native_facts(self.trainer, native_ratio(self.trainer, still), adv)
         through = _through_rows(loss, term.rows, -1.0)
         sums = {f"predict/{k}": v for k, v in attribute(weights, rows, adv, batch.mask, facts, through).items()}
         predicted = torch.where(inside, change_of(weights, rows), 0.0)
-        clip = (weights, rows, adv, facts)
-        gain = self._gain(predicted.sum(), clip, inputs, batch, handed, term)
+        clipped = Clipped(weights, rows, adv, facts)
+        gain = self._gain(predicted.sum(), clipped, inputs, batch, rewritten, term)
         if through is not None:
             predicted = predicted + torch.where(inside, rows_change(*through), 0.0)
         exact = second or read
@@ -206,9 +192,9 @@ class Explainer:
             "numerics/tokens": inside.sum() * (second is not None),
             "numerics/moments": inside.sum() * (rows.sum_p2 is not None),
         }
-        self.names = list(sums)
-        vector = torch.stack([value.detach().double() for value in sums.values()])
-        self.sums = vector if self.sums is None else self.sums + vector
+        for name, value in sums.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
         size = int(self.trainer.model.config.get_text_config().vocab_size)
         totals = token_totals(predicted.detach(), inputs["completion_ids"], batch.mask, size)
         self.tokens = totals if self.tokens is None else self.tokens + totals
@@ -221,83 +207,80 @@ class Explainer:
     def _gain(
         self,
         total: torch.Tensor,
-        clip: tuple[Any, TokenStats, torch.Tensor, TokenFacts],
+        clipped: Clipped,
         inputs: dict[str, Any],
         batch: TokenBatch,
-        handed: Handed,
+        rewritten: Rewritten,
         term: Term,
     ) -> torch.Tensor:
         """The derivative of the predicted change by the knob under control, per unit step size."""
         trainer, zero = self.trainer, total.new_zeros(())
-        recipe, state = trainer.recipe, trainer.control_state
-        if state is None:
+        recipe, value = trainer.recipe, trainer.loop.value
+        if value is None:
             return zero
-        inside, clips = batch.mask.bool(), recipe.knob in ("clip_low", "clip_high")
+        inside = batch.mask.bool()
         if term.unit is not None:
-            return torch.where(inside, _unit_change(term, batch, clip[1]), 0.0).sum()
-        if clips and trainer.native:
-            return self._clip_gain(recipe, state.value, clip, batch)
+            return torch.where(inside, _unit_change(term, batch, clipped.rows), 0.0).sum()
+        if recipe.knob in CLIP_KNOBS and trainer.native:
+            return self._clip_gain(recipe, value, clipped, batch)
         slope = _slope(total, inputs["advantages"])
         if slope is None:
             return zero
-        # Freed tokens are counted over a window of half the width of the clip; elsewhere the weights are smooth.
-        span = knob_range(recipe)
-        step = state.value / 4 if clips else 1e-3 * (span.high - span.low)
-        still = batch._replace(logp=batch.logp.detach(), entropy=_detached(batch.entropy))
-        up, down = (given_at(with_knob(recipe, state.value + x), still, handed) for x in (step, -step))
-        return (torch.where(inside, slope * (up - down), 0.0)).sum() / (2 * step)
+        still = batch._replace(
+            logp=batch.logp.detach(), entropy=_detached(batch.entropy), logp_rows=_detached(batch.logp_rows)
+        )
+        moved = across_knob(recipe, value, lambda end: advantages_at(end, still, rewritten))
+        return torch.where(inside, slope * moved.change, 0.0).sum() / moved.width
 
-    def _clip_gain(
-        self,
-        recipe: Recipe,
-        value: float,
-        clip: tuple[Any, TokenStats, torch.Tensor, TokenFacts],
-        batch: TokenBatch,
-    ) -> torch.Tensor:
+    def _clip_gain(self, recipe: Recipe, value: float, clipped: Clipped, batch: TokenBatch) -> torch.Tensor:
+        """The tokens at the edge of TRL's own clip, which a wider bound would free."""
         name = "epsilon_high" if recipe.knob == "clip_high" else "epsilon"
         settings = clip_settings(with_knob(recipe, value))
         bound = settings[name] if recipe.objective == "cispo" else 1 + settings[name]
         bound = bound if name == "epsilon_high" else 1 - settings[name]
         ahead = clip_settings(with_knob(recipe, value * 1.001))[name]
         per_knob = (ahead - settings[name]) / (value * 0.001)
-        return per_knob * clip_gain(*clip, batch.mask, bound, width=value / 2)
+        return per_knob * clip_gain(*clipped, batch.mask, bound, width=value / 2)
 
     def close(self, rate: float) -> dict[str, Any]:
-        """The window as fields of a row: sums over ranks, times the learning rate; empty if nothing was explained."""
-        if self.sums is None:
+        """The step as fields of a row: sums over ranks, times the learning rate; empty if nothing was explained."""
+        if not self.sums:
             return {}
         trainer = self.trainer
         ranks = trainer.accelerator.num_processes
-        sums = dict(zip(self.names, trainer.accelerator.reduce(self.sums, reduction="sum").tolist(), strict=True))
+        vector = trainer.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="sum")
+        sums: dict[str, float] = dict(zip(self.sums, vector.tolist(), strict=True))
         # TRL's loss is a mean over ranks: each rank's weights are that many times too large.
-        row = {name: rate * value / ranks for name, value in sums.items() if name.startswith("predict/")}
-        read = sums["numerics/tokens"]
-        if read:
-            row["numerics/logp_rms"] = (sums["numerics/squared"] / read) ** 0.5
-            row["numerics/entropy_bias"] = sums["numerics/entropy"] / read
+        row: dict[str, Any] = {
+            name: rate * value / ranks for name, value in sums.items() if name.startswith("predict/")
+        }
+        compared = sums["numerics/tokens"]
+        if compared:
+            row["numerics/logp_rms"] = (sums["numerics/squared"] / compared) ** 0.5
+            row["numerics/entropy_bias"] = sums["numerics/entropy"] / compared
         else:
             row["predict/numerics"] = None
         row["predict/moments"] = int(sums["numerics/moments"] > 0)
         row["predict/knob"] = self._knob_part(row)
         row["predict/top_tokens"] = self._top(rate / ranks)
-        self.sums = self.tokens = None
+        self.sums, self.tokens = {}, None
         return row
 
     def _knob_part(self, row: dict[str, Any]) -> float | None:
-        """What the knob adds against its rest: exact where the loss is linear in it, unknown for a clip."""
-        trainer = self.trainer
-        if trainer.control_state is None or trainer.recipe.knob in ("clip_low", "clip_high"):
+        """What the knob adds against its rest: exact if the loss is linear in it, unknown for a clip."""
+        recipe, value = self.trainer.recipe, self.trainer.loop.value
+        if value is None or recipe.knob in CLIP_KNOBS:
             return None
-        return row["predict/gain"] * (trainer.control_state.value - (knob_range(trainer.recipe).rest or 0.0))
+        return row["predict/gain"] * (value - (knob_range(recipe).rest or 0.0))
 
     def _top(self, scale: float) -> list[list[Any]]:
         """Text, predicted change and count of this process's tokens that moved entropy most, summed by token."""
         assert self.tokens is not None
         change, count = self.tokens
         top = change.abs().topk(min(TOP_TOKENS, len(change))).indices
-        found = zip(top.tolist(), change[top].tolist(), count[top].tolist(), strict=True)
+        rows = zip(top.tolist(), change[top].tolist(), count[top].tolist(), strict=True)
         decode = self.trainer.processing_class.decode
-        return [[decode([i]), scale * x, int(n)] for i, x, n in found if n]
+        return [[decode([i]), scale * x, int(n)] for i, x, n in rows if n]
 
 
 def _slope(total: torch.Tensor, source: torch.Tensor) -> torch.Tensor | None:

@@ -11,14 +11,13 @@ import functools
 from typing import Any
 
 import torch
-from trl.trainer import utils
 
 from ...entropy.kernels import fused_logp
 from ...types import TokenStats
+from .compat import log_prob_function, replaceable_head
 
 # What this head can return of what TRL may ask for.
 KNOWN_OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs"}
-_FUNCTION = "_ChunkedLogProbFunction"
 
 
 class _Head:
@@ -28,13 +27,6 @@ class _Head:
         self.stats: TokenStats | None = None
         self.mask: torch.Tensor | None = None
         self.native: Any = None
-
-    def __enter__(self) -> None:
-        self.native = getattr(utils, _FUNCTION)
-        setattr(utils, _FUNCTION, self)
-
-    def __exit__(self, *exception: object) -> None:
-        setattr(utils, _FUNCTION, self.native)
 
     def apply(
         self,
@@ -91,10 +83,9 @@ def _replaceable(model: Any, anywhere: bool) -> bool:
     """Whether TRL has given this model its fused head, and the head is a plain linear layer held here whole."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
-    if type(head) is not torch.nn.Linear or hasattr(head.weight, "ds_id") or not hasattr(utils, _FUNCTION):
+    if type(head) is not torch.nn.Linear or hasattr(head.weight, "ds_id") or not replaceable_head(model):
         return False
-    # TRL's head is a forward of the instance's own.
-    return "forward" in model.__dict__ and head.weight.device.type in (("cpu", "cuda") if anywhere else ("cpu",))
+    return head.weight.device.type in (("cpu", "cuda") if anywhere else ("cpu",))
 
 
 def install(target: Any, anywhere: bool = False) -> bool:
@@ -131,7 +122,7 @@ def _wrap(model: Any) -> None:
         labels = kwargs.get("shift_labels")
         labels = kwargs["labels"][:, 1:] if labels is None else labels
         head.mask = labels.to(model.get_output_embeddings().weight.device) != -100
-        with head:
+        with log_prob_function(head) as head.native:
             return inner(*args, fused_lm_head=True, **kwargs)
 
     model.forward, model._isentropic_head = forward, head

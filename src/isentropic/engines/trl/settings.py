@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-from dataclasses import MISSING, asdict, fields
+from dataclasses import fields
 from typing import Any
 
-from ...recipes.compose import Recipe, compose
+from ...recipes import Recipe, compose
+from ..rewrite import lower_width
 
 logger = logging.getLogger("isentropic")
 _LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
@@ -27,8 +28,7 @@ _NATIVE = {
 
 def clip_settings(recipe: Recipe) -> dict[str, float]:
     """TRL's clip fields: bounds 1 − epsilon and 1 + epsilon_high, except that CISPO's epsilon_high is the ceiling."""
-    low = recipe.clip_low if recipe.bounds == "additive" else 1 - 1 / (1 + recipe.clip_low)
-    return {"epsilon": low, "epsilon_high": recipe.clip_high + (recipe.objective == "cispo")}
+    return {"epsilon": lower_width(recipe), "epsilon_high": recipe.clip_high + (recipe.objective == "cispo")}
 
 
 def native_objective(recipe: Recipe) -> bool:
@@ -93,7 +93,7 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
 
 
 def _check_general(args: Any, recipe: Recipe) -> None:
-    """On the general road TRL's loss sees a ratio of 1: what TRL makes of the ratio beside it would be lost."""
+    """On the general path TRL's loss sees a ratio of 1: what TRL computes from the ratio beside it would be lost."""
     if native_objective(recipe):
         return
     lost = {"delta": args.delta is not None, "use_bias_correction_kl": bool(args.beta and args.use_bias_correction_kl)}
@@ -133,7 +133,8 @@ def adopt(args: Any, owned: dict[str, Any]) -> None:
         if got not in (default[name], value):
             hint = "set clip_low and clip_high in recipe_options" if "epsilon" in name else f"leave {name} out"
             raise ValueError(
-                f"recipe {args.recipe} sets {name}={value!r}, got {got!r}; {hint}, or leave the recipe out"
+                f"recipe {_recipe_name(args.recipe)} sets {name}={value!r}, got {got!r}; {hint}, "
+                "or leave the recipe out"
             )
         setattr(args, name, value)
 
@@ -167,20 +168,18 @@ def round_save_steps(args: Any) -> None:
         args.save_steps = rounded
 
 
-def write_header(trainer: Any) -> None:
-    """Write run.json where `isentropic train` has not: what the config changes, and the recipe."""
-    record, args = trainer.record, trainer.args
-    if not trainer.accelerator.is_main_process or (record.path / "run.json").exists():
-        return
-    private = ("output_dir", "run_name", "logging_dir", "seed")
-    default = {
-        f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(args) if f.init
-    }
-    changed = {
-        name: getattr(args, name)
-        for name, value in default.items()
-        if name not in private and "token" not in name and getattr(args, name) != value
-    }
-    steps = args.max_steps if args.max_steps > 0 else None
-    known = {"steps": steps, "recipe": getattr(args, "recipe", None) or args.loss_type, "out": args.output_dir}
-    record.start({**changed, **known}, asdict(trainer.recipe), args.seed)
+def refuse_two_bonuses(args: Any, recipe: Recipe) -> None:
+    """Refuse an entropy bonus under control beside TRL's own.
+
+    Raises:
+        ValueError: both are on, and would add up.
+    """
+    if recipe.knob == "entropy_coef" and (args.use_adaptive_entropy or args.entropy_coef):
+        raise ValueError(
+            "knob entropy_coef and TRL's own entropy bonus are both on, and would add up; "
+            "leave use_adaptive_entropy and entropy_coef out of the config"
+        )
+
+
+def _recipe_name(recipe: str | Recipe) -> str:
+    return recipe if isinstance(recipe, str) else recipe.formula

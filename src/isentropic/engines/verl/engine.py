@@ -26,10 +26,13 @@ def _require_verl() -> None:
         got = version("verl")
     except PackageNotFoundError:
         raise ModuleNotFoundError(
-            "isentropic.engines.verl.engine needs verl, which is not installed; pip install 'isentropic[verl]'", name="verl"
+            "isentropic.engines.verl.engine needs verl, which is not installed; pip install 'isentropic[verl]'",
+            name="verl",
         ) from None
     if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
-        raise ImportError(f"isentropic.engines.verl.engine wraps the engine of verl 0.9, got verl {got}; install verl==0.9.1")
+        raise ImportError(
+            f"isentropic.engines.verl.engine wraps the engine of verl 0.9, got verl {got}; install verl==0.9.1"
+        )
 
 
 _require_verl()

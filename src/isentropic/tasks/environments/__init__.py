@@ -11,20 +11,20 @@ An environment is any object with two methods::
             right = action == str(self.number)
             return ("right" if right else "wrong"), float(right), right
 
-``reset`` gets the columns of the task's row by name (take ``**row``: it gets all of them) and returns the first
-observation. ``step`` gets one line, what the policy wrote before the line break, and returns (observation, reward,
-done). Rewards of an episode add up; a policy that runs out of turns or tokens ends it early, with what it has so far.
-An environment that is deterministic given its row makes the samples of a group comparable. One object plays many
-episodes, one after the other, and several objects are alive at once: keep state in the object, none in the module.
+``reset`` gets the columns of the task's row by name (use ``**row``: all of them are passed) and returns the first
+observation. ``step`` gets one line, the policy's text up to the line break, and returns (observation, reward, done).
+Rewards of an episode are summed; an episode ends early, with its rewards so far, if the policy runs out of turns or
+tokens. The samples of a group are comparable if the environment is deterministic given its row. One object plays many
+episodes, one after the other, and several objects exist at once: keep state in the object, not in the module.
 
-For supervised warm-up an environment may have two methods more: ``advice()``, the next action of one who knows the way,
-from wherever the episode stands, and ``choices()``, a list of actions that make sense now.
+For supervised warm-up an environment may have two more methods: ``advice()``, the next action of an expert in the
+current state of the episode, and ``choices()``, a list of actions that are possible now.
 
-An `EnvironmentTask` is a `Task` with a factory of such objects. It is loaded by name as every task:
+An `EnvironmentTask` is a `Task` with a factory of such objects. It is loaded by name like every task:
 ``textworld:coin_collector:level=104``, ``textarena:FrozenLake-v0``, or ``package.module:attribute`` of your own.
 
-What the policy reads is the row's prompt, the first observation and ``>``; then its own line, the next observation and
-``>``, and so on. Importing this file imports no torch.
+The policy reads the row's prompt, the first observation and ``>``; then its own line, the next observation and ``>``,
+and so on. Importing this package imports no torch.
 """
 
 import json
@@ -33,20 +33,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from isentropic.tasks import Task
+from .. import Task
 
 MARK = ">"
 
 
 class Environment(Protocol):
-    """What plays: see the module's docstring."""
+    """An environment; see the module's docstring."""
 
     def reset(self, *args: Any, **row: Any) -> str:
-        """Begin an episode from the row's columns, by name; return the first observation."""
+        """Start an episode from the row's columns, by name; return the first observation."""
         ...
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        """Act by one line of text; return (observation, reward, done)."""
+        """Take an action, one line of text; return (observation, reward, done)."""
         ...
 
 
@@ -55,7 +55,7 @@ def _won(completion: str, episode_return: float) -> bool:
 
 
 def _actions(text: str) -> str:
-    """Two winning episodes are distinct when their actions differ."""
+    """Two won episodes are distinct if their actions differ."""
     return " ".join(text.lower().split())
 
 
@@ -64,13 +64,13 @@ class EnvironmentTask(Task):
     """A task that is played, not answered; see the module's docstring for the environment itself.
 
     Args:
-        make: () -> a fresh :class:`Environment`; as many are made as episodes are played at once.
-        max_turns: actions an episode may take.
-        max_action_tokens: tokens of one action, its line break included; what is longer is cut.
+        make: () -> a new :class:`Environment`; one is created for each episode that is played at once.
+        max_turns: actions that an episode may take.
+        max_action_tokens: tokens of one action, its line break included; a longer one is cut.
         max_completion_length: tokens of an episode after the first observation, actions and observations together.
-        win_at: an episode is won where its rewards add up to at least this.
+        win_at: an episode is won if its rewards sum to at least this.
         parallel: episodes played at once at most; None for all of a batch. An environment behind a server has few.
-        words: () -> words that may occur in observations, for a word-level vocabulary; None to learn them from
+        words: () -> words that may occur in observations, for a word-level vocabulary; None to collect them from
             demonstrations.
         verify, normalise: as for every task; the defaults read the return of the episode, and compare its actions.
 
@@ -116,35 +116,35 @@ class EnvironmentTask(Task):
         if self.max_action_tokens > self.max_completion_length:
             raise ValueError(
                 f"task {self.name!r}: max_action_tokens must be <= max_completion_length, got "
-                f"{self.max_action_tokens} > {self.max_completion_length}; an episode needs room for one action"
+                f"{self.max_action_tokens} > {self.max_completion_length}; an episode needs at least one action"
             )
 
     def reward(
         self, completions: Sequence[Any], *, prompts: Sequence[Any] | None = None, **columns: Any
     ) -> list[float]:
-        """Return the returns of the episodes, which whoever played them hands over as a column.
+        """Return the returns of the episodes, which the rollout passes as a column.
 
         Raises:
             ValueError: there is no column ``episode_return``.
         """
-        found = columns.get("episode_return")
-        if found is None or len(found) != len(completions):
+        returns = columns.get("episode_return")
+        if returns is None or len(returns) != len(completions):
             raise ValueError(
                 f"task {self.name!r} is played, and its reward is the column episode_return, got {sorted(columns)}; "
                 "train it by `isentropic train`, or give the trainer a rollout_func"
             )
-        return [float(x) for x in found]
+        return [float(x) for x in returns]
 
-    def asked(self, row: dict[str, Any]) -> str:
-        """What makes two rows the same episode: all of their columns."""
+    def question(self, row: dict[str, Any]) -> str:
+        """Return the value by which two rows are the same episode: all of their columns."""
         return json.dumps(row, sort_keys=True, default=str)
 
     def opening(self, prompt: str, observation: str) -> str:
-        """What the policy reads before its first action."""
+        """The text that the policy reads before its first action."""
         return f"{prompt}{observation}\n{MARK}"
 
     def reply(self, observation: str) -> str:
-        """What the policy reads after an action."""
+        """The text that the policy reads after an action."""
         return f"{observation}\n{MARK}"
 
 
@@ -154,14 +154,14 @@ def demonstrate(
     """Play a row by its environment's own advice.
 
     Args:
-        task: what is played.
-        row: which episode of it.
-        environment: one to use again; None makes one.
+        task: the task.
+        row: its row.
+        environment: one to reuse; None creates one.
         noise: share of actions in [0, 1] that are drawn from ``choices()`` in place of the advice.
         seed: of the noise.
 
     Returns:
-        The episode as (text, whether the policy should write it), and the sum of its rewards.
+        The episode as texts, each with whether the policy should write it, and the sum of its rewards.
 
     Raises:
         ValueError: the environment gives no advice.
@@ -186,17 +186,17 @@ def demonstrate(
     played: Any = task.make() if environment is None else environment
     if not hasattr(played, "advice"):
         raise ValueError(
-            f"task {task.name!r} cannot show how it is won; give its environment a method advice(), or start from a "
-            "model that wins now and then"
+            f"task {task.name!r} cannot demonstrate how to win; give its environment a method advice(), or start from "
+            "a model that wins now and then"
         )
     draw = random.Random(f"{seed}/{sorted((k, str(v)) for k, v in row.items())}")
-    parts, total = [(task.opening(row["prompt"], played.reset(**row)), False)], 0.0
+    texts, total = [(task.opening(row["prompt"], played.reset(**row)), False)], 0.0
     for turn in range(task.max_turns):
         action = draw.choice(played.choices()) if draw.random() < noise else played.advice()
         observation, reward, done = played.step(action)
         total += reward
-        parts.append((f"{action}\n", True))
+        texts.append((f"{action}\n", True))
         if done or turn + 1 == task.max_turns:
             break
-        parts.append((task.reply(observation), False))
-    return parts, total
+        texts.append((task.reply(observation), False))
+    return texts, total

@@ -1,12 +1,12 @@
-"""AppWorld through its own HTTP server: apps to be worked with by code, one line of Python a turn.
+"""AppWorld through its own HTTP server: apps that are used by code, one line of Python a turn.
 
-AppWorld pins pydantic below 2, so that it lives in an environment of its own and is spoken to over HTTP, with nothing
-but the standard library on this side. A server holds one world at a time: as many episodes are played at once as
-there are servers, each on a port of its own. The calls are those of appworld 0.1.3: ``/initialize``, ``/execute``,
-``/task_completed``, ``/evaluate``, ``/close``. The reward is 1 where its evaluation succeeds, once the task is
-said to be completed.
+AppWorld pins pydantic below 2, so it needs a Python environment of its own and is called over HTTP, with only the
+standard library on this side. A server has one world at a time: as many episodes are played at once as there are
+servers, each on a port of its own. The calls are those of appworld 0.1.3: ``/initialize``, ``/execute``,
+``/task_completed``, ``/evaluate``, ``/close``. The reward is 1 if its evaluation succeeds after the task was reported
+as completed.
 
-Its data is downloaded by AppWorld itself. Nobody has run this against a real server yet; tests run it against a stub.
+AppWorld downloads its data itself. This has not been run against a real server yet; tests run it against a stub.
 """
 
 import json
@@ -17,8 +17,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from isentropic.tasks.environments import EnvironmentTask
-from isentropic.tasks.spec import options
+from ..spec import options
+from . import EnvironmentTask
 
 OURS: dict[str, Any] = {
     "train": "",
@@ -40,14 +40,14 @@ def load(rest: str, name: str) -> EnvironmentTask:
     """The task that ``appworld:REST`` names: files with an id a line, and the ports of the servers.
 
     Raises:
-        ValueError: an unknown option, a file that is not there, or ids that both files hold.
+        ValueError: an unknown option, a file that does not exist, or ids that are in both files.
     """
     values = options(name, rest, OURS)
     train, test = (_ids(name, values, key) for key in ("train", "test"))
     both = sorted(set(train) & set(test))
     if both:
         raise ValueError(f"task {name!r}: {len(both)} ids are in train and test, such as {both[0]}; take them apart")
-    ports = _mine(name, _ports(name, values["ports"]))
+    ports = _share_of_ports(name, _ports(name, values["ports"]))
     number = count()
     return EnvironmentTask(
         name=name,
@@ -73,17 +73,17 @@ def _ports(name: str, text: str) -> list[int]:
     """``8000``, or ``8000-8007``."""
     first, _, last = text.partition("-")
     try:
-        found = list(range(int(first), int(last or first) + 1))
+        ports = list(range(int(first), int(last or first) + 1))
     except ValueError:
-        found = []
-    if not found:
+        ports = []
+    if not ports:
         raise ValueError(f"task {name!r}: ports must be a port or a range such as 8000-8007, got {text!r}")
-    return found
+    return ports
 
 
-def _mine(name: str, ports: list[int]) -> list[int]:
-    """This process's share of the servers; a server holds one world, so that no two processes may speak to it."""
-    rank, ranks = (int(os.environ.get(key, usual)) for key, usual in (("RANK", "0"), ("WORLD_SIZE", "1")))
+def _share_of_ports(name: str, ports: list[int]) -> list[int]:
+    """This process's share of the servers; a server has one world, so two processes must not use the same one."""
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if len(ports) < ranks:
         raise ValueError(f"task {name!r}: ports: got {len(ports)} for {ranks} processes, must be one each; start more")
     return ports[rank::ranks]
@@ -94,7 +94,7 @@ class AppWorld:
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8000``.
-        shown: characters of an answer that are shown; what is longer is cut.
+        shown: characters of an output that the policy reads; a longer one is cut.
         timeout: seconds to wait for an answer.
     """
 
@@ -102,8 +102,8 @@ class AppWorld:
         self.url, self.shown, self.timeout = url.rstrip("/"), shown, timeout
         self._task: str | None = None
 
-    def _call(self, method: str, **given: Any) -> Any:
-        body = json.dumps({"task_id": self._task, **given}).encode()
+    def _call(self, method: str, **arguments: Any) -> Any:
+        body = json.dumps({"task_id": self._task, **arguments}).encode()
         request = urllib.request.Request(f"{self.url}/{method}", body, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
@@ -125,12 +125,12 @@ class AppWorld:
         return f"{person['first_name']} {person['last_name']} <{person['email']}> asks: {world['instruction']}"
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        """Run a line of code; the episode is over where the task says that it is completed."""
-        said = str(self._call("execute", code=action)).strip()
+        """Run a line of code; the episode is over once the task is reported as completed."""
+        output = str(self._call("execute", code=action)).strip()
         done = bool(self._call("task_completed"))
         reward = float(bool(self._call("evaluate", suppress_errors=True)["success"])) if done else 0.0
-        more = f" ... ({len(said) - self.shown} more characters)" if len(said) > self.shown else ""
-        return said[: self.shown] + more, reward, done
+        more = f" ... ({len(output) - self.shown} more characters)" if len(output) > self.shown else ""
+        return output[: self.shown] + more, reward, done
 
     def close(self) -> None:
         """Close the world, if one is open."""

@@ -1,11 +1,11 @@
 """Games of textarena for one player, by name: ``textarena:FrozenLake-v0``.
 
-A row is a seed; training seeds are counted from 0, held-out seeds from 1,000,000. Whether two seeds give two games is
-up to the game: some, such as TowerOfHanoi, have one start alone, and their held-out rows are those trained on.
-The reward is the game's own, between 0 and 1 in most; 1 is a win.
+A row is a seed; training seeds are counted from 0, held-out seeds from 1,000,000. Whether two seeds give two games
+depends on the game: some, such as TowerOfHanoi, have one start only, and their held-out rows are those trained on. The
+reward is the game's own, between 0 and 1 in most; 1 is a win.
 
-Needs the extra ``textarena``; importing this file does not. textarena asks for data sets of words over the network as
-some of its games are imported; without them those games are refused, and the others go on.
+Needs the extra ``textarena``; importing this module does not. textarena downloads word lists when some of its games are
+imported; without them those games are refused, and the others work.
 """
 
 import contextlib
@@ -15,8 +15,8 @@ import io
 import random
 from typing import Any
 
-from isentropic.tasks.environments import EnvironmentTask
-from isentropic.tasks.spec import options
+from ..spec import options
+from . import EnvironmentTask
 
 OURS: dict[str, Any] = {"train": 64, "test": 40, "turns": 12, "tokens": 2048, "action_tokens": 16}
 HELD_OUT_FROM = 1_000_000
@@ -26,13 +26,13 @@ PROMPT = "A game. Write one action a line.\n"
 def load(rest: str, name: str) -> EnvironmentTask:
     """The task that ``textarena:REST`` names.
 
-    Its rows are what refuses an unknown game, or one for several players.
+    An unknown game, or one for several players, is refused when its rows are asked for.
 
     Raises:
         ValueError: an unknown option, or textarena is not installed.
     """
-    game, _, given = rest.partition(":")
-    values = options(name, given, OURS)
+    game, _, text = rest.partition(":")
+    values = options(name, text, OURS)
     if importlib.util.find_spec("textarena") is None:
         raise ValueError(f"task {name!r} needs textarena, which is not installed; pip install 'isentropic[textarena]'")
     return EnvironmentTask(
@@ -48,7 +48,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
 
 
 def _rows(game: str, first: int, num: int) -> list[dict[str, Any]]:
-    """A row a seed, once the game is known to begin."""
+    """A row a seed, after a check that the game starts."""
     TextArena(game).reset(first)
     return [{"prompt": PROMPT, "seed": first + i} for i in range(num)]
 
@@ -56,8 +56,8 @@ def _rows(game: str, first: int, num: int) -> list[dict[str, Any]]:
 class TextArena:
     """One player of one game; ``reset`` takes a seed.
 
-    textarena draws from Python's global random state. Each player keeps a state of its own and swaps it in while the
-    game moves, so that episodes side by side do not disturb one another, nor the training.
+    textarena draws from Python's global random state. Each player keeps a state of its own and swaps it in during its
+    calls, so that simultaneous episodes affect neither one another nor the training.
 
     Args:
         game: textarena's name of it, such as ``FrozenLake-v0``.
@@ -70,7 +70,7 @@ class TextArena:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             arena: Any = importlib.import_module("textarena")
             try:
-                # The raw one gives what is new as messages, where the others repeat all that was said.
+                # The raw one returns new messages only; the others repeat the whole dialogue.
                 self._game = arena.make(f"{game}-raw")
             except Exception as error:
                 lines = [line.strip() for line in str(error).splitlines() if any(map(str.isalpha, line))]
@@ -80,7 +80,7 @@ class TextArena:
         self._random = random.Random(0).getstate()
 
     @contextlib.contextmanager
-    def _own_randomness(self) -> Any:
+    def _random_state(self) -> Any:
         before = random.getstate()
         random.setstate(self._random)
         try:
@@ -90,24 +90,24 @@ class TextArena:
             random.setstate(before)
 
     def reset(self, seed: int, **row: Any) -> str:
-        """Begin the game of a seed."""
+        """Start the game of a seed."""
         self._random = random.Random(seed).getstate()
-        with self._own_randomness():
+        with self._random_state():
             try:
                 self._game.reset(num_players=1, seed=seed)
             except (AssertionError, ValueError) as error:
                 raise ValueError(f"textarena game {self.game!r} is not for one player: {error}") from None
-            return self._said()
+            return self._new_messages()
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        """One action; what an action looks like, the game's first words say."""
-        with self._own_randomness():
+        """Take an action; the first observation explains what an action looks like."""
+        with self._random_state():
             done, _ = self._game.step(action)
-            said = self._said()
+            observation = self._new_messages()
             reward = self._game.close()[0] if done else None
-        return said, float((reward or {}).get(0, 0.0)), bool(done)
+        return observation, float((reward or {}).get(0, 0.0)), bool(done)
 
-    def _said(self) -> str:
-        """What is new, without the player's own words."""
+    def _new_messages(self) -> str:
+        """The new messages, without the player's own."""
         _, messages = self._game.get_observation()
         return "\n".join(text.strip() for sender, text, _ in messages if sender != 0)

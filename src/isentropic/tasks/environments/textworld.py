@@ -1,12 +1,12 @@
 """TextWorld games by name: ``textworld:coin_collector:level=104``, generated on this machine.
 
-A game is generated from a seed once and kept in the cache. Training games are seeds from 0 on, held-out games seeds
-from 1,000,000 on. Two seeds may give one game: games are told apart by a hash of their map (which room leads where, and
-what lies in it) and their walkthrough, whatever the rooms are called. No held-out game has the hash of a training game,
-and no hash occurs twice; a seed whose game is not new is passed over. Different maps may share a walkthrough: at low
+A game is generated from a seed once and kept in the cache. Training games are seeds from 0, held-out games seeds from
+1,000,000. Two seeds may give the same game: games are identified by a hash of their map (connections of rooms, and
+objects in them) and their walkthrough, independent of the rooms' names. No held-out game has the hash of a training
+game, and no hash occurs twice; a seed whose game is not new is skipped. Different maps may share a walkthrough: at low
 levels there are few.
 
-Needs the extra ``textworld``; importing this file does not. The reward is 1 where the game is won.
+Needs the extra ``textworld``; importing this module does not. The reward is 1 if the game is won.
 """
 
 import hashlib
@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isentropic.tasks.environments import EnvironmentTask
-from isentropic.tasks.spec import options
+from ...runs.clock import duration
+from ..spec import options
+from . import EnvironmentTask
 
 # Options of a game's own, with their defaults; the names are TextWorld's.
 GAMES: dict[str, dict[str, Any]] = {
@@ -42,7 +43,7 @@ GAMES: dict[str, dict[str, Any]] = {
         "split": "",
     },
 }
-# Options of ours: how many games, how long an episode, and what is shown.
+# Options of ours: number of games, limits of an episode, form of observations.
 OURS: dict[str, Any] = {
     "train": 40,
     "test": 40,
@@ -54,7 +55,7 @@ OURS: dict[str, Any] = {
 }
 HELD_OUT_FROM = 1_000_000
 PROMPT = "A text game. Write one command a line.\n"
-# Count it up when a game of the same name and seed changes.
+# Increment it when the game of a name and a seed changes.
 VERSION = 1
 
 
@@ -62,7 +63,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
     """The task that ``textworld:REST`` names; games are generated when its rows are asked for.
 
     Raises:
-        ValueError: no such game or option; TextWorld is not installed.
+        ValueError: no such game or option, or TextWorld is not installed.
 
     Example:
         >>> load("coin_collector:level=300000", "textworld:coin_collector:level=300000")
@@ -70,10 +71,10 @@ def load(rest: str, name: str) -> EnvironmentTask:
             ...
         ValueError: task 'textworld:coin_collector:level=300000': level must be from 1 to 300, got 300000
     """
-    game, _, given = rest.partition(":")
+    game, _, text = rest.partition(":")
     if game not in GAMES:
         raise ValueError(f"task {name!r}: game must be one of {', '.join(GAMES)}, got {game!r}")
-    values = options(name, given, GAMES[game] | OURS)
+    values = options(name, text, GAMES[game] | OURS)
     top = {"coin_collector": 300, "treasure_hunter": 30}.get(game)
     if top and not 1 <= values["level"] <= top:
         raise ValueError(f"task {name!r}: level must be from 1 to {top}, got {values['level']}")
@@ -99,31 +100,31 @@ def load(rest: str, name: str) -> EnvironmentTask:
 
 @dataclass
 class Games:
-    """The games of one setting in the cache, made as they are asked for.
+    """The games of one setting in the cache, generated as they are asked for.
 
     Attributes:
-        game, settings: which generator, and its options.
-        root: where games of all settings lie: `textworld` in `$ISENTROPIC_CACHE`, `$XDG_CACHE_HOME/isentropic`, or
-            `~/.cache/isentropic`.
+        game, settings: the generator, and its options.
+        root: directory of the games of all settings; by default `textworld` in `$ISENTROPIC_CACHE`,
+            `$XDG_CACHE_HOME/isentropic`, or `~/.cache/isentropic`.
     """
 
     game: str
     settings: dict[str, Any]
     root: Path | None = None
-    _found: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _known: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def home(self) -> Path:
-        """Where the games of this setting lie."""
-        given = os.environ.get("ISENTROPIC_CACHE")
-        base = Path(given or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/isentropic").expanduser()
+        """The directory of the games of this setting."""
+        cache = os.environ.get("ISENTROPIC_CACHE")
+        base = Path(cache or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/isentropic").expanduser()
         text = json.dumps([VERSION, self.game, self.settings], sort_keys=True)
         return (self.root or base / "textworld") / f"{self.game}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
     def rows(self, split: str, num_train: int, num_test: int) -> list[dict[str, Any]]:
         """Rows of ``train`` or ``test``: prompt, file of the game, seed.
 
-        Held-out games are chosen first, so that how many one trains on does not change what is asked.
+        Held-out games are chosen first, so that they do not depend on the number of training games.
 
         Raises:
             ValueError: the setting has fewer different games than are asked for.
@@ -133,36 +134,36 @@ class Games:
         return [{"prompt": PROMPT, "game": str(self.home / f"{g['seed']}.z8"), "seed": g["seed"]} for g in chosen]
 
     def _take(self, first: int, num: int, taken: set[str]) -> list[dict[str, Any]]:
-        """The first ``num`` seeds from ``first`` on whose games are new."""
-        found, taken, seed = [], set(taken), first
-        began = last = time.monotonic()
-        while len(found) < num:
+        """The games of the first ``num`` seeds, from ``first``, whose games are new."""
+        games, taken, seed = [], set(taken), first
+        started = last = time.monotonic()
+        while len(games) < num:
             if seed - first >= 20 * num + 100:
                 raise ValueError(
-                    f"{self.game} with {self.settings}: only {len(found)} of {num} different games in "
+                    f"{self.game} with {self.settings}: only {len(games)} of {num} different games in "
                     f"{seed - first} seeds; ask for fewer, or for a higher level"
                 )
             game = self._game(seed)
             if game["hash"] not in taken:
                 taken.add(game["hash"])
-                found.append(game)
+                games.append(game)
             seed += 1
             if time.monotonic() - last > 10:
                 last = time.monotonic()
-                print(f"textworld: {len(found)} of {num} games, {last - began:.0f} s", file=sys.stderr)
-        return found
+                print(f"textworld: {len(games)} of {num} games, {duration(last - started)}", file=sys.stderr)
+        return games
 
     def _game(self, seed: int) -> dict[str, Any]:
-        """What is known of a game: generated once, and then read from its file."""
-        if seed not in self._found:
+        """The facts of a game, which is generated once and then read from its file."""
+        if seed not in self._known:
             path = self.home / f"{seed}.facts.json"
             if not path.is_file():
                 self._generate(seed, path)
-            self._found[seed] = json.loads(path.read_text(encoding="utf-8"))
-        return self._found[seed]
+            self._known[seed] = json.loads(path.read_text(encoding="utf-8"))
+        return self._known[seed]
 
     def _generate(self, seed: int, path: Path) -> None:
-        """Write the game beside its place, then move it there; the facts come last, and mean that it is whole."""
+        """Write the game in a scratch directory, then move it; the facts are moved last, and mark it as complete."""
         from textworld import GameOptions
         from textworld.challenges import CHALLENGES
         from textworld.generator import compile_game
@@ -170,38 +171,38 @@ class Games:
         options = GameOptions()
         options.seeds = seed
         options.file_ext = ".z8"
-        # The objective names the goal; with the whole path in it there would be nothing to find out.
+        # The objective names the goal; with the whole path in it there would be nothing to explore.
         options.grammar.only_last_action = True
         settings = {**self.settings, **({"split": None} if self.settings.get("split") == "" else {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = CHALLENGES[f"tw-{self.game}"][1](settings, options)
+            generated = CHALLENGES[f"tw-{self.game}"][1](settings, options)
         self.home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.home, prefix=".making-") as room:
-            options.path = f"{room}/{seed}.z8"
-            compile_game(made, options)
+        with tempfile.TemporaryDirectory(dir=self.home, prefix=".making-") as scratch:
+            options.path = f"{scratch}/{seed}.z8"
+            compile_game(generated, options)
             player = _start(options.path)
             walkthrough = list(player.reset().policy_commands)
             player.close()
-            facts = {"seed": seed, "hash": content_hash(made, walkthrough), "walkthrough": walkthrough}
-            Path(room, path.name).write_text(json.dumps(facts), encoding="utf-8")
+            facts = {"seed": seed, "hash": content_hash(generated, walkthrough), "walkthrough": walkthrough}
+            Path(scratch, path.name).write_text(json.dumps(facts), encoding="utf-8")
             for suffix in (".json", ".z8", ".facts.json"):
-                Path(room, f"{seed}{suffix}").replace(self.home / f"{seed}{suffix}")
+                Path(scratch, f"{seed}{suffix}").replace(self.home / f"{seed}{suffix}")
 
 
 def _start(path: str) -> Any:
-    """A game that tells what an observation is made of."""
+    """A game that reports the fields from which observations are composed."""
     import textworld
 
     names = "feedback description objective admissible_commands policy_commands won"
     with warnings.catch_warnings():
-        # The machine beneath does not know the game, and says so; what it cannot tell then, TextWorld tells.
+        # The interpreter warns about a game that it does not know; TextWorld provides the fields itself.
         warnings.simplefilter("ignore")
         return textworld.start(path, textworld.EnvInfos(**dict.fromkeys(names.split(), True)))
 
 
 def content_hash(game: Any, walkthrough: list[str]) -> str:
-    """What tells two games apart: map, things and walkthrough, whatever the rooms are called."""
+    """A hash of a game's map, objects and walkthrough, independent of the rooms' names."""
     facts = sorted(str(fact) for fact in game.world.facts)
     return hashlib.sha256(json.dumps([facts, walkthrough]).encode()).hexdigest()[:16]
 
@@ -209,12 +210,12 @@ def content_hash(game: Any, walkthrough: list[str]) -> str:
 class TextWorld:
     """One player of TextWorld games; ``reset`` takes the file of a game.
 
-    An observation ends with the commands that the game would take, which is a bounded list. Another command is refused
-    without reaching the game: a game also knows `quit`, `restart` and `save`, which are no moves.
+    An observation ends with the commands that the game accepts, a list of limited length. Any other command is refused
+    without reaching the game: a game also knows `quit`, `restart` and `save`, which are not moves.
 
     Args:
-        brief: show the room's name in place of its description.
-        commands: how many commands are listed at most.
+        brief: give the room's name in place of its description.
+        commands: commands that are listed at most.
     """
 
     def __init__(self, brief: bool = False, commands: int = 20):
@@ -222,40 +223,40 @@ class TextWorld:
         self._file: str | None = None
         self._game: Any = None
         self._possible: list[str] = []
-        self._way: list[str] = []
+        self._walkthrough: list[str] = []
 
     def reset(self, game: str, **row: Any) -> str:
-        """Begin the game in the file ``game``."""
+        """Start the game in the file ``game``."""
         if game != self._file:
             self.close()
             self._game, self._file = _start(game), game
-        state = self._seen(self._game.reset())
+        state = self._observed(self._game.reset())
         return f"{tidy(state.objective)}\n{self._shown(state.description)}"
 
     def step(self, action: str) -> tuple[str, float, bool]:
-        """One command."""
+        """Take an action: one command."""
         wanted = " ".join(action.lower().split())
         command = next((c for c in self._possible if c.lower() == wanted), None)
         if command is None:
             return f"You can't do that.\n{self._listed()}", 0.0, False
         state, _, done = self._game.step(command)
-        self._seen(state)
+        self._observed(state)
         return self._shown(state.feedback), float(bool(state.won)), bool(done)
 
     def advice(self) -> str:
-        """The first command of a way to win from here; in a game that cannot be won any more, a look around."""
-        return self._way[0] if self._way else "look"
+        """The first command of a walkthrough from here; `look` in a game that cannot be won any more."""
+        return self._walkthrough[0] if self._walkthrough else "look"
 
     def choices(self) -> list[str]:
-        """What the game would take."""
+        """The commands that the game accepts."""
         return self._possible
 
-    def _seen(self, state: Any) -> Any:
-        self._possible, self._way = state.admissible_commands, state.policy_commands or []
+    def _observed(self, state: Any) -> Any:
+        self._possible, self._walkthrough = state.admissible_commands, state.policy_commands or []
         return state
 
     def close(self) -> None:
-        """Let the game go."""
+        """Close the game."""
         if self._game is not None:
             self._game.close()
             self._game = self._file = None
@@ -272,7 +273,7 @@ class TextWorld:
 
 
 def tidy(text: str) -> str:
-    """The game's words alone: no prompt, no status line, no blank lines.
+    """The text of the game alone: no prompt, no status line, no blank lines.
 
     Example:
         >>> tidy("-= Attic =-\\n\\n  You are in an attic.\\n\\n>        -= Attic =-0/1")
@@ -284,7 +285,7 @@ def tidy(text: str) -> str:
 
 
 def words() -> set[str]:
-    """All words of TextWorld's own grammars and rules: the vocabulary of its games is closed."""
+    """All words of TextWorld's grammars and rules: the vocabulary of its games is closed."""
     import textworld
 
     home = Path(str(textworld.__file__)).parent

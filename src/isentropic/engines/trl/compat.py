@@ -1,0 +1,230 @@
+"""Every private name of TRL that this package touches, and nothing else: what a new version of TRL can break.
+
+TRL's own steps are overridden here alone, and each is handed to a method with a name of ours, which gets TRL's own as
+its first argument. ``tests/engines/trl/test_compat.py`` has a contract test for each name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+SUPPORTED = (1, 16)
+
+
+def _require_trl() -> None:
+    try:
+        got = version("trl")
+    except PackageNotFoundError:
+        raise ImportError(
+            "isentropic.engines.trl needs trl, which is not installed; pip install 'isentropic[trl]'"
+        ) from None
+    if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
+        raise ImportError(
+            f"isentropic.engines.trl wraps private methods of trl {SUPPORTED[0]}.{SUPPORTED[1]}, got trl {got}; "
+            "pip install 'isentropic[trl]' brings the supported one"
+        )
+
+
+_require_trl()
+
+from trl import GRPOConfig, GRPOTrainer  # noqa: E402  (after the version check, whose message is the better one)
+from trl.models import unwrap_model_for_generation  # noqa: E402
+from trl.trainer import utils  # noqa: E402
+
+__all__ = ["GRPOConfig", "GRPOTrainer", "Trainer", "TrainerHooks"]
+
+LOG_PROB_FUNCTION = "_ChunkedLogProbFunction"
+
+if TYPE_CHECKING:
+    from ...recipes import Recipe
+    from ..loop import ControlLoop
+
+
+class Trainer(Protocol):
+    """What this adapter needs of a trainer: transformers' and TRL's attributes, and the few that the mixin adds."""
+
+    args: Any
+    model: Any
+    model_wrapped: Any
+    ref_model: Any
+    accelerator: Any
+    state: Any
+    control: Any
+    optimizer: Any
+    processing_class: Any
+    train_dataset: Any
+    temperature: float
+    num_generations: int
+    epsilon_low: float
+    epsilon_high: float
+    loss_type: str
+    use_vllm: bool
+    current_gradient_accumulation_steps: int
+    is_fsdp_enabled: bool
+    is_deepspeed_enabled: bool
+    reward_weights: torch.Tensor
+    max_completion_length: int
+    # Ours.
+    recipe: Recipe
+    loop: ControlLoop
+    native: bool
+
+
+# To a type checker the hooks are a GRPOTrainer; at run time they come before one.
+_Base = GRPOTrainer if TYPE_CHECKING else object
+
+
+class TrainerHooks(_Base):
+    """TRL's private steps under names of ours. A subclass overrides the methods without an underscore."""
+
+    _tag_names = ["trl", "grpo", "isentropic"]  # noqa: RUF012  (TRL's convention)
+    args: Any
+    model: Any
+    processing_class: Any
+
+    def rewards_calculated(self, rewards: torch.Tensor, completion_ids: Any) -> None:
+        """The rewards ``[all samples, functions]`` of a generated batch are there."""
+
+    def generate_batch(self, native: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
+        """Generate and score a batch."""
+        return native(inputs)
+
+    def score_tokens(self, native: Callable[..., Any], model: Any, *args: Any, **kwargs: Any) -> Any:
+        """Compute log-probabilities and entropies."""
+        return native(model, *args, **kwargs)
+
+    def micro_batch_loss(self, native: Callable[..., torch.Tensor], model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        """Compute the loss of a micro-batch."""
+        return native(model, inputs)
+
+    def before_checkpoint(self) -> None:
+        """A checkpoint is about to be written."""
+
+    def after_checkpoint(self, folder: Path) -> None:
+        """A checkpoint was written by this process."""
+
+    def checkpoint_loaded(self, folder: str) -> None:
+        """A checkpoint was loaded."""
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self.rewards_calculated(rewards, completion_ids_list)
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        return self.generate_batch(super()._generate_and_score_completions, inputs)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        return self.score_tokens(super()._get_per_token_logps_and_entropies, *args, **kwargs)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        return self.micro_batch_loss(super()._compute_loss, model, inputs)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.before_checkpoint()
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.after_checkpoint(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.checkpoint_loaded(checkpoint)
+
+
+def metrics(trainer: Any, mode: str = "train") -> dict[str, list[float]]:
+    """What TRL logs next, lists of values by name."""
+    return trainer._metrics[mode]
+
+
+# What generating and scoring a batch changes in place.
+CHANGED_IN_PLACE = ("_metrics", "_logs")
+
+
+def scored_tokens(trainer: Any, model: Any, ids: torch.Tensor, attention_mask: torch.Tensor, num_tokens: int) -> Any:
+    """Log-probabilities and entropies of the last tokens, as training computes them."""
+    return trainer._get_per_token_logps_and_entropies(model, ids, attention_mask, num_tokens, compute_entropy=True)[:2]
+
+
+def generated_batch(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch that is generated and scored as in training."""
+    return trainer._generate_and_score_completions(rows)
+
+
+def opens_batch(trainer: Any) -> bool:
+    """Whether the micro-batch under way is the first one of a generated batch."""
+    return trainer._step % (trainer.args.steps_per_generation * trainer.num_iterations) == 0
+
+
+def load_weights(trainer: Any, checkpoint: str) -> None:
+    """Load the weights of a checkpoint, and nothing else of it."""
+    trainer._load_from_checkpoint(checkpoint)
+
+
+def replaceable_head(model: Any) -> bool:
+    """Whether TRL has given this model its fused head: a ``forward`` of the instance's own."""
+    return hasattr(utils, LOG_PROB_FUNCTION) and "forward" in model.__dict__
+
+
+@contextmanager
+def log_prob_function(stand_in: Any) -> Iterator[Any]:
+    """Exchange the function by which TRL's head scores tokens; yields TRL's own."""
+    native = getattr(utils, LOG_PROB_FUNCTION)
+    setattr(utils, LOG_PROB_FUNCTION, stand_in)
+    try:
+        yield native
+    finally:
+        setattr(utils, LOG_PROB_FUNCTION, native)
+
+
+@contextmanager
+def generating(trainer: Any) -> Iterator[Any]:
+    """The bare model, as TRL has it while it generates."""
+    bare = unwrap_model_for_generation(
+        trainer.model_wrapped,
+        trainer.accelerator,
+        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
+        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    )
+    with bare as model, trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
+        yield model
+
+
+def tokenizer_of(trainer: Any) -> Any:
+    """The tokenizer, which for a model of several modalities is a part of the processor."""
+    return trainer._tokenizer
+
+
+def stop_at(trainer: Any, ids: Sequence[int]) -> None:
+    """Have a GRPO trainer end completions at these tokens too; none of them restores what it was made with.
+
+    TRL generates with, masks by, and counts as not truncated whatever is in its trainer's ``eos_token_ids``. The
+    model's own generation config stays, so that a checkpoint of the run ends where the model ended before. vLLM gets
+    the tokens by ``stop_token_ids``.
+    """
+    if not hasattr(trainer, "_ends_of_model"):
+        if not ids:
+            return
+        trainer._ends_of_model = list(trainer.eos_token_ids)
+    every = list(dict.fromkeys([*trainer._ends_of_model, *ids]))
+    trainer.eos_token_ids = every
+    if getattr(trainer, "generation_config", None) is not None:
+        trainer.generation_config.eos_token_id = every
+        trainer.generation_kwargs["eos_token_id"] = every
+    if getattr(trainer, "vllm_generation", None) is not None:
+        trainer.vllm_generation.generation_kwargs["stop_token_ids"] = list(ids)
+
+
+def limit_to(trainer: Any, tokens: int) -> None:
+    """Have a GRPO trainer cut completions at this number of tokens from its next generated batch on."""
+    trainer.max_completion_length = trainer.args.max_completion_length = tokens
+    if getattr(trainer, "generation_config", None) is not None:
+        trainer.generation_config.max_new_tokens = trainer.generation_kwargs["max_new_tokens"] = tokens
+    if getattr(trainer, "vllm_generation", None) is not None:
+        trainer.vllm_generation.max_completion_length = tokens

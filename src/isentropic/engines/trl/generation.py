@@ -1,0 +1,167 @@
+"""What TRL's generation step lacks: other baselines, group rates, entropies at sampling time, dynamic sampling."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from ...losses.advantages import group_rate, informative_groups, overlong_penalty
+from ...recipes.apply import advantages
+from .compat import Trainer
+
+MAX_ROUNDS = 10
+_NATIVE_BASELINES = ("mean", "mean_std")
+_LEFT_PADDED = ("prompt_ids", "prompt_mask")
+
+Generate = Callable[[Any], dict[str, Any]]
+
+
+class GeneratedBatches:
+    """The generated batches of a trainer.
+
+    Attributes:
+        rows: of the batch that is being generated: TRL gives a ``rollout_func`` their prompts alone.
+        num_generated: completions so far.
+        scoring: whether the batch under way is being generated, so that scores are of its sampling time.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+        self.rows: list[dict[str, Any]] | None = None
+        self.num_generated = 0
+        self.scoring = False
+        self._rewards: torch.Tensor | None = None
+        self._entropies: torch.Tensor | None = None
+
+    def rewarded(self, per_function: torch.Tensor, completion_ids: Any) -> None:
+        """Keep the rewards of all processes' samples, as TRL adds them up, with the overlong penalty."""
+        trainer = self.trainer
+        rewards = (per_function * trainer.reward_weights.to(per_function.device)).nansum(dim=1)
+        rewards[torch.isnan(per_function).all(dim=1)] = torch.nan
+        if trainer.recipe.overlong_buffer:
+            lengths = torch.tensor([len(ids) for ids in completion_ids], device=rewards.device)
+            limit, buffer = int(trainer.args.max_completion_length), trainer.recipe.overlong_buffer
+            rewards = rewards + overlong_penalty(trainer.accelerator.gather(lengths), limit, buffer)
+        self._rewards = rewards
+
+    def generate(self, native: Generate, inputs: list[Any]) -> dict[str, Any]:
+        """A batch that is trained on: generated again in part if the recipe asks for dynamic sampling.
+
+        Raises:
+            ValueError: dynamic sampling over groups that span processes, or a dataset that cannot be indexed.
+        """
+        output = self._roll_out(native, inputs)
+        if self.trainer.recipe.dynamic_sampling:
+            output = self._resample(native, inputs, output)
+        self.num_generated += len(inputs) * self.trainer.accelerator.num_processes
+        return output
+
+    def score(self, native: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's scoring of a new batch: its first call is the policy's, whose entropies TRL would not compute."""
+        if self._entropies is not None:
+            return native(*args, **kwargs)
+        scores = native(*args, **{**kwargs, "compute_entropy": True})
+        self._entropies = scores[1]
+        return scores
+
+    def _roll_out(self, native: Generate, inputs: Any) -> dict[str, Any]:
+        """TRL's generation with rewards, group rates, our baselines, and entropies beside the old log-probs."""
+        self.rows, self.scoring, self._entropies = inputs, True, None
+        try:
+            output = native(inputs)
+            if output.get("old_per_token_logps") is not None:
+                output["old_entropies"] = self._entropies
+        finally:
+            self.scoring, self._entropies = False, None
+        return self._with_rewards(output)
+
+    def _with_rewards(self, output: dict[str, Any]) -> dict[str, Any]:
+        trainer, rewards, recipe = self.trainer, self._rewards, self.trainer.recipe
+        assert rewards is not None
+        size = len(output["advantages"])
+        rank = trainer.accelerator.process_index
+        local = slice(rank * size, (rank + 1) * size)
+        groups = rewards.view(-1, trainer.num_generations)
+        output["rewards"] = rewards[local]
+        output["group_rate"] = group_rate(groups)[local]
+        named = getattr(trainer.args, "recipe", None) is not None
+        if named and (recipe.baseline not in _NATIVE_BASELINES or recipe.overlong_buffer):
+            output["advantages"] = advantages(recipe, groups).to(rewards.dtype)[local]
+        return output
+
+    def _resample(self, native: Generate, inputs: list[Any], output: dict[str, Any]) -> dict[str, Any]:
+        """Replace prompts whose answers all got one reward by fresh ones, in rounds of a batch (arXiv:2503.14476).
+
+        Fresh prompts are drawn by (seed, optimizer step, round, rank), so that a resumed run draws the same. After
+        ``MAX_ROUNDS`` the rest stays, with advantages of zero.
+        """
+        trainer, group, accelerator = self.trainer, self.trainer.num_generations, self.trainer.accelerator
+        rank, dataset = accelerator.process_index, trainer.train_dataset
+        _check_resampling(len(inputs), group, dataset)
+        good = self._informative()
+        for turn in range(MAX_ROUNDS):
+            if bool(good.all()):
+                break
+            draw = random.Random(f"{trainer.args.seed}/{trainer.state.global_step}/{turn}/{rank}")
+            rows = [dataset[draw.randrange(len(dataset))] for _ in range(len(inputs) // group)]
+            fresh = self._roll_out(native, [row for row in rows for _ in range(group)])
+            self.num_generated += len(inputs) * accelerator.num_processes
+            swaps = [_pairs(~old, new) for old, new in zip(good, self._informative(), strict=True)]
+            output = _replace_groups(output, fresh, swaps[rank], group)
+            for of_rank, pairs in zip(good, swaps, strict=True):
+                of_rank[[to for to, _ in pairs]] = True
+        mask = output["completion_mask"] * output.get("tool_mask", 1)
+        output["num_items_in_batch"] = accelerator.gather(mask.sum()).sum()
+        return output
+
+    def _informative(self) -> torch.Tensor:
+        """The groups that teach something, on every process: ``[ranks, groups of a rank]``, on the CPU."""
+        assert self._rewards is not None
+        keep = informative_groups(self._rewards.view(-1, self.trainer.num_generations)).cpu()
+        return keep.view(self.trainer.accelerator.num_processes, -1)
+
+
+def _check_resampling(num_completions: int, group: int, dataset: Any) -> None:
+    if num_completions % group:
+        raise ValueError(
+            f"dynamic_sampling needs whole groups on each process, got {num_completions} completions in groups of "
+            f"{group}; make per_device_train_batch_size * steps_per_generation a multiple of num_generations"
+        )
+    if not hasattr(dataset, "__getitem__"):
+        raise ValueError("dynamic_sampling draws prompts by index, got an iterable dataset; load it whole")
+
+
+def _pairs(wanting: torch.Tensor, offered: torch.Tensor) -> list[tuple[int, int]]:
+    return list(zip(wanting.nonzero()[:, 0].tolist(), offered.nonzero()[:, 0].tolist(), strict=False))
+
+
+def _replace_groups(
+    output: dict[str, Any], fresh: dict[str, Any], pairs: list[tuple[int, int]], group: int
+) -> dict[str, Any]:
+    """Copy whole groups of rows from one batch into another, padding both to one length."""
+    if not pairs:
+        return output
+    to = torch.tensor([t * group + i for t, _ in pairs for i in range(group)])
+    source = torch.tensor([s * group + i for _, s in pairs for i in range(group)])
+    rows = len(output["advantages"])
+    merged = dict(output)
+    for name, old in output.items():
+        if not isinstance(old, torch.Tensor) or old.dim() == 0 or len(old) != rows:
+            continue
+        new = fresh[name]
+        if old.dim() > 1 and old.shape[1] != new.shape[1]:
+            width = max(old.shape[1], new.shape[1])
+            old, new = (_widen(x, width, left=name in _LEFT_PADDED) for x in (old, new))
+        old = old.clone()
+        old[to.to(old.device)] = new[source.to(old.device)].to(old.dtype)
+        merged[name] = old
+    return merged
+
+
+def _widen(x: torch.Tensor, width: int, left: bool) -> torch.Tensor:
+    missing = width - x.shape[1]
+    return pad(x, (missing, 0) if left else (0, missing))

@@ -1,0 +1,173 @@
+"""From the settings of a run to its trainer: TRL's fields, the rows, and the rules for completions."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from ..engines.trl import IsentropicConfig, IsentropicTrainer, Rollout
+from ..engines.trl.compat import stop_at
+from ..engines.trl.sequence import CompletionRules, SequentialTrainer
+from ..models.episodes import limited
+from ..models.generation import line_break_tokens
+from ..recipes import Recipe
+from ..tasks import Task
+from ..tasks.checks import training_rows
+from ..tasks.environments import EnvironmentTask
+from ..tasks.sequence import in_order
+from .config import ConfigError, RunConfig, config_errors, total_steps
+from .terminal import step_line
+
+
+def build_trainer(
+    config: RunConfig,
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    model: Any,
+    tokenizer: Any,
+    say: Callable[[str], None],
+) -> IsentropicTrainer:
+    """The trainer of a run.
+
+    Args:
+        config: its settings.
+        recipe: its algorithm, composed.
+        tasks: one, or two that follow one another.
+        model, tokenizer: to train.
+        say: called with a line for each optimizer step.
+
+    Raises:
+        ConfigError: a batch that cannot be split over the processes, or rows that cannot be read.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    with config_errors():
+        task, rows = _training_task(config, tasks)
+    rules = [_completion_rules(config, t, tokenizer) for t in tasks]
+    trainer = (SequentialTrainer if len(tasks) > 1 else IsentropicTrainer)(
+        model,
+        task.reward,
+        args=trl_config(config, recipe, task, ranks, shuffle=len(tasks) == 1),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=_lora_config(config.lora_rank),
+        callbacks=[PrintSteps(say)],
+        rollout_func=rules[0].rollout,
+    )
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    stop_at(trainer, rules[0].stop)
+    if isinstance(trainer, SequentialTrainer):
+        trainer.switch_step, trainer.rules = config.steps, (rules[0], rules[1])
+    return trainer
+
+
+def _training_task(config: RunConfig, tasks: Sequence[Task]) -> tuple[Task, list[dict[str, Any]]]:
+    """The task that judges, and the rows to train on, without those that are held out."""
+    if len(tasks) == 1:
+        return tasks[0], training_rows(tasks[0], config.seed)
+    num_first, num_all = (n // config.updates * config.prompts for n in (config.steps, total_steps(config)))
+    sequence = in_order(tasks[0], tasks[1], num_first, num_all - num_first)
+    return sequence, sequence.train(config.seed)
+
+
+def _completion_rules(config: RunConfig, task: Task, tokenizer: Any) -> CompletionRules:
+    stop = list(line_break_tokens(tokenizer)) if task.stop == "\n" else []
+    rollout = Rollout(limited(task, config.max_completion_length)) if isinstance(task, EnvironmentTask) else None
+    return CompletionRules(stop, config.max_completion_length or task.max_completion_length, rollout)
+
+
+def _lora_config(rank: int) -> Any:
+    if not rank:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def trl_config(config: RunConfig, recipe: Recipe, task: Task, ranks: int, shuffle: bool = True) -> IsentropicConfig:
+    """The settings of a run as TRL's fields: those that a setting names itself, and those that are computed here.
+
+    Args:
+        config: the settings.
+        recipe: the algorithm, composed.
+        task: to train on.
+        ranks: processes.
+        shuffle: whether rows are shuffled.
+
+    Raises:
+        ConfigError: a batch that cannot be split.
+    """
+    unchanged = {
+        setting.metadata["trl"]: getattr(config, setting.name) for setting in fields(config) if setting.metadata["trl"]
+    }
+    use_cpu = config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available())
+    steps = total_steps(config)
+    return IsentropicConfig(
+        **unchanged,
+        **_batch_fields(config, ranks),
+        recipe=recipe,
+        max_steps=steps,
+        use_cpu=use_cpu,
+        bf16=config.dtype == "mixed" or (config.dtype == "bfloat16" and not use_cpu),
+        activation_checkpointing=config.checkpointing == "on",
+        lr_scheduler_type="constant_with_warmup" if config.schedule == "constant" else config.schedule,
+        use_vllm=config.vllm != "off",
+        vllm_mode="server" if config.vllm == "server" else "colocate",
+        vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
+        max_completion_length=config.max_completion_length or task.max_completion_length,
+        logging_steps=1,
+        report_to=[],
+        disable_tqdm=True,
+        shuffle_dataset=shuffle,
+        save_strategy="steps",
+        save_steps=config.save_every or -(-steps // config.updates) * config.updates,
+    )
+
+
+def _batch_fields(config: RunConfig, ranks: int) -> dict[str, int]:
+    """A generated batch, split into optimizer steps, processes and micro-batches."""
+    batch = config.prompts * config.generations
+    if batch % (config.updates * ranks):
+        raise ConfigError(
+            f"prompts x generations = {batch} must be a multiple of updates x processes = {config.updates * ranks}"
+        )
+    per_step = batch // config.updates // ranks
+    micro_batch = config.micro_batch or per_step
+    if per_step % micro_batch:
+        raise ConfigError(
+            f"micro_batch: got {micro_batch}, which does not divide the {per_step} completions that a process has of a "
+            "step; choose a divisor"
+        )
+    return {
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": per_step // micro_batch,
+        "steps_per_generation": config.updates * (per_step // micro_batch),
+    }
+
+
+class PrintSteps(TrainerCallback):
+    """A line for each optimizer step: step, time left, reward, entropy against target, knob."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.started = time.monotonic()
+        self.first = 0
+        self.reward: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started, self.first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not logs or "entropy/mean" not in logs:
+            return
+        self.reward = logs.get("reward", self.reward)  # TRL logs it once a generated batch
+        done = max(state.global_step - self.first, 1)
+        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
+        self.say(step_line(state.global_step, state.max_steps, left, {**logs, "reward": self.reward}))

@@ -1,0 +1,164 @@
+"""The knobs of a recipe: which numbers a controller may turn, and over which range. Needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from ..control.controllers import Range, parse_controller
+from ..control.names import choose
+from ..control.targets import parse_target
+from ..control.thermostat import Thermostat, thermostat
+from .custom import Factory
+from .recipe import FIELD_NUMBERS, Recipe
+from .stages import STAGES, Component, Knob
+
+
+def _scaled(name: str, sign: int) -> Callable[[Recipe], Range]:
+    """A clip bound may go to a quarter and to four times where the recipe puts it."""
+
+    def range_of(recipe: Recipe) -> Range:
+        start = getattr(recipe, name)
+        high = min(4 * start, 0.95) if name == "clip_low" and recipe.bounds == "additive" else 4 * start
+        return Range(start, start / 4, high, start / 4, sign)
+
+    return range_of
+
+
+# Knobs that are fields of a recipe; those of components are in their entries.
+FIELD_KNOBS: dict[str, Knob] = {
+    "clip_high": Knob(_scaled("clip_high", 1), "ADAPO arXiv:2603.11682 [paper: direction; range ours]", "clip"),
+    "clip_low": Knob(
+        _scaled("clip_low", -1), "arXiv:2509.26114: a tighter low clip raises entropy [range ours]", "clip"
+    ),
+    "entropy_coef": Knob(
+        lambda r: Range(r.entropy_coef, 0.0, 0.1, 1e-4), "loss − c·H, under the recipe's reduction [range ours]"
+    ),
+    "penalty_coef": Knob(
+        lambda r: Range(r.penalty_coef, 0.0, 4 * r.penalty_coef or 1.0),
+        "coefficient of the recipe's penalty, up to four times where it puts it [range ours]",
+        "penalty",
+    ),
+}
+
+
+def all_knobs() -> dict[str, Knob]:
+    """Every knob by its name, those of the tables' components included; the first entry of a name speaks for it.
+
+    Example:
+        >>> list(all_knobs())
+        ['clip_high', 'clip_low', 'beta', 'zeta', 'alpha', 'reject', 'boost', 'entropy_coef', 'penalty_coef']
+    """
+    knobs = {name: FIELD_KNOBS[name] for name in ("clip_high", "clip_low")}
+    for table in STAGES.values():
+        for component in table.values():
+            for name, knob in component.knobs.items():
+                knobs.setdefault(name, knob)
+    return knobs | FIELD_KNOBS
+
+
+def readers(name: str) -> tuple[str, ...]:
+    """The shapings of the table that a knob reaches, the one that it brings first.
+
+    Example:
+        >>> readers("beta")
+        ('repo',)
+    """
+    return tuple(key for key, shaping in STAGES["shaping"].items() if name in shaping.knobs)
+
+
+def owner(recipe: Recipe, name: str) -> Component | None:
+    """The component of a recipe that has a constant of this name."""
+    return next((c for c in recipe.components().values() if name in c.constants), None)
+
+
+def knob_range(recipe: Recipe) -> Range:
+    """The range of the recipe's knob: the knob's own, with what the recipe overrides.
+
+    Any constant of a component may be a knob if the recipe gives ``knob_low`` and ``knob_high``.
+
+    Raises:
+        ValueError: no knob, one that nothing reads, or bounds that exclude one another.
+
+    Example:
+        >>> from isentropic.recipes import RECIPES
+        >>> knob_range(RECIPES["adapo"])
+        Range(start=0.28, low=0.07, high=1.12, least=0.07, sign=1, rest=None)
+    """
+    span = _own_range(recipe)
+    low = span.low if recipe.knob_low is None else recipe.knob_low
+    high = span.high if recipe.knob_high is None else recipe.knob_high
+    start = min(max(span.start, low), high) if recipe.knob_start is None else recipe.knob_start
+    return span._replace(start=start, low=low, high=high, least=min(span.least, high)).check()
+
+
+def _own_range(recipe: Recipe) -> Range:
+    name = recipe.knob or "none"
+    if name in FIELD_KNOBS:
+        span = FIELD_KNOBS[name].range
+        return span(recipe) if callable(span) else span
+    component = owner(recipe, name)
+    if component is None:
+        choose("knob", name, all_knobs())
+        raise ValueError(f"knob {name} is read by no component of this recipe; take one of {_names(readers(name))}")
+    if name in component.knobs:
+        span = component.knobs[name].range
+        span = span(recipe) if callable(span) else span
+        return span._replace(start=recipe.constants.get(name, span.start))
+    if recipe.knob_low is None or recipe.knob_high is None:
+        raise ValueError(
+            f"knob {name} has no range of its own, got knob_low={recipe.knob_low}, knob_high={recipe.knob_high}; "
+            "give both, or declare it in the component's entry"
+        )
+    width = recipe.knob_high - recipe.knob_low
+    return Range(recipe.number(name), recipe.knob_low, recipe.knob_high, 1e-3 * width if width > 0 else 1e-4)
+
+
+def _names(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "your own"
+
+
+def with_knob(recipe: Recipe, value: float | None) -> Recipe:
+    """The recipe with its knob at a value, unchanged if it has none or the value is ``None``.
+
+    Example:
+        >>> from isentropic.recipes import compose
+        >>> with_knob(compose("adapo"), 0.5).clip_high, with_knob(compose("repo-r-loop"), 0.01).number("zeta")
+        (0.5, 0.01)
+    """
+    if recipe.knob is None or value is None:
+        return recipe
+    if recipe.knob in FIELD_NUMBERS:
+        field: dict[str, Any] = {recipe.knob: value}
+        return replace(recipe, **field)
+    return replace(recipe, constants={**recipe.constants, recipe.knob: value})
+
+
+def build_thermostat(recipe: Recipe, steps: int | None = None) -> Thermostat | None:
+    """The recipe's controller and target, joined; ``None`` if nothing is under control.
+
+    Args:
+        recipe: composed and checked.
+        steps: optimizer steps of the run, which a target over the whole of it needs.
+
+    Raises:
+        ValueError: such a target without ``steps``.
+
+    Example:
+        >>> from isentropic.recipes import compose
+        >>> t = build_thermostat(compose("adapo", target="0.5"))
+        >>> t.init().value
+        0.28
+    """
+    if recipe.knob is None:
+        return None
+    controller, target = recipe.controller, recipe.target
+    span = knob_range(recipe)
+    return thermostat(
+        controller.controller(span) if isinstance(controller, Factory) else parse_controller(controller, span),
+        target.target(first=recipe.initial_readings, steps=steps)
+        if isinstance(target, Factory)
+        else parse_target(target, recipe.initial_readings, steps),
+        recipe.every,
+    )

@@ -1,0 +1,356 @@
+"""The components of a recipe: one table for each stage, and one entry for each component. Needs no torch.
+
+An entry is all that is known of a component: the formula, what it reads of a batch, its constants with their defaults,
+the knobs that reach it, and where the function is. Code, checks, listings and docs read it here. A component of your
+own is an entry around your function::
+
+    MINE = Shaping("A + γ·surprisal", at=my_function, constants={"gamma": 0.0}, knobs={"gamma": Knob(Range(0, 0, 1))})
+
+or the function alone, whose entry is then read off its signature (:mod:`isentropic.recipes.custom`).
+
+A function gets what its parameters name: fields of :class:`~isentropic.types.TokenBatch`, ``batch`` and ``recipe``
+themselves, constants of the component, ``clip_low`` and ``clip_high``, and what :mod:`isentropic.recipes.apply` derives
+(``predicted``, ``clipped``, ``bounds``, ``gradient``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from ..control.controllers import Range
+
+if TYPE_CHECKING:
+    from .recipe import Recipe
+
+
+class Knob(NamedTuple):
+    """A number that a controller may turn. A knob is what control acts on, as a valve is for a thermostat.
+
+    Attributes:
+        range: its values; or a function of the recipe, for a range that follows the recipe's own number.
+        source: where it is from.
+        needs: ``clip`` or ``penalty``, if it acts through one.
+    """
+
+    range: Range | Callable[[Recipe], Range]
+    source: str = "yours"
+    needs: str | None = None
+
+
+@dataclass(frozen=True)
+class Component:
+    """One entry of a stage's table.
+
+    Attributes:
+        formula: for people.
+        at: ``module:function`` below ``isentropic``, a function, or None if the stage does nothing.
+        reads: fields of the batch that it cannot do without, besides ``logp``, ``adv`` and ``mask``.
+        constants: its numbers with their defaults, those under ``knobs`` included.
+        knobs: which of them a controller may turn.
+        options: arguments of the function that this entry fixes.
+        per_batch: it ranks or adds up the tokens of a call, so that weighted answers differ from sampled ones.
+        needs_ratio: it does nothing until the ratio has left 1.
+        written: the name of a component of yours in run.json, with a digest of its file.
+    """
+
+    formula: str
+    at: str | Callable[..., Any] | None
+    reads: frozenset[str] | set[str] = frozenset()
+    constants: Mapping[str, float] = field(default_factory=dict, hash=False)
+    knobs: Mapping[str, Knob] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    per_batch: bool = False
+    needs_ratio: bool = False
+    written: str = ""
+
+    stage: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", frozenset(self.reads))
+        missing = sorted(set(self.knobs) - set(self.constants))
+        if missing:
+            raise ValueError(f"knob {missing[0]} needs a default; add it to constants, as in {{{missing[0]!r}: 0.0}}")
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function, imported on first use."""
+        return _import(self.at) if isinstance(self.at, str) else self.at  # type: ignore[return-value]
+
+    def __deepcopy__(self, memo: Any) -> Component:
+        return self
+
+    def __str__(self) -> str:
+        return self.written or self.formula
+
+
+@cache
+def _import(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    return getattr(import_module(f"isentropic.{module}"), name)
+
+
+class Baseline(Component):
+    """``rewards [p g], **constants -> advantages [b]``."""
+
+    stage = "baseline"
+
+
+class Selection(Component):
+    """Factors ``[b t]`` on the advantages, without a gradient and without a knob."""
+
+    stage = "selection"
+
+
+class Shaping(Component):
+    """Advantages ``[b t]``; what it reads comes without a gradient."""
+
+    stage = "shaping"
+
+
+@dataclass(frozen=True)
+class Bounds(Component):
+    """``clip_low, clip_high, facts, **constants -> (lowest ratio, highest ratio)``.
+
+    Attributes:
+        objectives: those that it works with; None is all that clip.
+        below_one: whether ``clip_low`` must be below 1.
+    """
+
+    objectives: tuple[str, ...] | None = None
+    below_one: bool = False
+
+    stage: ClassVar[str] = "bounds"
+
+
+@dataclass(frozen=True)
+class Objective(Component):
+    """``(loss [b t], TokenFacts)``.
+
+    Attributes:
+        clips: whether clip bounds act on it. Bounds live on the importance ratio: a loss without one has no clip.
+    """
+
+    clips: bool = False
+
+    stage: ClassVar[str] = "objective"
+
+
+class Penalty(Component):
+    """``[b t]``, which times ``penalty_coef`` is added to the loss."""
+
+    stage = "penalty"
+
+
+BASELINES: dict[str, Component] = {
+    "none": Baseline("R", "losses.advantages:none"),
+    "mean": Baseline("R − mean", "losses.advantages:group_mean"),
+    "mean_std": Baseline("(R − mean)/std", "losses.advantages:mean_std"),
+    "leave_one_out": Baseline("R − mean of the others", "losses.advantages:leave_one_out"),
+    "quantile": Baseline("R − quantile of the group", "losses.advantages:quantile", constants={"quantile": 0.4}),
+}
+
+SELECTIONS: dict[str, Component] = {
+    "none": Selection("every token", None),
+    "clip_cov": Selection(
+        "all but a few, drawn from those with cov_low < (A−Ā)(log π − mean log π) < cov_high",
+        "losses.selection:clip_cov",
+        constants={"cov_share": 2e-4, "cov_low": 1.0, "cov_high": 5.0},
+        per_batch=True,
+    ),
+    "high_entropy": Selection(
+        "the share of the tokens whose row has the highest entropy",
+        "losses.selection:high_entropy",
+        reads={"entropy"},
+        constants={"entropy_share": 0.2},
+        per_batch=True,
+    ),
+    "erc": Selection(
+        "those with 1−w < H/H_old < 1+w",
+        "losses.selection:erc",
+        reads={"entropy", "entropy_old"},
+        constants={"erc_width": 0.05},
+        needs_ratio=True,
+    ),
+}
+
+_RAW = Knob(Range(1e-3, -0.05, 0.05, 1e-4), "REPO, arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]")
+_CENTRED = _RAW._replace(range=Range(0.0, -1.0, 1.0, 1e-3))
+_DIRECTED = _RAW._replace(range=Range(1.0, 0.0, 64.0, 0.01))
+
+SHAPINGS: dict[str, Component] = {
+    "none": Shaping("A", None),
+    "repo": Shaping(
+        "A − β·L",
+        "losses.shaping:repo",
+        reads={"entropy"},
+        constants={"beta": 0.0},
+        knobs={"beta": Knob(Range(0.0, -1.0, 1.0, 1e-3), "A − βL of arXiv:2603.11682 [range ours]")},
+    ),
+    "repo_r": Shaping(
+        "A − ζ|A|·L, clamped to the sign of A",
+        "losses.shaping:repo_r",
+        reads={"entropy"},
+        constants={"zeta": 0.0},
+        knobs={"zeta": _CENTRED},
+    ),
+    "repo_r_raw": Shaping(
+        "A − ζ|A|·log π, clamped to the sign of A",
+        "losses.shaping:repo_r",
+        constants={"zeta": 0.0},
+        knobs={"zeta": _RAW},
+        options={"entropy": None},
+    ),
+    "repo_r_positive": Shaping(
+        "A − ζ·max(A,0)·log π",
+        "losses.shaping:repo_r",
+        constants={"zeta": 0.0},
+        knobs={"zeta": _RAW},
+        options={"entropy": None, "positive_only": True},
+    ),
+    "repo_d": Shaping(
+        "A + ζ·mean(ΔĤ)·L",
+        "losses.shaping:repo_d",
+        reads={"entropy"},
+        constants={"zeta": 0.0},
+        knobs={"zeta": _DIRECTED},
+        options={"per": "batch"},
+    ),
+    "repo_d_token": Shaping(
+        "A + ζ·ΔĤ·L, ΔĤ by token",
+        "losses.shaping:repo_d",
+        reads={"entropy"},
+        constants={"zeta": 0.0},
+        knobs={"zeta": _DIRECTED},
+        options={"per": "token"},
+    ),
+    "sign_weight": Shaping(
+        "A·(1 + α·sign A)",
+        "losses.shaping:sign_weight",
+        constants={"alpha": 0.0},
+        knobs={
+            "alpha": Knob(
+                Range(0.0, -1.0, 1.0, 1e-3, -1, rest=0.0),
+                "weights 1±α by the sign of A, EntroPIC arXiv:2511.15248 [range ours]",
+            )
+        },
+    ),
+    "one_sided": Shaping(
+        "A·(1 − max(ρ,0)) for A>0, A·(1 − max(−ρ,0)) for A<0",
+        "losses.shaping:one_sided",
+        constants={"reject": 0.0},
+        knobs={
+            "reject": Knob(
+                Range(0.0, -1.0, 1.0, 1e-3, rest=0.0),
+                "1 drops A>0, −1 drops A<0, Entrocraft arXiv:2604.26326 [between: ours]",
+            )
+        },
+    ),
+    "surprisal_boost": Shaping(
+        "W·A on the rarest tokens with A>0",
+        "losses.shaping:surprisal_boost",
+        constants={"boost": 1.0, "surprisal_share": 0.1},
+        knobs={
+            "boost": Knob(Range(1.0, 1.0, 1.5, 1.0, rest=1.0), "weight of rare rewarded tokens, STARE arXiv:2606.19236")
+        },
+        per_batch=True,
+    ),
+}
+
+OBJECTIVES: dict[str, Objective] = {
+    "reinforce": Objective("−A·log π", "losses.objectives:reinforce"),
+    "importance": Objective("−r·A", "losses.objectives:importance"),
+    "clipped": Objective("−min(r·A, clip(r)·A)", "losses.objectives:clipped", clips=True),
+    "sequence_clipped": Objective("−min(s·A, clip(s)·A)", "losses.objectives:sequence_clipped", clips=True),
+    "cispo": Objective(
+        "−sg(min(r, 1+ε_high))·A·log π",
+        "losses.objectives:cispo",
+        options={"clip_low": None, "ceiling": None},
+        clips=True,
+    ),
+    "gradient_preserving": Objective(
+        "−r·A, with a bounded gradient where a clip removes it",
+        "losses.objectives:gradient_preserving",
+        constants={"grad_low": 0.5, "grad_high": 1.0},
+        clips=True,
+    ),
+    "sapo": Objective(
+        "−(4/τ)·σ(τ(r−1))·A", "losses.objectives:sapo", constants={"tau_positive": 1.0, "tau_negative": 1.05}
+    ),
+}
+
+_OF_TOKENS = ("clipped", "cispo", "gradient_preserving")
+BOUNDS: dict[str, Bounds] = {
+    "additive": Bounds("[1−ε_low, 1+ε_high]", "losses.clipping:additive", below_one=True),
+    "reciprocal": Bounds("[1/(1+ε_low), 1+ε_high]", "losses.clipping:reciprocal"),
+    "linear": Bounds(
+        "[1−ε_low, 1+max(slope·p_old + ε_high, 0)]",
+        "losses.clipping:linear",
+        constants={"slope": -0.2},
+        objectives=_OF_TOKENS,
+        below_one=True,
+    ),
+    "dcpo": Bounds(
+        "−ε_low ≤ (r−1)·p ≤ ε_high", "losses.clipping:dcpo", constants={"ratio_cap": 10.0}, objectives=_OF_TOKENS
+    ),
+    "balanced": Bounds(
+        "widened from [1−ε_low, 1+ε_high] until positive advantages carry their share of the loss",
+        "losses.clipping:balanced",
+        constants={
+            "positive_share": 0.5,
+            "lower_to": 0.9,
+            "upper_to": 3.0,
+            "lower_step": 0.02,
+            "upper_step": 0.05,
+        },
+        per_batch=True,
+        objectives=("clipped", "gradient_preserving"),
+        below_one=True,
+    ),
+}
+
+PENALTIES: dict[str, Component] = {
+    "none": Penalty("nothing", None),
+    "kl_cov": Penalty(
+        "|log r| on the tokens of the largest (A−Ā)(log π − mean log π)",
+        "losses.penalties:kl_cov",
+        constants={"kl_share": 2e-3},
+        per_batch=True,
+        needs_ratio=True,
+    ),
+    "lp_reg": Penalty(
+        "KL(min-p filter of π ‖ π) on the least likely tokens with A<0",
+        "losses.penalties:lp_reg",
+        reads={"logp_rows"},
+        constants={"lp_share": 0.01, "lp_kappa": 0.02},
+        per_batch=True,
+    ),
+    "aent": Penalty(
+        "−H over the likeliest tokens of the row",
+        "losses.penalties:aent",
+        reads={"logp_rows"},
+        constants={"aent_drop": 0.3},
+    ),
+}
+
+REDUCTIONS: dict[str, str] = {
+    "token": "mean over tokens",
+    "sequence": "mean over sequences of their token means",
+    "constant": "sum over tokens, divided by the generation limit and the number of sequences",
+}
+
+# In the order in which data flows.
+STAGES: dict[str, Mapping[str, Component]] = {
+    "baseline": BASELINES,
+    "selection": SELECTIONS,
+    "shaping": SHAPINGS,
+    "bounds": BOUNDS,
+    "objective": OBJECTIVES,
+    "penalty": PENALTIES,
+}
+KINDS: dict[str, type[Component]] = {
+    kind.stage: kind for kind in (Baseline, Selection, Shaping, Bounds, Objective, Penalty)
+}
