@@ -130,7 +130,7 @@ def main():
     options = parser.parse_args()
     import torch
 
-    from isentropic.experiments.train import quiet
+    from isentropic.models.loading import quiet
 
     quiet()
     torch.set_num_threads(1)

@@ -74,10 +74,12 @@ def trainer_class(cast):
 def work(recipe, cast, seed, steps, out):
     """One cell, in this process."""
     from isentropic.experiments import train as training
+    from isentropic.experiments import trainer
     from isentropic.experiments.config import load
+    from isentropic.models.loading import quiet
 
-    training.IsentropicTrainer = trainer_class(CASTS[cast])
-    training.quiet()
+    trainer.IsentropicTrainer = trainer_class(CASTS[cast])
+    quiet()
     settings = {**SHARED, **RECIPES[recipe], "steps": steps, "seed": seed, "save_every": 0, "out": str(out)}
     # The cast is what is studied: there is nothing to warn of.
     training.train(load(None, {**settings, "audit": "off"}))

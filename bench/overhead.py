@@ -32,8 +32,8 @@ def child(kind, options, pipe):
     from trl import GRPOConfig, GRPOTrainer
 
     from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
-    from isentropic.experiments.train import quiet
     from isentropic.models import resolve_model
+    from isentropic.models.loading import quiet
     from isentropic.tasks import load_task
 
     quiet()

@@ -128,7 +128,7 @@ def process(rounds, out):
     global counter
     import torch
 
-    from isentropic.experiments.train import quiet
+    from isentropic.models.loading import quiet
 
     quiet()
     torch.set_num_threads(1)

@@ -57,7 +57,8 @@ def warm(out):
 
 def run(recipe, seed, model, out):
     from isentropic.experiments.config import load
-    from isentropic.experiments.train import quiet, train
+    from isentropic.experiments.train import train
+    from isentropic.models.loading import quiet
     from isentropic.runs.record import Record
 
     quiet()

@@ -1,4 +1,4 @@
-"""The API pages: one for each room, in the order in which data flows, from the docstrings.
+"""The API pages: one for each package, in the order in which data flows, from the docstrings.
 
 They are written to docs/api/ as the build starts (a directory that git ignores). A module that is neither listed here
 nor named as inner fails the build.
@@ -12,58 +12,51 @@ from pathlib import Path
 
 import isentropic
 
-ENVIRONMENTS = ("environments", "textworld", "textarena", "appworld")
-# Each room with the modules shown on its page; a package that lists __all__ shows what it lists.
-ROOMS = {
+ENVIRONMENTS = ("textworld", "textarena", "appworld")
+# Each package with the modules shown on its page; a package that lists __all__ shows what it lists.
+PAGES = {
     "types": ["types"],
-    "reduce": ["reduce"],
-    "advantages": ["advantages"],
-    "selection": ["selection"],
-    "penalties": ["penalties"],
-    "shaping": ["shaping"],
-    "bounds": ["bounds"],
-    "objectives": ["objectives"],
-    "kernels": ["kernels"],
-    "entropy": ["entropy"],
-    "dynamics": ["dynamics"],
-    "controllers": ["controllers"],
-    "targets": ["targets"],
-    "thermostat": ["thermostat"],
-    "parts": ["parts", "terms"],
-    "recipes": ["recipes", "catalogue"],
-    "precision": ["precision"],
-    "evaluation": ["evaluation"],
-    "record": ["record"],
-    "explain": ["explain"],
-    "lab": ["lab"],
-    "compare": ["compare"],
-    "engines": ["engines.trl", "engines.trl_audit", "engines.trl_rollout", "engines.trl_settings"],
+    "losses": [
+        f"losses.{name}"
+        for name in ("reduce", "advantages", "selection", "shaping", "clipping", "objectives", "penalties")
+    ],
+    "entropy": ["entropy.statistics", "entropy.prediction", "entropy.kernels", "entropy.audit"],
+    "control": [f"control.{name}" for name in ("controllers", "targets", "thermostat", "guard", "names")],
+    "recipes": [
+        f"recipes.{name}" for name in ("recipe", "stages", "catalogue", "knobs", "compose", "custom", "apply")
+    ],
+    "runs": [
+        f"runs.{name}"
+        for name in ("record", "statistics", "summary", "calibration", "explain", "frames", "labels", "clock")
+    ],
     "tasks": [
         "tasks",
-        "tasks.expressions",
-        "tasks.data",
-        "tasks.gym",
-        "tasks.mixture",
-        "tasks.verifiers",
-        "tasks.checks",
-        *(f"tasks.{kind}" for kind in ENVIRONMENTS),
+        *(f"tasks.{name}" for name in ("expressions", "data", "gym", "mixture", "sequence", "verifiers", "checks")),
+        "tasks.environments",
+        *(f"tasks.environments.{name}" for name in ENVIRONMENTS),
     ],
-    "models": ["models", "models.tiny", "models.smollm2", "models.words", "models.warmup"],
-    "report": ["report"],
-    "watch": ["watch"],
-    "config": ["config"],
-    "sequence": ["sequence"],
-    "assess": ["assess"],
-    "training": ["training"],
-    "measure": ["measure"],
-    "grid": ["grid"],
-    "cli": ["cli"],
+    "models": [
+        "models",
+        *(
+            f"models.{name}"
+            for name in ("loading", "generation", "episodes", "candidates", "tiny", "smollm2", "words", "warmup")
+        ),
+    ],
+    "engines": [
+        "engines.loop",
+        "engines.rewrite",
+        *(f"engines.trl.{name}" for name in ("trainer", "callbacks", "audit", "rollout", "settings", "sequence")),
+        "engines.tabular",
+    ],
+    "experiments": [f"experiments.{name}" for name in ("config", "train", "evaluate", "compare", "grid")],
+    "report": ["report", "report.watch"],
+    "cli": ["cli.main"],
 }
-# Modules behind a package's public names, and parts of the engine that nobody calls.
+# Modules behind a package's public names, and modules of an engine that nobody calls.
 INNER = (
-    r"(kernels|lab|precision|report)\..+|engines|engines\.verl(_\w+)?|"
-    r"engines\.control|engines\.trl_(explain|guard|head|rows|samples|sampling|signals|stop|surrogate|vocabulary)|"
-    r"listing|tasks\.(equality|items|spec|worker)|models\.candidates"
+    r"losses|entropy|control|recipes|runs|engines|experiments|cli|(entropy\.(kernels|audit)|report|engines\.tabular|cli)\..+|"
+    r"engines\.(trl|verl)|engines\.verl\..+|engines\.trl\.(compat|explain|generation|head|hidden|log|loss)|"
+    r"experiments\.(processes|terminal|trainer)|tasks\.(equality|items|spec|worker)"
 )
 
 
@@ -85,7 +78,7 @@ def _section(module, alone):
     if hasattr(import_module(name), "__all__"):
         options.append("   :imported-members:")
     head = "" if alone else f"{name}\n{'-' * len(name)}\n\n"
-    if module == "record":
+    if module == "runs.record":
         # Its docstring is the schema, which has a page of its own.
         head += "What the files hold: :doc:`/run-directory`.\n\n"
         return (
@@ -99,23 +92,23 @@ def _section(module, alone):
 def write(source):
     """Write the pages, and the index that lists them; a page that is right already is left alone."""
     there = modules()
-    listed = {module for shown in ROOMS.values() for module in shown}
+    listed = {module for shown in PAGES.values() for module in shown}
     unknown = sorted(m for m in there - listed if not re.fullmatch(INNER, m))
     if unknown:
-        raise ValueError(f"docs/_ext/api.py knows no page for {', '.join(unknown)}; add it to ROOMS or to INNER")
+        raise ValueError(f"docs/_ext/api.py knows no page for {', '.join(unknown)}; add it to PAGES or to INNER")
     folder = source / "api"
     folder.mkdir(exist_ok=True)
-    rooms = [room for room, shown in ROOMS.items() if any(module in there for module in shown)]
+    packages = [package for package, shown in PAGES.items() if any(module in there for module in shown)]
     pages = {}
-    for room in rooms:
-        shown = [module for module in ROOMS[room] if module in there]
-        title = f"isentropic.{room}"
+    for package in packages:
+        shown = [module for module in PAGES[package] if module in there]
+        title = f"isentropic.{package}"
         body = "\n".join(_section(module, len(shown) == 1) for module in shown)
-        pages[f"{room}.rst"] = f"{title}\n{'=' * len(title)}\n\n{body}"
-    table = "\n".join(f"   {room}" for room in rooms)
+        pages[f"{package}.rst"] = f"{title}\n{'=' * len(title)}\n\n{body}"
+    table = "\n".join(f"   {package}" for package in packages)
     pages["index.rst"] = (
-        "API\n===\n\nOne page for each room, in the order in which data flows; "
-        "a room imports only what stands above it."
+        "API\n===\n\nOne page for each package, in the order in which data flows; "
+        "a package imports only the packages before it."
         "\nShapes are in the axes of :doc:`types`. What the top level exports: "
         + ", ".join(f"``{name}``" for name in isentropic.__all__)
         + f".\n\n.. toctree::\n   :maxdepth: 1\n\n{table}\n"

@@ -8,19 +8,9 @@ from sphinx.util.docutils import SphinxDirective
 from isentropic.control.controllers import CONTROLLERS
 from isentropic.control.targets import TARGETS
 from isentropic.experiments.config import RunConfig
-from isentropic.recipes import (
-    BOUNDS,
-    CONSTANTS,
-    KNOBS,
-    OBJECTIVES,
-    PENALTIES,
-    RECIPES,
-    SELECTIONS,
-    SHAPINGS,
-    Recipe,
-    compose,
-    knob_range,
-)
+from isentropic.recipes import RECIPES, Recipe, compose, knob_range
+from isentropic.recipes.knobs import all_knobs, readers
+from isentropic.recipes.stages import STAGES
 
 
 def _table(heads, rows):
@@ -33,7 +23,7 @@ def _table(heads, rows):
 def _numbers(recipe):
     """The numbers of a recipe that are in force."""
     found = []
-    if OBJECTIVES[recipe.objective]:
+    if recipe.clips:
         low = "" if recipe.objective == "cispo" else f"{recipe.clip_low:g}, "
         found.append(f"clip {low}{recipe.clip_high:g}" + ("" if recipe.bounds == "additive" else f", {recipe.bounds}"))
     if recipe.entropy_coef:
@@ -55,7 +45,7 @@ def recipes():
     return _table(["recipe", "formula", "source"], [[f"`{n}`", r.formula, r.source] for n, r in RECIPES.items()])
 
 
-def parts():
+def components():
     """What each recipe is made of."""
     rows = [
         [
@@ -76,42 +66,52 @@ def parts():
 def knobs():
     """The range of each knob on the recipe it suits, and where it is from."""
     rows = []
-    for name, knob in KNOBS.items():
+    for name, knob in all_knobs().items():
         changes = {"penalty": "aent", "penalty_coef": RECIPES["aent"].penalty_coef} if knob.needs == "penalty" else {}
         span = knob_range(compose("dapo", knob=name, **changes))
         way = "raises" if span.sign > 0 else "lowers"
-        needs = f"shaping `{knob.shapings[0]}`" if knob.shapings else f"a {knob.needs}" if knob.needs else "nothing"
+        shapings = readers(name)
+        needs = f"shaping `{shapings[0]}`" if shapings else f"a {knob.needs}" if knob.needs else "nothing"
         rows.append([f"`{name}`", f"{span.start:g} in [{span.low:g}, {span.high:g}]", way, needs, knob.source])
     return _table(["knob", "start and range on `dapo`", "a larger value", "needs", "source"], rows)
 
 
-def _formulas(kind, what, table):
-    """Names with what they do, and their constants with defaults."""
-    rows = [
-        [f"`{name}`", f"`{text}`" if kind == "shaping" else text, _defaults(CONSTANTS.get(name, {}))]
-        for name, text in table.items()
-    ]
-    return _table([kind, what, "constants"], rows)
+def _stage(stage, what):
+    """The table of a stage: names with their formulas, and their constants with defaults."""
+    rows = [[f"`{name}`", _formula(stage, c.formula), _defaults(c.constants)] for name, c in STAGES[stage].items()]
+    return _table([stage, what, "constants"], rows)
+
+
+def _formula(stage, text):
+    return f"`{text}`" if stage in ("baseline", "shaping", "objective") else text
 
 
 def _defaults(numbers):
     return ", ".join(f"`{name}={x:g}`" for name, x in numbers.items()) or "–"
 
 
+def baselines():
+    return _stage("baseline", "advantage")
+
+
 def selections():
-    return _formulas("selection", "advantages that count", SELECTIONS)
+    return _stage("selection", "advantages that count")
 
 
 def shapings():
-    return _formulas("shaping", "advantage", SHAPINGS)
+    return _stage("shaping", "advantage")
+
+
+def objectives():
+    return _stage("objective", "loss of a token")
 
 
 def bounds():
-    return _formulas("bounds", "what holds the ratio", BOUNDS)
+    return _stage("bounds", "what holds the ratio")
 
 
 def penalties():
-    return _formulas("penalty", "added to the loss, times `penalty_coef`", PENALTIES)
+    return _stage("penalty", "added to the loss, times `penalty_coef`")
 
 
 def controllers():
@@ -150,13 +150,15 @@ def recipe_fields():
 
 
 TABLES = {
-    made.__name__: made
-    for made in (
+    build.__name__: build
+    for build in (
         recipes,
-        parts,
+        components,
         knobs,
+        baselines,
         selections,
         shapings,
+        objectives,
         bounds,
         penalties,
         controllers,

@@ -25,8 +25,8 @@ def line(cell, seed, task="expr", settings=None, **figures):
 def test_a_hand_worked_comparison():
     lines = [line("a", seed, **{"pass@1": value}) for seed, value in enumerate([0.2, 0.4, 0.9])]
     lines += [line("b", seed, **{"pass@1": value}) for seed, value in enumerate([0.3, 0.5, 0.7])]
-    found = compare(lines, "a")
-    assert found.cells["a"]["pass@1"].mean == pytest.approx(0.5)
+    comparison = compare(lines, "a")
+    assert comparison.cells["a"]["pass@1"].mean == pytest.approx(0.5)
     assert found.cells["b"]["pass@1"].interval.low >= 0.3
     # b beats a in (0.3 > 0.2), (0.5 > 0.2, 0.4), (0.7 > 0.2, 0.4): 5 of 9.
     chance, interval = found.better["b"]["pass@1"]
@@ -36,9 +36,9 @@ def test_a_hand_worked_comparison():
 
 
 def test_fewer_than_three_seeds_give_no_interval_and_it_says_so():
-    found = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1)])
-    assert found.cells["a"]["pass@1"].interval is None
-    assert "fewer than 3 seeds: a" in render(found)
+    comparison = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1)])
+    assert comparison.cells["a"]["pass@1"].interval is None
+    assert "fewer than 3 seeds: a" in render(comparison)
     three = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1, 2)])
     assert "fewer than" not in render(three)
     assert "0.500 (0.500..0.500)" in render(three)
@@ -117,7 +117,7 @@ def test_seconds_of_a_resumed_run_add_up(tmp_path):
     assert found["figures"]["seconds"] == 7.0  # 2 before it was killed, 5 after
 
 
-def test_a_run_that_goes_on_is_not_compared(tmp_path):
+def test_a_run_that_has_not_ended_is_not_compared(tmp_path):
     record = run_directory(tmp_path / "run")
     (record.path / "summary.json").unlink()
     with pytest.raises(ValueError, match=r"has not ended.*--resume"):
@@ -139,8 +139,8 @@ def test_what_is_written_reads_back(tmp_path):
 def test_the_largest_k_has_a_column_of_its_own_once():
     def table(**passed):
         lines = [line("a", s, **{"pass@1": 0.5}) for s in range(3)]
-        for each in lines:
-            each["figures"] |= {f"pass@{k[1:]}": v for k, v in passed.items()}
+        for row in lines:
+            row["figures"] |= {f"pass@{k[1:]}": v for k, v in passed.items()}
         return render(compare(lines), markdown=True).splitlines()[0]
 
     assert table(k4=0.6, k8=0.7) == "| cell | seeds | pass@1 | pass@4 | pass@8 |"
@@ -171,7 +171,7 @@ def test_what_makes_a_comparison_unfair_is_said():
     lines = [line("a", 0, samples=8), line("a", 0, "hard", samples=8), line("b", 0, samples=16)]
     lines[0]["stopped"] = "entropy stood above 3 x 1.0 nats"
     text = render(compare(lines))
-    assert "Stopped early, and counted as it stood: a on expr, seed 0: entropy stood above 3 x 1.0 nats." in text
+    assert "Stopped early, and counted with the figures at that step: a on expr, seed 0: entropy stood above 3 x 1.0 nats." in text
     assert "Not run on every task, so no fair mean: b (hard)." in text
     assert "Not the same number of generated answers: a 8; b 16." in text
     assert compare([line("a", 0, samples=8), line("b", 0, samples=8)]).notes == []

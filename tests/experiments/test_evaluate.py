@@ -1,4 +1,4 @@
-"""Evaluation: where completions end, what is counted, and models side by side."""
+"""Evaluation: counts of right, distinct and majority answers, and models side by side."""
 
 import json
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from trl_case import make, parts, save_model
+from trl_case import parts, save_model
 
 from isentropic.cli import main
-from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
-from isentropic.engines.trl.stop import ends, line_breaks, stop_at
+from isentropic.experiments import evaluate as module
 from isentropic.experiments.config import ConfigError
-from isentropic.experiments.evaluate import Progress, _per_call, check_prompts, evaluate, intervals, sample
+from isentropic.experiments.evaluate import check_prompts, evaluate, intervals
+from isentropic.experiments.terminal import Progress
+from isentropic.models.generation import Completions, sample
 from isentropic.tasks import Task
 
 TEMPLATE = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}{% if add_generation_prompt %}:{% endif %}"
@@ -33,52 +34,28 @@ def digits(stop="", chat=False):
     return Task("digits", "", lambda s: rows, lambda: rows, verify, lambda t: t[:1], 6, stop=stop)
 
 
-def test_line_breaks_are_all_tokens_that_hold_one(pair):
-    model, tokenizer = pair
-    (only,) = line_breaks(tokenizer)
-    assert tokenizer.decode([only]) == "\n"
-    assert ends(tokenizer, model) == [tokenizer.eos_token_id]
-
-
-def test_a_completion_ends_with_the_first_stop(pair):
-    model, tokenizer = pair
-    stop = tokenizer.convert_tokens_to_ids(list("0123456789ABCDEFGHIJ"))
-    torch.manual_seed(0)
-    got = sample(model, tokenizer, ["1>", "12>"], 40, 8, 1.0, stop)
-    letters = set("0123456789ABCDEFGHIJ")
-    ended = [t for texts in got.texts for t in texts if t and t[-1] in letters]
-    assert len(ended) > 10
-    assert all(not set(text[:-1]) & letters for texts in got.texts for text in texts)
-    assert sum(map(sum, got.truncated)) > 0
-    for texts, cut in zip(got.texts, got.truncated, strict=True):
-        # What was cut off by the limit holds nothing that ends an answer.
-        assert all(not set(t) & letters for t, c in zip(texts, cut, strict=True) if c)
-
-
 def test_evaluate_counts_what_was_sampled(pair):
     model, tokenizer = pair
     task = digits()
     row = evaluate(model, tokenizer, task, 8, rows=task.heldout(), temperature=1.0, seed=3)
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        got = sample(model, tokenizer, [r["prompt"] for r in task.heldout()], 8, 6, 1.0)
-    right = [sum(t[:1] == str(i) for t in texts) for i, texts in enumerate(got.texts)]
+        completions = sample(model, tokenizer, [r["prompt"] for r in task.heldout()], 8, 6, 1.0)
+    right = [sum(t[:1] == str(i) for t in texts) for i, texts in enumerate(completions.texts)]
     assert row["num_correct"] == right
     assert row["pass@1"] == pytest.approx(sum(right) / 48)
     assert row["pass@8"] == pytest.approx(sum(r > 0 for r in right) / 6)
-    assert row["truncated_frac"] == sum(map(sum, got.truncated)) / 48
+    assert row["truncated_frac"] == sum(map(sum, completions.truncated)) / 48
     assert set(intervals(row)) == {"pass@1", "pass@2", "pass@4", "pass@8"}
     again = evaluate(model, tokenizer, task, 8, rows=task.heldout(), temperature=1.0, seed=3)
     assert again["num_correct"] == right
 
 
 def test_a_majority_counts_wrong_votes_too(pair, monkeypatch):
-    from isentropic.experiments import evaluate as assess
-
     model, tokenizer = pair
     texts = [["7", "8", "8"], ["7", "7", "8"], ["", "", "7"]]
-    made = assess.Sampled(texts, [[False, False, True]] * 3, 9)
-    monkeypatch.setattr(assess, "sample", lambda *args: made)
+    completions = Completions(texts, [[False, False, True]] * 3, 9)
+    monkeypatch.setattr(module, "sample", lambda *args: completions)
     rows = [{"prompt": f"{i}", "digit": 7} for i in range(3)]
     row = evaluate(model, tokenizer, digits(), 3, rows=rows, temperature=1.0, seed=0)
     assert row["num_correct"] == [1, 2, 1]
@@ -94,30 +71,8 @@ def test_greedy_answers_are_the_same_for_every_seed(pair):
     assert rows[0]["temperature"] == 0
 
 
-@pytest.mark.parametrize("temperature", [None, 1.0])
-def test_a_prompt_is_read_once_for_all_its_samples(pair, monkeypatch, temperature):
-    from isentropic.experiments import evaluate as assess
-
-    model, tokenizer = pair
-    prompts = ["1>", "12+34>", "1+2>", "7>"]  # padded, in one call and, by the limit, in calls that share a prompt
-    found = []
-    read = []
-    for room in (1024, 5):
-        monkeypatch.setattr(assess, "_SEQUENCES", room)
-        for once in (assess._read_once, lambda *args: {}):
-            with monkeypatch.context() as patch:
-                patch.setattr(assess, "_read_once", lambda *args, once=once: read.append(once(*args)) or read[-1])
-                torch.manual_seed(0)
-                found.append(sample(model, tokenizer, prompts, 8, 6, temperature).texts)
-        assert found[-1] == found[-2]
-    assert sum(bool(each) for each in read) > 2
-    if temperature is None:
-        assert all(texts == [texts[0]] * 8 for texts in found[0])
-        assert [texts[:1] for texts in found[0]] == sample(model, tokenizer, prompts, 1, 6, None).texts
-
-
 def test_conversations_need_a_template(pair):
-    model, tokenizer = pair
+    _, tokenizer = pair
     task = digits(chat=True)
     with pytest.raises(ConfigError, match=r"the tokenizer of 'm' has no chat template; .*prompt=plain"):
         check_prompts(task, tokenizer, "m")
@@ -125,63 +80,26 @@ def test_conversations_need_a_template(pair):
     with_template = parts()[1]
     with_template.chat_template = TEMPLATE
     check_prompts(task, with_template, "m")
-    ids = sample(model, with_template, [r["prompt"] for r in task.heldout()], 2, 3, 1.0)
-    assert [len(texts) for texts in ids.texts] == [2] * 6
 
 
-def test_calls_hold_no_more_tokens_than_fit(pair):
-    model, _ = pair
-    ids = [[1] * 100] * 4096
-    assert _per_call(model, ids, list(range(4096)), 0, 28, 16) == 256  # 32,768 tokens of 128
-    assert _per_call(model, ids, list(range(4096)), 0, 65_000, 16) == 1
-    assert _per_call(model, [[1] * 5] * 4096, list(range(4096)), 0, 8, 16) == 1024
-
-
-def test_progress_says_how_long_it_takes(monkeypatch):
+def test_progress_says_how_long_it_takes():
     said = []
     progress = Progress("m", said.append, every=0.0)
-    progress.began -= 10
+    progress.started -= 10
     progress(5, 10, 100)
     assert said[0].startswith("m: 5/10 completions, 10 tokens/s, eta 0:1")
-
-
-def test_trl_ends_masks_and_counts_by_our_stops(tmp_path):
-    seen = []
-
-    class Spy(IsentropicTrainer):
-        def _compute_loss(self, model, inputs):
-            seen.append({k: inputs[k].clone() for k in ("completion_ids", "completion_mask")})
-            return super()._compute_loss(model, inputs)
-
-    trainer = make(Spy, IsentropicConfig, tmp_path, 4)
-    stop = trainer.processing_class.convert_tokens_to_ids(list("0123456789ABCDEFGHIJ"))
-    own = list(trainer.eos_token_ids)
-    stop_at(trainer, stop)
-    trainer.train()
-    num_ended = num_cut = 0
-    for batch in seen:
-        for ids, mask in zip(batch["completion_ids"], batch["completion_mask"], strict=True):
-            kept = ids[mask.bool()].tolist()
-            assert not set(kept[:-1]) & {*stop, *own}
-            num_ended += kept[-1] in stop
-            num_cut += kept[-1] not in (*stop, *own)
-    assert num_ended > 10
-    assert trainer.record.rows("metrics")[0]["length/truncated_frac"] == pytest.approx(num_cut / 64)
-    assert trainer.model.generation_config.eos_token_id in (own, own[0])
-    stop_at(trainer, [])
-    assert trainer.eos_token_ids == own
 
 
 def test_micro_batches_add_up_to_the_same_run(tmp_path):
     model = save_model(tmp_path / "model")
     flags = "--steps 4 --prompts 4 --generations 8 --updates 2 --eval-k 0 --audit off --warmup 0".split()
-    for name, more in (("whole", []), ("parts", ["--micro-batch", "4"])):
+    for name, more in (("whole", []), ("micro", ["--micro-batch", "4"])):
         assert main(["train", "--model", model, *flags, *more, "--out", str(tmp_path / name)]) == 0
     rows = [
         [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts")
+        for name in ("whole", "micro")
     ]
-    assert [len(each) for each in rows] == [4, 4]
+    assert [len(of_run) for of_run in rows] == [4, 4]
     for key in ("entropy/mean", "entropy/tokens", "reward/mean", "loss"):
         assert rows[1][0][key] == pytest.approx(rows[0][0][key], abs=1e-5)
 
@@ -224,33 +142,17 @@ def test_models_and_runs_side_by_side(tmp_path, capsys):
         (["HEADLESS", "--task", "expr"], "is a Qwen3Model, which has no causal head"),
     ],
 )
-def test_mistakes_are_told_before_a_model_is_loaded(names, says, tmp_path, capsys, monkeypatch):
-    from isentropic.experiments import measure
-
+def test_mistakes_are_named_before_a_model_is_loaded(names, says, tmp_path, capsys, monkeypatch):
     model = save_model(tmp_path / "model")
     (tmp_path / "headless").mkdir()
     (tmp_path / "headless" / "config.json").write_text('{"model_type": "qwen3", "architectures": ["Qwen3Model"]}')
-    monkeypatch.setattr(measure, "load_weights", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(module, "load_weights", lambda *args: pytest.fail("a model was loaded"))
     words = {"MODEL": model, "HEADLESS": str(tmp_path / "headless")}
     with pytest.raises(SystemExit):
         main(["eval", *[words.get(name, name) for name in names]])
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
     assert says in err
-
-
-def test_weights_without_their_head_are_refused(tmp_path):
-    from transformers import Qwen3Model
-
-    from isentropic.experiments.train import load_weights
-
-    model, _ = parts()
-    model.config.architectures = None
-    Qwen3Model(model.config).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["Qwen3ForCausalLM"]}))
-    with pytest.raises(ConfigError, match=r"was saved without lm_head.weight, which would be random"):
-        load_weights(str(tmp_path))
 
 
 def test_a_chat_task_and_a_plain_tokenizer_fail_before_training(tmp_path, capsys):
@@ -264,20 +166,7 @@ def test_a_chat_task_and_a_plain_tokenizer_fail_before_training(tmp_path, capsys
 
 def test_an_adapter_is_evaluated_with_its_base(tmp_path, capsys):
     model = save_model(tmp_path / "model")
-    flags = [
-        "--steps",
-        "2",
-        "--prompts",
-        "2",
-        "--generations",
-        "4",
-        "--updates",
-        "2",
-        "--eval-k",
-        "0",
-        "--audit",
-        "off",
-    ]
+    flags = "--steps 2 --prompts 2 --generations 4 --updates 2 --eval-k 0 --audit off".split()
     assert main(["train", "--model", model, "--lora-rank", "2", *flags, "--out", str(tmp_path / "run")]) == 0
     assert main(["eval", str(tmp_path / "run"), "--k", "2", "--limit", "3"]) == 0
     assert "pass@2" in capsys.readouterr().out

@@ -15,8 +15,9 @@ from isentropic.cli import main
 from isentropic.experiments.compare import line_of
 from isentropic.experiments.config import ConfigError
 from isentropic.experiments.grid import load_grid
-from isentropic.runs.record import Record
+from isentropic.runs.record import Record, append_row
 
+HELPERS = Path(__file__).parents[1] / "helpers"
 GRID = """
 baseline = "plain"
 seeds = [0, 1]
@@ -31,9 +32,9 @@ target = "60%"
 """
 
 
-def test_an_edited_method_of_ones_own_is_to_be_run_again(tmp_path, monkeypatch):
+def test_an_edited_custom_method_is_run_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = []
+    fingerprints = []
     for version, factor in enumerate((0.5, 0.5, 0.4)):
         (tmp_path / "my_method.py").write_text(
             "from isentropic.recipes import compose\n"
@@ -41,8 +42,8 @@ def test_an_edited_method_of_ones_own_is_to_be_run_again(tmp_path, monkeypatch):
             "HALF = compose('loop', shaping=half)\n"
         )
         os.utime(tmp_path / "my_method.py", ns=(version, version))
-        found.append(load_grid(None, {"recipes": ["my_method.py:HALF", "grpo"]}).cells[0].print)
-    assert found[0] == found[1] != found[2]
+        fingerprints.append(load_grid(None, {"recipes": ["my_method.py:HALF", "grpo"]}).cells[0].print)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
 def test_cells_are_names_times_tasks_times_seeds_with_the_settings_of_each(tmp_path):
@@ -78,7 +79,7 @@ def test_flags_override_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "flags", "parts"),
+    ("text", "flags", "says"),
     [
         ("seedz = [1]", {}, ["unknown key 'seedz'", "did you mean seeds?"]),
         ("seeds = 1", {}, ["seeds: got 1", "list of int"]),
@@ -94,12 +95,12 @@ def test_flags_override_the_file(tmp_path):
         ("x = = 1", {}, ["not valid TOML"]),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(tmp_path, text, flags, parts):
+def test_mistakes_are_named_before_anything_runs(tmp_path, text, flags, says):
     path = tmp_path / "grid.toml"
     path.write_text(text)
     with pytest.raises(ConfigError) as refused:
         load_grid(str(path), flags)
-    assert all(part in str(refused.value) for part in parts), refused.value
+    assert all(part in str(refused.value) for part in says), refused.value
 
 
 @pytest.mark.parametrize(
@@ -123,6 +124,16 @@ def test_mistakes_on_the_command_line(capsys, argv, part):
     assert error.count("\n") == 1
 
 
+def test_a_compressed_results_file_is_read(tmp_path):
+    flags = {"recipes": ["grpo", "dapo"], "results": str(tmp_path / "results.jsonl.gz")}
+    grid = load_grid(None, flags)
+    for cell in grid.cells:
+        assert cell in grid.missing()
+        append_row(grid.results, {"task": cell.task, "seed": cell.seed, "fingerprint": cell.print, "cell": "old name"})
+    assert load_grid(None, flags).missing() == []
+    assert [line["cell"] for line in grid.lines()] == ["grpo", "dapo"]
+
+
 def test_dry_run_lists_the_cells(capsys):
     assert main(["compare", "--recipes", "grpo", "dapo", "--seeds", "0", "1", "--set", "steps=8", "--dry-run"]) == 0
     out = capsys.readouterr().out
@@ -139,7 +150,7 @@ from isentropic.experiments.train import train
 def run_grid(home, out, **signals):
     """`isentropic compare` in a process of its own; with ``after`` and ``by``, a signal once so many steps are done."""
     command = [sys.executable, "-m", "isentropic.cli", "compare", str(home / "grid.toml"), "--out", str(out)]
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HELPERS), os.environ.get("PYTHONPATH", "")])
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
     )
@@ -160,13 +171,13 @@ def figures(lines):
     return kept, {(x["cell"], x["seed"]): (x["curve"], x["evaluations"]) for x in lines}
 
 
-def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypatch):
+def test_a_killed_grid_resumes_and_ends_with_the_same_numbers(tmp_path):
     model = save_model(tmp_path / "model")
     (tmp_path / "grid.toml").write_text(
         f"""
         seeds = [0]
         recipes = ["grpo"]
-        tasks = ["test_training:letters"]
+        tasks = ["task_cases:letters"]
         jobs = 1
         [settings]
         model = "{model}"
@@ -180,7 +191,6 @@ def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypa
         recipe = "isentropic"
         """
     )
-    monkeypatch.syspath_prepend(Path(__file__).parent)
     cut, whole = tmp_path / "cut", []
     for cell in load_grid(str(tmp_path / "grid.toml"), {}).cells:
         run = cell.folder(tmp_path / "whole")
@@ -207,28 +217,13 @@ def test_a_killed_grid_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypa
     assert [line["cell"] for line in grid.lines()] == ["grpo", "held"]
 
 
-def test_a_cell_that_fails_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+def test_a_cell_that_fails_is_named_and_the_others_continue(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(Path(__file__).parent)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
     model = save_model(tmp_path / "model")
     settings = ["steps=4", "prompts=2", "generations=4", "eval_k=0", "audit=off", "stop_above=0"]
-    flags = ["--recipes", "grpo", "--tasks", "test_training:letters", "test_grid:broken", "--jobs", "1", "--out", "o"]
+    flags = ["--recipes", "grpo", "--tasks", "task_cases:letters", "task_cases:broken", "--jobs", "1", "--out", "o"]
     assert main(["compare", *flags, "--set", f"model={model}", *settings]) == 1
     out, err = capsys.readouterr()
-    assert "failed: grpo, test_grid:broken, seed 0: RuntimeError: verifier is down" in err
+    assert "failed: grpo, task_cases:broken, seed 0: RuntimeError: verifier is down" in err
     assert "grpo" in out
-
-
-def _down(completion):
-    raise RuntimeError("verifier is down")
-
-
-def __getattr__(name):
-    if name != "broken":
-        raise AttributeError(name)
-    from dataclasses import replace
-
-    from test_train import letters
-
-    return replace(letters, name="broken", verify=_down)

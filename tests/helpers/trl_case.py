@@ -123,7 +123,7 @@ def _rank(out):
     assert trainer.accelerator.num_processes == 2, "this case needs two processes"
     rank = trainer.accelerator.process_index
     torch.save(seen, Path(out) / f"seen-{rank}.pt")
-    state = {"state": to_json(trainer.control_state), "world": trainer.accelerator.num_processes}
+    state = {"state": to_json(trainer.loop.state), "world": trainer.accelerator.num_processes}
     (Path(out) / f"state-{rank}.json").write_text(json.dumps(state))
 
 

@@ -158,7 +158,7 @@ def test_progress_goes_to_stderr_and_only_if_wanted(cache, capsys, monkeypatch):
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == "building the tiny model: 2/3 steps, 6 s left"
+    assert lines[0] == "building the tiny model: 2/3 steps, eta 0:06"
     assert lines[-1].startswith("tiny model: pass@1 0.0")
     assert lines[-1].endswith(str(home))
 
@@ -302,8 +302,8 @@ def test_the_default_model_is_where_reinforcement_learning_can_start(cache):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(module.tiny_model(progress=False))
-    figures, sister = module.measure(model, expr), module.measure(model, expr_digit)
+    figures, related = module.evaluate(model, expr), module.evaluate(model, expr_digit)
     assert 0.2 < figures["pass@1"] < 0.5
     assert figures["entropy"] > 0.9
     assert figures["pass@16"] > 0.95
-    assert 0.1 < sister["pass@1"] < figures["pass@1"]
+    assert 0.1 < related["pass@1"] < figures["pass@1"]

@@ -1,20 +1,14 @@
 """Warm-up: a model of whole words that learns to play from an environment's advice."""
 
-import json
-
 import pytest
 import torch
 
-pytest.importorskip("trl")
-from test_environments import corridor
+pytest.importorskip("transformers")
+from task_cases import walk
 
-from isentropic.cli import main
 from isentropic.models.warmup import IGNORED, WarmUp, demonstrations, make, warm_up, win_rate
 from isentropic.models.words import word_model, word_tokenizer, words_of
-from isentropic.runs.record import Record
 from isentropic.tasks import load_task
-
-walk = corridor(max_turns=4)
 
 
 def test_words_are_tokens_and_an_unknown_one_is_unk():
@@ -55,59 +49,5 @@ def test_a_bad_setting_is_named():
 
 
 def test_a_task_that_is_answered_is_refused(tmp_path):
-    from isentropic.tasks import load_task
-
     with pytest.raises(ValueError, match="is answered, not played"):
         make(load_task("expr"), tmp_path)
-
-
-def test_from_warm_up_to_a_run_and_its_evaluation_by_commands(tmp_path, capsys):
-    """The three commands of a user: warmup, train, eval."""
-    name, model = "test_warmup:walk", tmp_path / "model"
-    flags = ["--steps", "20", "--learning-rate", "0.01", "--noise", "0.4", "--eval-k", "4", "--variants", "4"]
-    assert main(["warmup", "--task", name, "--out", str(model), *flags]) == 0
-    assert "win_frac" in capsys.readouterr().out
-    facts = json.loads((model / "warmup.json").read_text())
-    assert facts["task"] == "corridor"
-    assert 0 <= facts["figures"]["win_frac"] <= 1
-    with pytest.raises(SystemExit):
-        main(["warmup", "--task", name, "--out", str(model)])
-    assert "already holds a model" in capsys.readouterr().err
-    run = tmp_path / "run"
-    flags = ["--prompts", "2", "--generations", "8", "--steps", "4", "--updates", "2", "--eval-k", "4"]
-    assert main(["train", "--model", str(model), "--task", name, "--out", str(run), *flags]) == 0
-    record = Record(run)
-    rows = record.rows("metrics")
-    assert len(rows) == 4
-    assert all(0 <= row["episode/win_frac"] == row["reward/mean"] <= 1 for row in rows)
-    assert all(1 <= row["episode/turns"] <= 4 and row["entropy/turn_1"] >= 0 for row in rows)
-    first, last = record.rows("evaluations")
-    assert (first["num_samples"], last["step"]) == ([4], 4)
-    assert first["pass@1"] == first["num_correct"][0] / 4
-    assert not json.loads((run / "audit.json").read_text())["serious"]
-    assert main(["eval", str(run), "--k", "2"]) == 0
-    assert "pass@2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("played_first", [True, False])
-def test_an_environment_and_a_task_that_is_answered_in_turn(tmp_path, played_first):
-    from trl_case import save_model
-
-    model, run = save_model(tmp_path / "model"), tmp_path / "run"
-    names = ["test_warmup:walk", "expr"][:: 1 if played_first else -1]
-    flags = "--steps 4 --prompts 2 --generations 4 --updates 2 --eval-k 2 --eval-rows 3 --explain-every 1".split()
-    flags += ["--audit", "off"]
-    assert main(["train", "--model", model, "--task", names[0], "--then", names[1], *flags, "--out", str(run)]) == 0
-    record = Record(run)
-    rows = record.rows("metrics")
-    tasks = [row["task"] for row in rows]
-    assert tasks == (["corridor"] * 4 + ["expr"] * 4 if played_first else ["expr"] * 4 + ["corridor"] * 4)
-    for row in rows:
-        assert ("episode/turns" in row) == (row["task"] == "corridor")
-    # Four completions a step: an expression has its own task's limit, not that of an episode.
-    assert all(
-        row["entropy/tokens"] <= 4 * load_task("expr").max_completion_length for row in rows if row["task"] == "expr"
-    )
-    assert [(row["step"], row["task"]) for row in record.rows("evaluations")] == [
-        (step, task) for step in (0, 4, 8) for task in (tasks[0], tasks[-1])
-    ]

@@ -213,7 +213,7 @@ def test_what_is_not_there_is_said_in_one_line(mine, place, says):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"shaping": "my_parts.py:no_shaping"}, "asks for 'something', got no such value; a shaping may name adv"),
+        ({"shaping": "my_parts.py:no_shaping"}, "asks for 'something', got no such value; it may name adv"),
         ({"shaping": "my_parts.py:NUMBER"}, "shaping must be a name, a function or a Shaping, got 3"),
         ({"shaping": Penalty("", lambda logp: logp)}, "shaping must be a Shaping, got a Penalty"),
         ({"objective": 3}, "objective must be a name or a function"),

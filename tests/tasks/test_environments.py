@@ -8,6 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from task_cases import corridor
 
 from isentropic.tasks import load_task
 from isentropic.tasks.environments import EnvironmentTask, demonstrate
@@ -17,41 +18,10 @@ from isentropic.tasks.spec import options
 NAME = "textworld:coin_collector:level=102:train=1:test=1:text=brief:turns=5:commands=4"
 
 
-class Corridor:
-    """`size` steps east; `choices` also offers to stay."""
-
-    def reset(self, size, **row):
-        self.left = size
-        return f"{size} steps"
-
-    def step(self, action):
-        self.left -= action == "east"
-        return f"{self.left} left", float(not self.left), not self.left
-
-    def advice(self):
-        return "east"
-
-    def choices(self):
-        return ["stay"]
-
-
-def corridor(**changes):
-    settings = {"max_turns": 4, "max_action_tokens": 4, "max_completion_length": 64, **changes}
-    rows = [{"prompt": "Walk. ", "size": 2}, {"prompt": "Walk. ", "size": 3}]
-    return EnvironmentTask(
-        name="corridor",
-        description="",
-        make=Corridor,
-        train=lambda seed: rows,
-        heldout=lambda: [{"prompt": "Walk. ", "size": 1}],
-        **settings,
-    )
-
-
 def test_a_demonstration_is_the_text_that_the_policy_will_read():
-    parts, total = demonstrate(corridor(), {"prompt": "Walk. ", "size": 2})
-    assert "".join(text for text, _ in parts) == "Walk. 2 steps\n>east\n1 left\n>east\n"
-    assert [text for text, is_action in parts if is_action] == ["east\n", "east\n"]
+    texts, total = demonstrate(corridor(), {"prompt": "Walk. ", "size": 2})
+    assert "".join(text for text, _ in texts) == "Walk. 2 steps\n>east\n1 left\n>east\n"
+    assert [text for text, is_action in texts if is_action] == ["east\n", "east\n"]
     assert total == 1.0
 
 
@@ -62,7 +32,7 @@ def test_noise_takes_turns_and_the_same_seed_gives_the_same_noise():
     assert total == 0.0
     some = [demonstrate(corridor(max_turns=9), row, noise=0.5, seed=i) for i in range(20)]
     assert some == [demonstrate(corridor(max_turns=9), row, noise=0.5, seed=i) for i in range(20)]
-    assert len({len(parts) for parts, _ in some}) > 1
+    assert len({len(texts) for texts, _ in some}) > 1
 
 
 def test_an_environment_without_advice_is_not_imitated():
@@ -188,7 +158,7 @@ def test_textworld_games_that_are_held_out_are_others(textworld):
     assert len(set(found)) == 2
     # A training seed whose game is held out is passed over.
     twin = store._game(0)
-    store._found = {0: twin, 1: {**twin, "seed": 1}, 2: {**twin, "hash": "", "seed": 2}, 1_000_000: {**twin, "seed": 5}}
+    store._known = {0: twin, 1: {**twin, "seed": 1}, 2: {**twin, "hash": "", "seed": 2}, 1_000_000: {**twin, "seed": 5}}
     assert [row["seed"] for row in store.rows("test", 1, 1)] == [5]
     assert [row["seed"] for row in store.rows("train", 1, 1)] == [2]
 

@@ -7,15 +7,14 @@ import random
 import subprocess
 import sys
 
-import numpy as np
 import pytest
+from task_cases import count_solutions
 
 from isentropic.tasks import TASKS, Task, load_task
 from isentropic.tasks.expressions import (
     DIGITS,
     HELD_OUT,
     OPERATORS,
-    count_solutions,
     enumerate_expressions,
     evaluate,
     expr,
@@ -111,16 +110,15 @@ def test_enumeration_matches_brute_force():
 
 
 def test_counts():
-    values, texts = enumerate_expressions(4)
+    values, _ = enumerate_expressions(4)
     assert len(values) == 113_208
-    counts = np.bincount(values, minlength=100)
-    assert (counts.min(), counts.max()) == (72, 3467)
-    assert [count_solutions(t) for t in range(100)] == counts.tolist()
-    uses_seven = sum(7 in (text[::2] - ord("0")) for text in texts[values == 13])
-    assert count_solutions(13, digit=7) == uses_seven
+    counts = [count_solutions(t) for t in range(100)]
+    assert (min(counts), max(counts), sum(counts)) == (72, 3467, 113_208)
     # One digit is its own only solution; 1+1 = 2*1 = 1*2 = 3-1 = ... = 9-7.
     assert [count_solutions(t, 1) for t in (0, 1, 9, 10)] == [0, 1, 1, 0]
     assert count_solutions(2, 2) == 3 + 7
+    # 1+2 2+1 1*3 3*1 4-1 5-2 6-3 7-4 8-5 9-6
+    assert (count_solutions(3, 2), count_solutions(3, 2, digit=9)) == (10, 1)
 
 
 @BOTH
@@ -232,7 +230,7 @@ def test_a_task_of_ones_own_loads(tmp_path, monkeypatch):
     assert load_task("my_tasks:short").name == "expr-3"
     with pytest.raises(ValueError, match=r"must be a Task, got a int; Tasks in my_tasks: \['short'\]"):
         load_task("my_tasks:number")
-    with pytest.raises(ValueError, match=r"got no such attribute; .* did you mean my_tasks:short"):
+    with pytest.raises(ValueError, match=r"got no such attribute \(did you mean short\?\); Tasks in my_tasks"):
         load_task("my_tasks:shrot")
     with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
         load_task("broken_tasks:short")
@@ -240,7 +238,7 @@ def test_a_task_of_ones_own_loads(tmp_path, monkeypatch):
 
 def test_unknown_tasks_are_refused():
     with pytest.raises(
-        ValueError, match=r"must be one of expr, expr-digit, .* got 'expr_digit'; did you mean expr-digit"
+        ValueError, match=r"must be one of expr, expr-digit, .* got 'expr_digit' \(did you mean expr-digit\?\)"
     ):
         load_task("expr_digit")
     with pytest.raises(ValueError, match="there is no module 'no_such_module'"):
@@ -251,13 +249,6 @@ def test_unknown_tasks_are_refused():
 def test_operands_out_of_range_are_refused(operands):
     with pytest.raises(ValueError, match=f"operands must be from 1 to 5, got {operands}"):
         expressions(operands)
-
-
-def test_counts_out_of_range_are_refused():
-    with pytest.raises(ValueError, match="target must be from 0 to 99, got 100"):
-        count_solutions(100)
-    with pytest.raises(ValueError, match="digit must be from 1 to 9, got 0"):
-        count_solutions(5, digit=0)
 
 
 def test_importing_tasks_needs_neither_torch_nor_numpy():

@@ -6,11 +6,10 @@ import sys
 import pytest
 
 from isentropic.experiments.config import load
-from isentropic.experiments.sequence import in_order
 from isentropic.tasks import KINDS, Task, load_task
 from isentropic.tasks import spec as spec_module
 from isentropic.tasks.checks import best_constant, constant_line, training_rows
-from isentropic.tasks.mixture import mixture, parts
+from isentropic.tasks.mixture import members, mixture
 
 SUMS = "rg:chain_sum:min_terms=2:max_terms=2:min_digits=1:max_digits=1"
 
@@ -109,7 +108,7 @@ def test_bad_rows_are_told_by_their_line(tmp_path, text, says):
     ("name", "says"),
     [
         ("gsm8k:pat=x", r"unknown option 'pat' \(did you mean path\?\); allowed: path, prompt, tokens"),
-        ("gsm8k:path=nowhere", "path: got 'nowhere', must be a directory or a file"),
+        ("gsm8k:path=nowhere", "path: got 'nowhere', must be a directory or a file, and does not exist"),
         ("gsm8k:prompt=chta", "prompt: got 'chta', must be one of chat, plain"),
         ("gsm8k:tokens=many", "tokens: got 'many', must be an integer"),
         ("file:a.csv", "must end in .jsonl or .parquet"),
@@ -117,7 +116,7 @@ def test_bad_rows_are_told_by_their_line(tmp_path, text, says):
         ("hub:name", "must be hub:ORG/NAME"),
         ("mix:expr", "must be mix:TASK@WEIGHT"),
         ("mix:expr@0+expr-digit@1", "weights must be > 0"),
-        ("mix:expr@1+expr@2", "stands there twice"),
+        ("mix:expr@1+expr@2", "is named twice"),
         ("mix:expr@1+textarena:FrozenLake-v0@1", r"'textarena:FrozenLake-v0', which is played.*--then"),
         ("my_tasks.py:short", "there is no such file"),
     ],
@@ -192,11 +191,11 @@ def test_a_task_in_a_file_may_import_its_neighbour(tmp_path):
 
 
 def test_a_mixture_keeps_its_shares_and_asks_the_right_judge():
-    assert parts("rg:a:ops=[1,2]@0.5+b@1.5", "m") == [("rg:a:ops=[1,2]", 0.25), ("b", 0.75)]
+    assert members("rg:a:ops=[1,2]@0.5+b@1.5", "m") == [("rg:a:ops=[1,2]", 0.25), ("b", 0.75)]
     task = load_task("mix:expr@1+expr-digit@3")
     rows = task.heldout()
-    members = [r["member"] for r in rows]
-    assert members.count("expr") / len(members) == pytest.approx(0.25, abs=0.005)
+    names = [r["member"] for r in rows]
+    assert names.count("expr") / len(names) == pytest.approx(0.25, abs=0.005)
     assert [r["member"] for r in rows[:40]].count("expr") == 10
     answer = {"target": [3], "digit": [9]}
     assert task.reward(["1*1+1+1"], member=["expr"], **answer) == [1.0]
@@ -215,13 +214,6 @@ def test_a_mixture_with_different_columns_and_one_end():
     assert row["x"] is None
     columns = {key: [value] for key, value in row.items() if key != "prompt"}
     assert task.reward([str(row["y"])], **columns) == [1.0]
-
-
-def test_tasks_in_order_must_ask_alike():
-    chat = Task("c", "", lambda s: [{"prompt": [{"role": "user", "content": "a"}]}], list, lambda c: True, str, 4)
-    text = Task("t", "", lambda s: [{"prompt": "a"}], list, lambda c: True, str, 4)
-    with pytest.raises(ValueError, match="c and t need prompts of one form"):
-        in_order(chat, text, 2, 2).train(0)
 
 
 def test_nothing_held_out_is_trained_on(caplog):
@@ -261,5 +253,5 @@ def test_every_kind_is_listed_and_a_config_names_it(capsys, apples):
 
     assert main(["tasks"]) == 0
     text = capsys.readouterr().out
-    assert all(form in text for _, form, _ in KINDS.values())
+    assert all(kind.form in text for kind in KINDS.values())
     assert load(None, {"task": f"gsm8k:path={apples}"}).task.startswith("gsm8k")

@@ -152,7 +152,7 @@ def test_one_late_answer_costs_one_mark_and_the_pool_survives():
         assert pool.ask("os:_exit", 3) is None
         assert pool.ask("operator:truediv", 1, 0) is None
         assert pool.ask("operator:mul", 6, 7) == 42
-        assert len(pool.every) == 1
+        assert len(pool.workers) == 1
     finally:
         pool.close()
 
@@ -169,7 +169,7 @@ def test_workers_serve_any_thread_and_end_with_the_pool():
         thread.start()
     for thread in threads:
         thread.join()
-    processes = [each.process for each in pool.every]
+    processes = [each.process for each in pool.workers]
     pool.close()
     assert found == {i: i * i for i in range(8)}
     assert 1 <= len(processes) <= 2
@@ -180,8 +180,8 @@ def test_a_worker_that_was_killed_is_replaced():
     pool = worker.Pool(size=1)
     try:
         pool.ask("operator:add", 1, 2)
-        pool.every[0].process.send_signal(signal.SIGKILL)
-        pool.every[0].process.wait()
+        pool.workers[0].process.send_signal(signal.SIGKILL)
+        pool.workers[0].process.wait()
         assert pool.ask("operator:add", 1, 2) is None
         assert pool.ask("operator:add", 1, 2) == 3
     finally:

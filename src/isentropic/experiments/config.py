@@ -20,8 +20,8 @@ from ..tasks import load_task
 # Groups of settings with their titles, in the order in which `train --help` and the docs have them.
 GROUPS = {
     "run": "the run",
-    "control": "entropy control: a controller turns a knob, one number of the loss, so that entropy (in nats per token) "
-    "stays at a target",
+    "control": "entropy control: a controller turns a knob, one number of the loss, so that the policy's entropy, in "
+    "nats per token, stays at a target",
     "recipe": "components of the recipe, each by its name in `isentropic recipes` or a function of yours, FILE.py:NAME",
     "optimizer": "the optimizer",
     "generation": "generation",
@@ -49,19 +49,16 @@ def config_errors(where: str = "") -> Iterator[None]:
         raise ConfigError(f"{where}{error}") from None
 
 
-def _setting(
-    default: Any,
+def _metadata(
     group: str,
     help: str,
-    *,
     low: float | None = None,
     choices: tuple[str, ...] = (),
     trl: str | None = None,
-) -> Any:
-    """A field with what is known of a setting.
+) -> dict[str, Any]:
+    """The facts of a setting besides its default.
 
     Args:
-        default: None if the setting is left to the recipe or the task.
         group: a key of GROUPS.
         help: for `--help` and the docs.
         low: the smallest value.
@@ -69,10 +66,11 @@ def _setting(
         trl: the field of TRL's GRPOConfig, or of IsentropicConfig, that takes the value unchanged.
     """
     assert group in GROUPS
-    metadata = {"group": group, "help": help, "low": low, "choices": choices, "trl": trl}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return {"group": group, "help": help, "low": low, "choices": choices, "trl": trl}
+
+
+def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
+    return field(default=default, metadata=_metadata(group, help, **more))
 
 
 def _component(stage: str, help: str) -> Any:
@@ -121,8 +119,9 @@ class RunConfig:
     bounds: str | None = _component("bounds", "clip bounds of the ratio")
     objective: str | None = _component("objective", "loss by token")
     penalty: str | None = _component("penalty", "penalty added to the loss")
-    recipe_options: dict[str, Any] = _setting(
-        {}, "recipe", "other fields of the recipe, and constants of its components (TOML table)"
+    recipe_options: dict[str, Any] = field(
+        default_factory=dict,
+        metadata=_metadata("recipe", "other fields of the recipe, and constants of its components (TOML table)"),
     )
 
     learning_rate: float = _setting(5e-4, "optimizer", "AdamW learning rate at its peak", low=0.0, trl="learning_rate")

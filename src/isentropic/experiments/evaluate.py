@@ -71,9 +71,7 @@ def evaluate(
     if isinstance(task, EnvironmentTask):
         sampling = Sampling(temperature or 0.0)
         with evaluating(model), seeded(seed):
-            counts = count_wins(
-                model, tokenizer, limited(task, max_tokens), list(rows), k, sampling, progress=progress
-            )
+            counts = count_wins(model, tokenizer, limited(task, max_tokens), list(rows), k, sampling, progress=progress)
         return _figures(task, k, temperature, counts, [str(row.get("seed", row["prompt"])) for row in rows])
     limit = max_tokens or task.max_completion_length
     stop = line_break_tokens(tokenizer) if task.stop == "\n" else []
@@ -212,9 +210,7 @@ def _evaluate_model(
     row["tokens_per_second"] = progress.speed
     if settings.greedy_limit:
         greedy_rows, progress = rows[: settings.greedy_limit], Progress(f"{candidate.name}, greedy", say)
-        greedy = evaluate(
-            model, tokenizer, task, 1, rows=greedy_rows, temperature=None, progress=progress, **shared
-        )
+        greedy = evaluate(model, tokenizer, task, 1, rows=greedy_rows, temperature=None, progress=progress, **shared)
         row |= {
             "greedy": greedy["pass@1"],
             "greedy_prompts": len(greedy_rows),

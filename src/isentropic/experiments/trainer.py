@@ -131,7 +131,7 @@ def trl_config(config: RunConfig, recipe: Recipe, task: Task, ranks: int, shuffl
     )
 
 
-def _batch_fields(config: RunConfig, ranks: int) -> dict[str, int]:
+def _batch_fields(config: RunConfig, ranks: int) -> dict[str, Any]:
     """A generated batch, split into optimizer steps, processes and micro-batches."""
     batch = config.prompts * config.generations
     if batch % (config.updates * ranks):

@@ -1,4 +1,4 @@
-"""Completions of a causal language model: prompts to token ids, tokens that end a completion, and sampling in batches."""
+"""Completions of a causal language model: token ids of prompts, tokens that end a completion, sampling in batches."""
 
 from __future__ import annotations
 

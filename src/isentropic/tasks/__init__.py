@@ -37,9 +37,7 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
-    "gsm8k": Kind(
-        "isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"
-    ),
+    "gsm8k": Kind("isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"),
     "math": Kind("isentropic.tasks.data:named", "math[:path=...]", "competition mathematics; held out is MATH-500"),
     "math500": Kind("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, to evaluate on"),
     "aime24": Kind("isentropic.tasks.data:named", "aime24[:path=...]", "30 problems, to evaluate on"),

@@ -69,7 +69,9 @@ class TaskSequence(Task):
     ) -> list[float]:
         """Return the rewards of the tasks that the column ``task`` names, in the form of a TRL reward function."""
         names, rewards = columns["task"], [0.0] * len(completions)
-        per_row = {key: column for key, column in columns.items() if isinstance(column, list) and len(column) == len(names)}
+        per_row = {
+            key: column for key, column in columns.items() if isinstance(column, list) and len(column) == len(names)
+        }
         for name in dict.fromkeys(names):
             index = [i for i, task in enumerate(names) if task == name]
             task_prompts = None if prompts is None else [prompts[i] for i in index]

@@ -14,10 +14,11 @@ from isentropic.engines.trl import (
     EntropyControlMixin,
     IsentropicConfig,
     IsentropicTrainer,
+    compat,
 )
-from isentropic.engines.trl import trainer as engine
 from isentropic.engines.trl.settings import boundary, settings
-from isentropic.recipes import OBJECTIVES, RECIPES, knob_range, loss, select
+from isentropic.recipes import RECIPES, knob_range, loss, select
+from isentropic.recipes.stages import OBJECTIVES
 from isentropic.runs.explain import explain, render
 from isentropic.types import TokenBatch
 
@@ -114,11 +115,11 @@ def test_one_step_has_the_gradient_of_our_loss(tmp_path, name):
     for key in ("entropy/mean", "ratio/mean", "clip/high_frac", "adv/mean", "loss", "grad_norm", "predict/change"):
         assert all(math.isfinite(row.get(key, 0.0)) for row in rows), key
     trainer.model.train()
-    if trainer.control_state is not None:  # away from where a knob does nothing
-        knob = {"entropic": -0.5, "entrocraft": 1.0, "stare": 1.5, "aent": 0.1}.get(name, trainer.control_state.value)
-        controller = trainer.control_state.controller._replace(value=knob)
-        trainer.control_state = trainer.control_state._replace(controller=controller)
-    value = None if trainer.control_state is None else trainer.control_state.value
+    if trainer.loop.state is not None:  # away from where a knob does nothing
+        knob = {"entropic": -0.5, "entrocraft": 1.0, "stare": 1.5, "aent": 0.1}.get(name, trainer.loop.state.value)
+        controller = trainer.loop.state.controller._replace(value=knob)
+        trainer.loop.state = trainer.loop.state._replace(controller=controller)
+    value = None if trainer.loop.state is None else trainer.loop.state.value
     torch.manual_seed(7)
     native = trainer._compute_loss(trainer.model, inputs)
     theirs = torch.autograd.grad(native, list(trainer.model.parameters()))
@@ -130,7 +131,7 @@ def test_one_step_has_the_gradient_of_our_loss(tmp_path, name):
     ours = total.sum / (inputs["num_items_in_batch"] / steps if recipe.reduction == "token" else total.count)
     if not recipe.on_policy:
         assert (facts.ratio - 1).abs().max() > 0.1
-        if OBJECTIVES[recipe.objective] and name != "cispo":  # whose ceiling of 5 no ratio reaches
+        if OBJECTIVES[recipe.objective].clips and name != "cispo":  # whose ceiling of 5 no ratio reaches
             assert (facts.clipped_low | facts.clipped_high).any()
         if recipe.selection != "none":
             assert 0 < (select(recipe, tokens) * tokens.mask).sum() < tokens.mask.sum()
@@ -157,7 +158,7 @@ def test_knobs_move_towards_the_target(tmp_path, name, target):
     trainer = trained(tmp_path, 8, recipe=name, target=str(target), explain_every=0)
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]
     span = knob_range(trainer.recipe)
-    moved = (trainer.control_state.value - values[0]) * span.sign
+    moved = (trainer.loop.state.value - values[0]) * span.sign
     assert moved > 0 if target == 9.0 else moved <= 0
     assert all(span.low <= value <= span.high for value in values)
 
@@ -372,7 +373,7 @@ def test_later_the_knob_is_held_and_after_ten_the_run_stops_with_a_checkpoint(tm
         ({"recipe": "dapo", "loss_type": "sapo"}, "recipe dapo sets loss_type='dapo', got 'sapo'"),
         ({"loss_type": "sapo", "knob": "clip_high"}, "needs a clip"),
         ({"recipe": "dcpo", "delta": 2.0}, "delta has no effect on objective clipped with bounds dcpo"),
-        ({"recipe": "erc", "steps_per_generation": 1}, "erc has no effect where every update is on-policy"),
+        ({"recipe": "erc", "steps_per_generation": 1}, "erc has no effect if every update is on-policy"),
         ({"recipe": "kl-cov", "recipe_options": {"constants": {"kl_shar": 1}}}, "did you mean kl_share"),
         ({"recipe_options": {"baseline": "leave_one_out"}}, "need a recipe to change"),
     ],
@@ -395,9 +396,9 @@ def test_both_bonuses_at_once_are_refused(tmp_path):
 
 
 def test_an_unsupported_trl_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(engine, "version", lambda name: "1.15.2")
+    monkeypatch.setattr(compat, "version", lambda name: "1.15.2")
     with pytest.raises(ImportError, match=r"got trl 1\.15\.2"):
-        engine._require_trl()
+        compat._require_trl()
 
 
 def test_save_steps_are_rounded_to_a_boundary(tmp_path, caplog):
@@ -413,19 +414,17 @@ def test_settings_of_a_reciprocal_clip():
 
 
 OWN = """
-from isentropic.objectives import clipped
-from isentropic.recipes import compose
+from isentropic.losses.objectives import clipped
+from isentropic.recipes import Penalty, compose
 
-def wide_clip(batch, recipe):
-    return clipped(batch, recipe.clip_low, recipe.clip_high, recipe.bounds)
+def wide_clip(batch, clip_low, clip_high, bounds):
+    return clipped(batch, clip_low, clip_high, bounds)
 
-def flat(batch, recipe):
-    return (batch.logp_rows.exp() ** 2).sum(-1)
+def flat(logp_rows):
+    return (logp_rows.exp() ** 2).sum(-1)
 
-flat.needs_rows = True
-
-def late(batch, recipe):
-    return (batch.mask.cumsum(1) > 1).float()
+def late(mask):
+    return (mask.cumsum(1) > 1).float()
 
 SAME = compose("loop", objective=wide_clip)
 MORE = compose("dapo", selection=late, penalty=flat, penalty_coef=0.5, knob="penalty_coef", target="9.0", every=1)
@@ -435,7 +434,7 @@ MORE = compose("dapo", selection=late, penalty=flat, penalty_coef=0.5, knob="pen
 def test_a_method_of_ones_own(tmp_path):
     path = tmp_path / "own_method.py"
     path.write_text(OWN)
-    # An objective that is TRL's in disguise, by the general road: the same training, up to rounding.
+    # An objective that is TRL's in disguise, by the general path: the same training, up to rounding.
     native = trained(tmp_path / "a", 8, recipe="loop", learning_rate=1e-4)
     own = trained(tmp_path / "b", 8, recipe=f"{path}:SAME", learning_rate=1e-4)
     assert native.native
@@ -456,8 +455,8 @@ def test_a_method_of_ones_own(tmp_path):
 
 
 def test_rows_are_refused_where_the_head_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr("isentropic.engines.trl.vocabulary.head_of", lambda model: None)
-    with pytest.raises(ValueError, match="penalty aent needs whole rows of log-probabilities"):
+    monkeypatch.setattr("isentropic.engines.trl.hidden.head_of", lambda model: None)
+    with pytest.raises(ValueError, match="reads whole rows of log-probabilities"):
         controlled(tmp_path, recipe="aent")
 
 

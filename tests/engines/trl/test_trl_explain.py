@@ -249,8 +249,8 @@ def test_predictive_control_runs_and_resumes_bit_for_bit(tmp_path, head):
     again = make(IsentropicTrainer, IsentropicConfig, tmp_path / "halted", 12, **{"explain_every": 1, **settings})
     again.train(resume_from_checkpoint=str(tmp_path / "halted" / "checkpoint-8"))
     assert same(weights(straight), weights(again))
-    assert straight.control_state == again.control_state
-    assert straight.control_state.controller.updates == 12
+    assert straight.loop.state == again.loop.state
+    assert straight.loop.state.controller.updates == 12
 
 
 @pytest.mark.parametrize(

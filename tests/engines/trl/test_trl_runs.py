@@ -40,7 +40,7 @@ def test_save_stop_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path)
     second = controlled(tmp_path / "b", 12)
     second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-8"))
     assert same(weights(straight), weights(second))
-    assert to_json(straight.control_state) == to_json(second.control_state)
+    assert to_json(straight.loop.state) == to_json(second.loop.state)
     drop = {"seconds"}
     rows = [
         [{k: v for k, v in r.items() if k not in drop} for r in t.record.rows("metrics")] for t in (straight, second)

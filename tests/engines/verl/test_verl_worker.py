@@ -160,3 +160,117 @@ def test_without_our_engine_the_loss_alone_holds_by_sampled_entropies(model, tmp
     assert all(6 < x < 7.5 for x in sampled)
     said = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if "is not wrapped" in line]
     assert len(said) == 1
+
+
+MINE = """
+import json
+import os
+
+from isentropic.control.controllers import Controller, Range, ValueState
+from isentropic.control.targets import Target, TargetState
+from isentropic.recipes import Knob, Shaping
+
+
+def tilted(adv, reward, group_rate, tilt, floor):
+    with open(f"{__file__}.{os.environ['RANK']}", "a") as seen:
+        for pair in zip(reward.tolist(), group_rate.tolist(), strict=True):
+            seen.write(json.dumps([*pair, floor]) + "\\n")
+    return adv * (1 + tilt * group_rate.clamp(min=floor)[:, None])
+
+
+TILTED = Shaping(
+    "A·(1 + tilt·max(rate, floor))",
+    tilted,
+    reads={"reward", "group_rate"},
+    constants={"tilt": 0.0, "floor": 0.25},
+    knobs={"tilt": Knob(Range(0.5, 0.0, 2.0, 1e-3))},
+)
+
+
+def stepping(knob, size=0.1):
+    def update(state, entropy, target):
+        return ValueState(knob.clip(state.value + (size if entropy < target else -size)))
+
+    return Controller(lambda: ValueState(knob.start), update)
+
+
+def level(first, nats=1.0):
+    def update(state, entropy, tokens):
+        return state._replace(readings=state.readings + 1)
+
+    return Target(TargetState, update, lambda state: nats, lambda state: False)
+"""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_components_a_controller_and_a_target_from_a_file_see_whole_groups(model, tmp_path, world):
+    """A group that ranks, steps and micro-batches cut has the rate of the whole batch: (mean − min)/(max − min)."""
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    loss = {
+        "recipe": "loop",
+        "knob": "tilt",
+        "controller": f"{path}:stepping:size=0.25",
+        "folder": str(tmp_path / "run"),
+    }
+    loss |= {
+        "target": f"{path}:level:nats=3",
+        "recipe_options": {"shaping": f"{path}:TILTED", "floor": 0.3, "every": 1},
+    }
+    found = run(model, tmp_path / "out", world, policy_loss=loss, groups=True)
+    seen = [Path(f"{path}.{rank}").read_text().splitlines() for rank in range(world)]
+    rates = {reward: rate for lines in seen for reward, rate, floor in map(json.loads, lines) if floor == 0.3}
+    assert sum(len(set(lines)) for lines in seen) == len(rates) == 2 * 32
+    for rewards in found[0]["rewards"]:
+        groups = {name: [] for name in found[0]["groups"]}
+        for name, reward in zip(found[0]["groups"], rewards, strict=True):
+            groups[name].append(reward)
+        assert sorted(map(len, groups.values())) == [4, 4, 4, 5, 5, 10]
+        for members in groups.values():
+            rate = (sum(members) / len(members) - min(members)) / (max(members) - min(members))
+            assert [rates[reward] for reward in members] == pytest.approx([rate] * len(members), rel=1e-5)
+    read = rows(tmp_path / "run")
+    # Half up from the start while entropy is below 3 nats, then down again above it; the target is in force at once.
+    knobs = [row["knob/value"] for row in read]
+    assert knobs[0] == 0.5
+    for before, after, row in zip(knobs, knobs[1:], read, strict=False):
+        assert after == before + (0.25 if row["entropy/mean"] < 3 else -0.25)
+    assert {row["entropy/target"] for row in read} == {3.0}
+    assert all(row["predict/gain"] != 0 for row in read)
+    recipe = json.loads((tmp_path / "run/run.json").read_text())["recipe"]
+    for name, function in (("shaping", "tilted"), ("controller", "stepping"), ("target", "level")):
+        assert recipe[name].startswith(f"mine.{function}@")
+    assert recipe["constants"]["floor"] == 0.3
+
+
+def test_ten_refused_readings_save_and_stop_on_all_ranks(model, tmp_path):
+    """The first step is read; from the second on entropies are 0, and the eleventh ends the run."""
+    held = {**HELD, "folder": str(tmp_path / "run")}
+    found = run(model, tmp_path / "a", 2, policy_loss=held, broken_after=1, batches=6)
+    saved = tmp_path / "run/refused-step-11"
+    for rank in found:
+        assert rank["error"].startswith("EntropyReadingError: 10 entropy readings in a row were refused: entropy is ex")
+        assert str(saved) in rank["error"]
+    assert {path.name for path in saved.glob("model_world_size_2_rank_*.pt")} == {
+        f"model_world_size_2_rank_{rank}.pt" for rank in range(2)
+    }
+    state = json.loads((saved / "isentropic.json").read_text())
+    assert (state["step"], state["refused"], state["state"]) == (11, 10, found[0]["state"])
+    read = rows(tmp_path / "run")
+    assert [row["entropy/refused"] for row in read] == [*range(11)]
+    assert len({row["knob/value"] for row in read[1:]}) == 1
+    # The head is whole again: the checkpoint goes on with the eleventh step's weights and the held knob.
+    resumed = run(model, tmp_path / "b", 2, policy_loss=held, batches=1, first=6, resume=str(saved))
+    assert [row["entropy/refused"] for row in rows(tmp_path / "run")] == [*range(11), 0, 0]
+    assert resumed[0]["state"]["readings"] == 3
+
+
+def test_a_first_reading_that_is_refused_is_an_error_and_a_monitor_goes_on(model, tmp_path):
+    held = run(model, tmp_path / "held", policy_loss=HELD, broken_after=0, batches=1)[0]
+    assert held["error"].startswith("ValueError: the first entropy reading is refused: entropy is exactly 0")
+    folder = str(tmp_path / "run")
+    monitor = run(model, tmp_path / "monitor", policy_loss={"folder": folder}, broken_after=0, batches=6)[0]
+    assert monitor["error"] is None
+    assert rows(tmp_path / "run")[-1]["entropy/refused"] == 12
+    warnings = [x for x in (tmp_path / "monitor/stderr.txt").read_text().splitlines() if "reading refused" in x]
+    assert len(warnings) == 1

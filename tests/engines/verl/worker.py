@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_ENGINE_VENDOR": "nvidia"}
+import numpy as np
 import torch
 
 torch.set_num_threads(1)
@@ -33,6 +34,19 @@ from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import left_right_2_no_padding, no_padding_2_padding
 
 PROMPT, ANSWER, STEP, STEPS = 4, 8, 16, 2  # tokens, tokens, sequences an optimizer step, steps a batch
+# Groups of uneven size, cut by optimizer steps, micro-batches and ranks.
+GROUPS = [f"prompt-{i % 5 if i < 22 else 5}" for i in range(STEP * STEPS)]
+
+
+def rewards_of(seed):
+    """Of a whole batch: no two are alike."""
+    return torch.rand(STEP * STEPS, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def share_of(rank, world):
+    """The rows of a batch that a rank gets: of every optimizer step, its own."""
+    size = STEP // world
+    return torch.cat([torch.arange(size) + i * STEP + rank * size for i in range(STEPS)])
 
 
 def batch_of(seed, rank, world):
@@ -41,8 +55,7 @@ def batch_of(seed, rank, world):
     ids = torch.randint(3, 90, (rows, PROMPT + ANSWER), generator=generator)
     lengths = torch.randint(1, ANSWER + 1, (rows,), generator=generator)
     adv = torch.randn(rows, 1, generator=generator).expand(-1, ANSWER).contiguous()
-    size = STEP // world
-    mine = torch.cat([torch.arange(size) + i * STEP + rank * size for i in range(STEPS)])
+    mine = share_of(rank, world)
     ids, lengths, adv = ids[mine], lengths[mine], adv[mine]
     response_mask = (torch.arange(ANSWER)[None] < lengths[:, None]).long()
     attention = torch.cat([torch.ones(len(mine), PROMPT, dtype=torch.long), response_mask], 1)
@@ -105,7 +118,29 @@ def make(model, options):
     return worker
 
 
-def train(worker, seed, rank, world, noise=None):
+def add_groups(data, seed, rank, world):
+    """What verl's trainer knows of the samples: their prompts, and rewards at the last token."""
+    mine, mask = share_of(rank, world), data.batch["response_mask"]
+    scores = torch.zeros(mask.shape)
+    scores[torch.arange(len(mine)), mask.sum(1) - 1] = rewards_of(seed)[mine]
+    data.batch["token_level_scores"] = data.batch["token_level_rewards"] = scores
+    data.non_tensor_batch["uid"] = np.array([GROUPS[i] for i in mine], dtype=object)
+
+
+def break_head(engine, after):
+    """From this optimizer step on, zeros come in place of entropies."""
+    native = engine.prepare_model_outputs
+
+    def prepare_model_outputs(*args, **kwargs):
+        output = native(*args, **kwargs)
+        if engine.control is not None and engine.control.step >= after:
+            output["entropy"] = output["entropy"] * 0
+        return output
+
+    engine.prepare_model_outputs = prepare_model_outputs
+
+
+def train(worker, seed, rank, world, noise=None, groups=False):
     """One batch; with ``noise`` the sampler's log-probs come with it, off by so many nats."""
     data, adv = batch_of(seed, rank, world)
     scored = left_right_2_no_padding(data.to_tensordict())
@@ -116,6 +151,8 @@ def train(worker, seed, rank, world, noise=None):
     if noise is not None:
         generator = torch.Generator().manual_seed(seed)
         data.batch["rollout_log_probs"] = logp + noise * torch.randn(logp.shape, generator=generator)
+    if groups:
+        add_groups(data, seed, rank, world)
     given = left_right_2_no_padding(data.to_tensordict())
     settings = {"global_batch_size": STEP, "mini_batch_size": STEP, "epochs": 1, "seed": 1, "temperature": 1.0}
     tu.assign_non_tensor(given, **settings, calculate_entropy=True, dataloader_kwargs={"shuffle": False})
@@ -150,19 +187,25 @@ def main(model, out, options):
         return
     if options.get("resume"):
         worker.load_checkpoint(options["resume"])
-    first = options.get("first", 0)
+    if "broken_after" in options:
+        break_head(worker.engine, options["broken_after"])
+    first, error = options.get("first", 0), None
     for seed in range(first, first + options.get("batches", 2)):
-        metrics = train(worker, seed, rank, world, options.get("noise"))
+        try:
+            metrics = train(worker, seed, rank, world, options.get("noise"), options.get("groups", False))
+        except (RuntimeError, ValueError) as raised:
+            if "broken_after" not in options:
+                raise
+            error = f"{type(raised).__name__}: {raised}"
+            break
         logged.append({k: v for k, v in metrics.items() if isinstance(v, list) and isinstance(v[0], float)})
     if options.get("save"):
         worker.save_checkpoint(options["save"], global_step=1)
-    control, state = getattr(worker.engine, "control", None), None
-    if control is not None and control.state is not None:
-        from isentropic.control.thermostat import to_json
-
-        state = to_json(control.state)
+    control = getattr(worker.engine, "control", None)
+    state = None if control is None else control.loop.as_dict()["state"]
     weights = {k: v.full_tensor().double().abs().sum().item() for k, v in worker.engine.module.state_dict().items()}
     found = {"logged": logged, "state": state, "weights": weights, "engine": type(worker.engine).__name__}
+    found |= {"error": error, "rewards": [rewards_of(seed).tolist() for seed in range(len(logged))], "groups": GROUPS}
     Path(out, f"rank-{rank}.json").write_text(json.dumps(found))
 
 

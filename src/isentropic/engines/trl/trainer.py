@@ -117,6 +117,7 @@ class EntropyControlMixin(TrainerHooks):
         loop: the controller and its state.
         batches: what is generated.
         run_log: what is written.
+        record: the run directory.
         explainer: what is predicted.
     """
 
@@ -131,6 +132,7 @@ class EntropyControlMixin(TrainerHooks):
         self.loop = ControlLoop(self.recipe, max(self.args.max_steps, 1), self._save_and_stop)
         self.add_callback(RunLength(self))
         self.batches, self.run_log = GeneratedBatches(trainer), RunLog(trainer)
+        self.record = self.run_log.record
         fused = getattr(self.args, "head", "trl") == "auto" and install(self)
         self.explainer = Explainer(trainer, getattr(self.args, "explain_every", None), fused)
         self._rows = WholeRows(trainer) if "logp_rows" in self.recipe.reads else None
@@ -285,7 +287,7 @@ class EntropyControlMixin(TrainerHooks):
             return
         self.batches.num_generated = state["generated"]
         if self.accelerator.is_main_process:
-            self.run_log.record.rewind(state["step"])
+            self.record.rewind(state["step"])
         self.loop.restore(state)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -7,15 +7,19 @@ are held against one another in fp64.
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...entropy.audit import Clip, Finding, Report, Scored, audit_rows
 from ...entropy.audit.probe import output_dtype
+from ...recipes import Recipe
 from ...runs.record import write_json
 from ...types import TokenBatch
-from .rows import aligned, temperature_of
+from .compat import Engine, Keys, aligned, answers_of, holds, temperature_of
+
+if TYPE_CHECKING:
+    from .control import Control
 
 logger = logging.getLogger("isentropic")
 AUDIT_FILE = "audit.json"
@@ -37,7 +41,7 @@ _REMEDIES = {
 }
 
 
-def first_look(engine: Any, control: Any) -> None:
+def first_look(engine: Engine, control: Control) -> None:
     """Have the next micro-batch of a worker looked at before it trains; serious findings are warned of."""
     control.logits.once = True
 
@@ -53,33 +57,31 @@ def first_look(engine: Any, control: Any) -> None:
     control.audit = look
 
 
-def audit_micro_batch(module: Any, recipe: Any, batch: TokenBatch, logits: torch.Tensor | None, data: Any) -> Report:
+def audit_micro_batch(module: Any, recipe: Recipe, batch: TokenBatch, logits: torch.Tensor | None, data: Any) -> Report:
     """What the worker's first micro-batch shows of precision and sampling.
 
     Args:
         module: the worker's model.
         recipe: for its clip.
         batch: token facts ``[b t]``.
-        logits: ``[tokens v]`` packed, as the head gave them; None where verl's engine makes none.
+        logits: ``[tokens v]`` packed, as the head gave them; None if verl's engine makes none.
         data: verl's micro-batch.
     """
-    from verl.workers.utils.padding import no_padding_2_padding
-
     if logits is None:
         return Report([], {"logits": "not made by this engine: nothing was looked at"}, {})
     keep = batch.mask.bool()
     limit = max(1, _MAX_NUMBERS // logits.shape[-1])
-    rows = no_padding_2_padding(torch.arange(len(logits), device=logits.device)[:, None], data)[..., 0][keep][:limit]
-    ids = aligned(data["responses"], keep.shape[1]).long()[keep][:limit]
+    rows = answers_of(torch.arange(len(logits), device=logits.device)[:, None], data)[..., 0][keep][:limit]
+    ids = aligned(data[Keys.ANSWERS], keep.shape[1]).long()[keep][:limit]
 
     def some(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else x[keep][:limit]
 
-    sampler = data["rollout_log_probs"] if "rollout_log_probs" in data.keys() else None  # noqa: SIM118
+    sampler = data[Keys.LOGP_SAMPLER] if holds(data, Keys.LOGP_SAMPLER) else None
     temperature, dtypes = temperature_of(data), _dtypes(module, logits.device.type)
     logp, entropy = some(batch.logp), some(batch.entropy)
     assert logp is not None
-    found, figures = audit_rows(
+    findings, figures = audit_rows(
         logits[rows],
         ids,
         Scored(logp, entropy),
@@ -98,10 +100,10 @@ def audit_micro_batch(module: Any, recipe: Any, batch: TokenBatch, logits: torch
         "sampling": f"temperature {temperature:g}",
         "tokens": str(len(ids)),
     }
-    return Report([_told(f) for f in found], checked, figures)
+    return Report([_with_remedy(f) for f in findings], checked, figures)
 
 
-def _told(finding: Finding) -> Finding:
+def _with_remedy(finding: Finding) -> Finding:
     """The finding with verl's remedy."""
     return finding._replace(remedy=_REMEDIES.get(finding.code, finding.remedy))
 
@@ -115,7 +117,7 @@ def _dtypes(module: Any, device: str) -> dict[str, torch.dtype | None]:
     }
 
 
-def _clip(recipe: Any, batch: TokenBatch) -> Clip:
+def _clip(recipe: Recipe, batch: TokenBatch) -> Clip:
     low, high = (1.0 if recipe.objective == "cispo" else recipe.clip_low), recipe.clip_high
     by_sequence = recipe.objective == "sequence_clipped"
     length = max(1, round(batch.mask.sum(1).double().mean().item())) if by_sequence else 1

@@ -9,30 +9,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from verl.trainer.ppo.core_algos import register_adv_est
 
-from ...recipes.compose import Recipe, compose
-from ...recipes.compose import advantages as by_baseline
+from ...recipes import Recipe, compose
+from ...recipes.apply import advantages
+from .compat import register_adv_est
 from .plugin import OURS
 
 
 def recipe_of(config: Any) -> Recipe:
-    """The recipe whose baseline is meant by verl's ``algorithm``.
+    """The recipe whose baseline is meant by verl's ``algorithm``; nothing else of it is as configured.
 
     Raises:
         ValueError: it names none.
     """
-    given = config.get(OURS) if config is not None else None
-    if not given or not given.get("recipe"):
+    ours = config.get(OURS) if config is not None else None
+    if not ours or not ours.get("recipe"):
         raise ValueError(
             "algorithm.adv_estimator=isentropic takes its baseline from a recipe, got none; add +isentropic=RECIPE"
         )
-    options = dict(given.get("recipe_options") or {})
-    return compose(given["recipe"], **{k: v for k, v in options.items() if k in ("baseline", "quantile")})
+    options = dict(ours.get("recipe_options") or {})
+    recipe = compose(ours["recipe"], baseline=options.get("baseline"))
+    numbers = {**(options.get("constants") or {}), **options}
+    names = recipe.component("baseline").constants
+    return compose(recipe, **{name: numbers[name] for name in names if name in numbers})
 
 
 def grouped(recipe: Recipe, scores: torch.Tensor, index: Any) -> torch.Tensor:
-    """Advantages ``[b]`` of scores ``[b]`` whose groups are told by ``index``; groups may differ in size.
+    """Advantages ``[b]`` of scores ``[b]`` by the recipe's baseline; groups may differ in size.
+
+    Args:
+        recipe: for its baseline.
+        scores: ``[b]``.
+        index: the group of each, b names.
 
     Example:
         >>> from isentropic.recipes import compose
@@ -45,7 +53,7 @@ def grouped(recipe: Recipe, scores: torch.Tensor, index: Any) -> torch.Tensor:
     adv = torch.zeros_like(scores)
     for size in {len(rows) for rows in members.values()}:
         at = torch.tensor([rows for rows in members.values() if len(rows) == size], device=scores.device)
-        adv[at.flatten()] = by_baseline(recipe, scores[at]).to(scores.dtype)
+        adv[at.flatten()] = advantages(recipe, scores[at]).to(scores.dtype)
     return adv
 
 
@@ -57,5 +65,5 @@ def estimate(
     with torch.no_grad():
         scores = token_level_rewards.sum(-1)
         adv = grouped(recipe_of(config), scores, range(len(scores)) if index is None else index)
-        wide = adv.unsqueeze(-1) * response_mask
-    return wide, wide
+        by_token = adv.unsqueeze(-1) * response_mask
+    return by_token, by_token

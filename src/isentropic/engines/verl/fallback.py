@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ...recipes.compose import RECIPES, Recipe, build_thermostat, select, shape, with_knob
-from ...recipes.parts import NEEDS_ENTROPY
-from ...recipes.terms import penalty, selected, wide
+from ...losses.reduce import SumCount
+from ...recipes import RECIPES, Recipe
+from ...recipes.apply import per_token
 from ...types import EntropyReading, TokenBatch
-from ..loop import MAX_REFUSED, EntropyReadingError
-from ..rewrite import weights_of
-from .control import native_config, native_mode
+from ..loop import ControlLoop, masked_sums
+from ..rewrite import rewrite
+from .compat import get_policy_loss_fn, set_field
+from .loss import add_penalty, native_config, native_mode
 
 logger = logging.getLogger("isentropic")
 LACKS = (
@@ -28,15 +29,26 @@ LACKS = (
     "on resume, an optimizer step that the engine skips is read with the next one, there is no run directory, no "
     "predicted change and no audit; actor_rollout_ref.actor.strategy=fsdp2 has all of it"
 )
+NOT_THERE = {
+    "entropy": "the entropies of the rows",
+    "entropy_old": "the entropies of sampling time",
+    "logp_rows": "whole rows of log-probabilities",
+    "reward": "the rewards of the answers",
+    "group_rate": "the success rates of the groups",
+}
 
 
 def why_not(recipe: Recipe) -> str | None:
-    """What of a recipe cannot be had through the loss alone, or None."""
-    for part in (recipe.selection, recipe.shaping):
-        if part in NEEDS_ENTROPY:
-            return f"{part} reads the entropies of the rows"
-    if recipe.needs_rows:
-        return f"{recipe.penalty} reads whole rows of log-probabilities"
+    """What of a recipe cannot be had through the loss alone, or None.
+
+    Example:
+        >>> why_not(RECIPES["isentropic"]), why_not(RECIPES["adapo"])
+        ('repo_r reads the entropies of the rows', None)
+    """
+    for stage, component in recipe.components().items():
+        for field, name in NOT_THERE.items():
+            if field in component.reads:
+                return f"{getattr(recipe, stage)} reads {name}"
     if recipe.entropy_coef or recipe.knob == "entropy_coef":
         return "the entropy bonus needs entropies with a gradient"
     return None
@@ -44,6 +56,11 @@ def why_not(recipe: Recipe) -> str | None:
 
 def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
     """Refuse what cannot be had through the loss alone.
+
+    Args:
+        recipe: composed.
+        strategy: of verl's actor.
+        pipeline: its pipeline stages.
 
     Raises:
         ValueError: what, got, allowed, remedy.
@@ -63,62 +80,80 @@ def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
 
 
 class ByLoss:
-    """The controller of one worker, behind the loss that verl calls; every rank holds the same state."""
+    """The controller of one worker, behind the loss that verl calls; every rank holds the same state.
+
+    Args:
+        recipe: composed and checked.
+        config: the actor's.
+        updates: optimizer steps a generated batch, if known.
+        steps: of the whole run, if known.
+
+    Attributes:
+        loop: the controller and its state.
+        step: optimizer steps done.
+        last: the latest sampled estimate, nats per token.
+    """
 
     def __init__(self, recipe: Recipe, config: Any, updates: int | None, steps: int | None = None):
         strategy = str(config.strategy)
         megatron = getattr(config, "megatron", None)
         check(recipe, strategy, getattr(megatron, "pipeline_model_parallel_size", 1))
-        self.recipe, self.updates = recipe, updates or 1
-        self.thermostat = build_thermostat(recipe, steps)
-        self.state: Any = self.thermostat.init() if self.thermostat else None
-        self.step = self.refused = 0
-        self.window: torch.Tensor | None = None
-        self.last = math.nan
-        register_optimizer_step_post_hook(self.close)
+        self.loop, self.updates = ControlLoop(recipe, steps), updates or 1
+        self.step, self.last = 0, math.nan
+        register_optimizer_step_post_hook(self.end_step)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             logger.warning(LACKS, strategy)
 
     def loss(self, logp: torch.Tensor, batch: TokenBatch, config: Any, mode: str, weights: Any) -> tuple[Any, Any]:
-        """verl's loss of one micro-batch on rewritten advantages, with the recipe's penalty, and what is logged."""
-        from verl.trainer.ppo.core_algos import agg_loss, get_policy_loss_fn
+        """verl's loss of one micro-batch on rewritten advantages, with the recipe's penalty, and what is logged.
 
-        recipe = with_knob(self.recipe, self.state.value if self.state else None)
-        config, chosen = native_config(recipe, config), select(recipe, batch)
-        if native_mode(recipe):
-            adv, old = wide(selected(shape(recipe, batch), chosen), batch.logp), batch.logp_old
-        else:
-            adv, old = weights_of(recipe, batch, chosen)[0], batch.logp
+        Args:
+            logp: ``[b t]`` with gradient.
+            batch: token facts without gradients.
+            config: the actor's.
+            mode: verl's reduction.
+            weights: verl's weights for the rollout correction, or None.
+        """
+        recipe = self.loop.recipe_now
+        config = native_config(recipe, config)
+        rewritten = rewrite(recipe, batch, native_mode(recipe) is not None)
         native = get_policy_loss_fn(config.policy_loss.loss_mode)
-        given = {"old_log_prob": old, "log_prob": logp, "advantages": adv, "response_mask": batch.mask}
-        loss, metrics = native(**given, loss_agg_mode=mode, config=config, rollout_is_weights=weights)
+        loss, metrics = native(
+            old_log_prob=batch.logp_old if rewritten.logp_old is None else rewritten.logp_old,
+            log_prob=logp,
+            advantages=per_token(rewritten.advantages, batch.logp),
+            response_mask=batch.mask,
+            loss_agg_mode=mode,
+            config=config,
+            rollout_is_weights=weights,
+        )
         if recipe.penalty != "none":
-            cost = penalty(recipe, batch._replace(logp=logp))
-            cost = torch.where(batch.mask.bool(), cost, torch.zeros_like(cost))
-            loss = loss + recipe.penalty_coef * agg_loss(cost, batch.mask, mode, **config.global_batch_info)
-        sums = torch.stack([-batch.logp, torch.ones_like(batch.logp)])
-        sums = torch.where(batch.mask.bool(), sums, 0.0).sum((1, 2), dtype=torch.float64)
-        self.window = sums if self.window is None else self.window + sums
-        known = {"entropy/sampled": self.last, "knob/value": self.state.value if self.state else math.nan}
-        return loss, {**metrics, **{name: x for name, x in known.items() if math.isfinite(x)}}
+            loss = add_penalty(recipe, loss, batch._replace(logp=logp), config)
+        surprisal = torch.stack([-batch.logp, torch.ones_like(batch.logp)])
+        self.loop.observe(SumCount(*masked_sums(surprisal, batch.mask).unbind()))
+        value = self.loop.value
+        logged = {"entropy/sampled": self.last, "knob/value": math.nan if value is None else value}
+        return loss, {**metrics, **{name: x for name, x in logged.items() if math.isfinite(x)}}
 
-    def close(self, *args: Any) -> None:
-        """After an optimizer's step: add up all ranks, and turn the knob; nothing where no loss was computed."""
-        window, self.window = self.window, None
-        if window is None:
+    def end_step(self, *args: Any) -> None:
+        """After an optimizer's step: add up all ranks, and move the knob; nothing if no loss was computed.
+
+        Raises:
+            EntropyReadingError: ten readings in a row were refused; there is nothing here to save with.
+            ValueError: the first one was.
+        """
+        if not self.loop.observed:
             return
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(window)
-        reading = EntropyReading(*window.tolist(), estimator="sampled")
+        sums: SumCount = self.loop.reduced(_over_ranks)
+        reading = EntropyReading(float(sums.sum), float(sums.count), estimator="sampled")
         self.step, self.last = self.step + 1, reading.mean
-        problem = reading.problem()
-        self.refused = self.refused + 1 if problem else 0
-        if problem:
-            logger.warning("entropy reading refused (%s in a row), the knob is held: %s", self.refused, problem)
-        if self.refused >= MAX_REFUSED:
-            raise EntropyReadingError(f"{self.refused} entropy readings in a row were refused: {problem}")
-        if self.thermostat is not None:
-            self.state = self.thermostat.update(self.state, reading, act=self.step % self.updates == 0)
+        self.loop.regulate(reading, act=self.step % self.updates == 0)
+
+
+def _over_ranks(vector: torch.Tensor) -> torch.Tensor:
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(vector)
+    return vector
 
 
 def by_loss(
@@ -130,12 +165,12 @@ def by_loss(
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What verl calls as its loss ``isentropic`` where no engine of ours stands around it."""
-    chosen = config.policy_loss
-    behind: ByLoss | None = chosen.fallback
-    if behind is None:
-        behind = ByLoss(chosen.checked(config), config, chosen.updates(config), chosen.steps(config))
-        # The fields of verl's configs are frozen, and this one lives as long as the worker's loss does.
-        object.__setattr__(chosen, "fallback", behind)
+    """What verl calls as its loss ``isentropic`` where no engine of ours wraps it."""
+    settings = config.policy_loss
+    control: ByLoss | None = settings.fallback
+    if control is None:
+        control = ByLoss(settings.checked(config), config, settings.updates(config), settings.steps(config))
+        # This config lives as long as the worker's loss does.
+        set_field(settings, "fallback", control)
     batch = TokenBatch(log_prob.detach().float(), old_log_prob.float(), advantages.float(), response_mask)
-    return behind.loss(log_prob, batch, config, loss_agg_mode, rollout_is_weights)
+    return control.loss(log_prob, batch, config, loss_agg_mode, rollout_is_weights)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...recipes.compose import RECIPES, Recipe
+from ...recipes import RECIPES, Recipe
 
 ESTIMATORS: dict[str, tuple[str, bool | None]] = {
     "mean_std": ("grpo", True),
@@ -22,7 +22,7 @@ MONITOR = "monitor"
 
 
 def estimator_of(recipe: Recipe) -> tuple[str, bool | None]:
-    """verl's ``adv_estimator`` and ``norm_adv_by_std_in_grpo`` for the recipe's baseline; None where it has no effect.
+    """verl's ``adv_estimator`` and ``norm_adv_by_std_in_grpo`` for the recipe's baseline; None if it has no effect.
 
     Example:
         >>> estimator_of(RECIPES["grpo"]), estimator_of(RECIPES["qae"])
@@ -66,8 +66,8 @@ def group_entry(recipe: Recipe | None, name: str | None) -> dict[str, Any]:
     algorithm: dict[str, Any] = {"adv_estimator": estimator}
     if norm is not None:
         algorithm["norm_adv_by_std_in_grpo"] = norm
-    chosen = "actor_rollout_ref.actor.policy_loss"
-    algorithm[OURS] = {"recipe": f"${{{chosen}.recipe}}", "recipe_options": f"${{{chosen}.recipe_options}}"}
+    ours = "actor_rollout_ref.actor.policy_loss"
+    algorithm[OURS] = {"recipe": f"${{{ours}.recipe}}", "recipe_options": f"${{{ours}.recipe_options}}"}
     if estimator == OURS:
         entry["actor_rollout_ref"]["model"] = {"external_lib": ESTIMATOR_MODULE}
     return {**entry, "algorithm": algorithm}
@@ -79,5 +79,5 @@ def register() -> None:
 
     store = ConfigStore.instance()
     for name, recipe in {MONITOR: None, **RECIPES}.items():
-        named = None if recipe is None else name
-        store.store(group="isentropic", name=name, node=group_entry(recipe, named), package="_global_")
+        node = group_entry(recipe, None if recipe is None else name)
+        store.store(group="isentropic", name=name, node=node, package="_global_")

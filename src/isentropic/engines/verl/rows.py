@@ -1,4 +1,4 @@
-"""The logits of a micro-batch on their way from verl's model to its loss: whole rows, for parts that read them."""
+"""The logits of a micro-batch on their way from verl's model to its loss: whole rows, for components that read them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .compat import Engine, Keys, answers_of, temperature_of
+
 
 class Logits:
     """Keeps the logits of the micro-batch under way, packed ``[tokens v]`` and as the head gave them.
@@ -15,14 +17,14 @@ class Logits:
     They are not put among the model's outputs, which verl holds until the end of an optimizer step.
 
     Attributes:
-        wanted: whether a part of the recipe reads whole rows.
+        wanted: whether a component of the recipe reads whole rows.
         once: whether the next micro-batch's are wanted for a look.
     """
 
-    def __init__(self) -> None:
-        self.wanted = self.once = False
+    def __init__(self, wanted: bool = False) -> None:
+        self.wanted, self.once = wanted, False
         self._open = False
-        self._seen: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -31,9 +33,9 @@ class Logits:
         try:
             yield
         finally:
-            self._open, self._seen = False, None
+            self._open, self._kept = False, None
 
-    def keep(self, engine: Any, output: Any, data: Any) -> None:
+    def keep(self, engine: Engine, output: Any, data: Any) -> None:
         """See the output of the model's forward pass.
 
         Raises:
@@ -52,12 +54,12 @@ class Logits:
                     "actor_rollout_ref.actor.ulysses_sequence_parallel_size=1, or take another recipe"
                 )
             return
-        self._seen = packed(logits, data["input_ids"])
+        self._kept = packed(logits, data[Keys.IDS])
 
     def take(self) -> torch.Tensor | None:
         """Those of this micro-batch, once."""
-        seen, self._seen, self.once = self._seen, None, False
-        return seen
+        kept, self._kept, self.once = self._kept, None, False
+        return kept
 
 
 def packed(logits: Any, input_ids: Any) -> torch.Tensor:
@@ -70,28 +72,7 @@ def packed(logits: Any, input_ids: Any) -> torch.Tensor:
     return logits[here]
 
 
-def padded(x: torch.Tensor) -> torch.Tensor:
-    """``[b t]``, whether it came padded or jagged."""
-    return x.to_padded_tensor(0) if x.is_nested else x
-
-
-def aligned(x: torch.Tensor, length: int) -> torch.Tensor:
-    """``[b t]`` of that many tokens."""
-    x = padded(x)
-    return torch.nn.functional.pad(x, (0, length - x.shape[1]))[:, :length]
-
-
-def temperature_of(data: Any) -> float:
-    """The sampling temperature that verl scores with."""
-    from verl.utils import tensordict_utils as tu
-
-    got = tu.get_non_tensor_data(data, "temperature", default=1.0)
-    return float(got) if isinstance(got, int | float) else 1.0
-
-
 def rows_of(logits: torch.Tensor | None, data: Any) -> torch.Tensor:
     """The log-probabilities of the rows that the answers were sampled from, ``[b t v]`` in fp32, with gradient."""
-    from verl.workers.utils.padding import no_padding_2_padding
-
     assert logits is not None
-    return no_padding_2_padding((logits.float() / temperature_of(data)).log_softmax(-1), data)
+    return answers_of((logits.float() / temperature_of(data)).log_softmax(-1), data)

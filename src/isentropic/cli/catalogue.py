@@ -1,0 +1,106 @@
+"""`isentropic recipes` and `isentropic tasks`: the choices, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from importlib.util import find_spec
+from typing import Any
+
+from ..control.controllers import CONTROLLERS
+from ..control.targets import TARGETS
+from ..recipes import RECIPES
+from ..recipes.knobs import all_knobs
+from ..recipes.stages import REDUCTIONS, STAGES, Component
+from ..tasks import KINDS, TASKS, load_task
+from .parser import add_command
+
+# Of each stage: its plural, and what its formulas are.
+_TITLES = {
+    "baseline": ("BASELINES", "the advantage A from the rewards R of a group"),
+    "selection": ("SELECTIONS", "the tokens whose advantage counts"),
+    "shaping": ("SHAPINGS", "the advantage by token; L = log π + H"),
+    "bounds": ("BOUNDS", "of the ratio r"),
+    "objective": ("OBJECTIVES", "the loss by token"),
+    "penalty": ("PENALTIES", "added to the loss, times penalty_coef"),
+}
+
+
+def add_to(commands: Any) -> None:
+    """Add the commands."""
+    add_command(commands, "recipes", _print_recipes, "list the algorithms, their components, knobs and controllers")
+    add_command(commands, "tasks", _print_tasks, "list the tasks, and how each is named")
+
+
+def _print_recipes(args: dict[str, Any]) -> int:
+    print(recipes())
+    return 0
+
+
+def _print_tasks(args: dict[str, Any]) -> int:
+    print(tasks())
+    return 0
+
+
+def recipes() -> str:
+    """Recipes, and their components, knobs, controllers and targets.
+
+    Example:
+        >>> print(recipes()[:18])
+        RECIPES (--recipe)
+    """
+    named = []
+    for name, recipe in RECIPES.items():
+        control = f"; knob {recipe.knob}, controller {recipe.controller}" if recipe.knob else ""
+        named += [(name, f"{recipe.formula}{control}"), ("", recipe.source)]
+    controllers = [
+        (name, (function.__doc__ or "").splitlines()[0].replace("`", "")) for name, function in CONTROLLERS.items()
+    ]
+    return "\n\n".join(
+        [
+            _section("RECIPES (--recipe)", named),
+            _section(
+                "KNOBS (--knob), numbers of the loss that a controller may turn",
+                [(name, knob.source) for name, knob in all_knobs().items()],
+            ),
+            *(_stage_section(stage) for stage in STAGES),
+            _section("REDUCTIONS (recipe_options.reduction), of the losses of tokens", REDUCTIONS.items()),
+            _section("CONTROLLERS (--controller NAME[:OPTION=VALUE])", controllers),
+            _section("TARGETS (--target), of entropy in nats per token", TARGETS.items()),
+        ]
+    )
+
+
+def _stage_section(stage: str) -> str:
+    plural, meaning = _TITLES[stage]
+    rows = []
+    for name, component in STAGES[stage].items():
+        rows.append((name, component.formula))
+        if component.constants:
+            rows.append(("", f"constants: {_constants(component)}"))
+    return _section(f"{plural} (--{stage}), {meaning}", rows)
+
+
+def _constants(component: Component) -> str:
+    """Constants with their defaults, which recipe_options may set; those that are knobs are marked."""
+    return ", ".join(
+        f"{name}={value:g}" + (" (knob)" if name in component.knobs else "")
+        for name, value in component.constants.items()
+    )
+
+
+def tasks() -> str:
+    """Tasks by name, and the generators of reasoning-gym if it is installed."""
+    built_in = [(name, load_task(name).description) for name in TASKS]
+    kinds = [row for kind in KINDS.values() for row in ((kind.form, ""), ("", kind.meaning))]
+    custom = [("FILE.py:NAME", ""), ("", "a Task of your own; or package.module:attribute")]
+    if find_spec("reasoning_gym") is None:
+        generators = "GENERATORS of reasoning-gym: pip install 'isentropic[tasks]'"
+    else:
+        from ..tasks.gym import names
+
+        generators = f"GENERATORS of reasoning-gym (rg:NAME)\n  {', '.join(names())}"
+    return f"{_section('TASKS (--task)', [*built_in, *kinds, *custom])}\n\n{generators}"
+
+
+def _section(title: str, rows: Iterable[tuple[str, str]]) -> str:
+    return "\n".join([title, *(f"  {name:23} {text}".rstrip() for name, text in rows)])

@@ -1,0 +1,137 @@
+"""`isentropic compare`: run a grid, or put runs side by side."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..experiments.config import ConfigError, config_errors, total_steps
+from ..runs.record import Record, plain
+from .parser import add_command
+
+_MAX_RUNS_ON_PAGE = 8
+
+
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "compare",
+        compare,
+        "run recipes x tasks x seeds, or put runs side by side",
+        "Run the missing cells of a grid, then print which method is better and how sure that is. Finished cells never "
+        "run again.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="GRID.toml | RUN", help="a grid, or directories of ended runs")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="recipes, or a choice among the grid's cells")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks [the grid's, or expr]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds [the grid's, or 0]")
+    parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="settings of train for every run")
+    parser.add_argument("--baseline", help="a cell; the others' probability of improvement over it is printed")
+    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each [one a core]")
+    parser.add_argument("--out", help="directory of the run directories [runs/GRID]")
+    parser.add_argument(
+        "--results", help="file with a line a finished run, compressed if it ends in .gz [OUT/results.jsonl]"
+    )
+    parser.add_argument("--only-table", action="store_true", help="run nothing: tabulate the finished runs")
+    parser.add_argument("--dry-run", action="store_true", help="check every cell, list them, stop")
+    parser.add_argument("--json", action="store_true", help="print the estimates as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print the tables as Markdown")
+
+
+class _Results(NamedTuple):
+    """Finished runs: their lines, the directories for the page, the output directory, the baseline, the errors."""
+
+    lines: list[dict[str, Any]]
+    runs: list[Path]
+    folder: Path | None
+    baseline: str | None
+    failed: list[str]
+
+
+def compare(args: dict[str, Any]) -> int:
+    """Run a grid if one is named, and print the tables."""
+    from ..experiments import compare as comparisons
+
+    with config_errors():
+        if args["paths"] and not any(path.endswith(".toml") for path in args["paths"]):
+            results = _of_runs(args)
+        else:
+            if len(args["paths"]) > 1:
+                raise ConfigError(f"compare takes one grid, got {' '.join(args['paths'])}; leave the others out")
+            results = _of_grid(args)
+        if results is None:
+            return 0
+        comparison = comparisons.compare(results.lines, results.baseline)
+    if results.folder is not None:
+        comparisons.write(comparison, results.lines, results.folder)
+        if not args["only_table"]:
+            _write_report(results.runs, results.folder / "report.html")
+    if args["json"]:
+        print(json.dumps(plain(comparison.as_json()), indent=2, ensure_ascii=False))
+    else:
+        print(comparisons.render(comparison, args["markdown"]))
+    return 1 if results.failed else 0
+
+
+def _of_runs(args: dict[str, Any]) -> _Results:
+    """The results of run directories."""
+    from ..experiments.compare import line_of, name_cells
+
+    unused = [name for name in ("recipes", "tasks", "seeds", "set", "jobs", "results") if args[name]]
+    if unused:
+        raise ConfigError(f"--{unused[0]} belongs to a grid, got run directories; leave one of them out")
+    runs = _run_directories(args["paths"])
+    lines = name_cells(line_of(Record(path)) for path in runs)
+    return _Results(lines, runs, Path(args["out"]) if args["out"] else None, args["baseline"], [])
+
+
+def _of_grid(args: dict[str, Any]) -> _Results | None:
+    """The results of a grid, after its missing cells have run; None after a dry run."""
+    from ..experiments.grid import load_grid, run, settings_from
+
+    names = ("out", "results", "baseline", "jobs", "tasks", "seeds", "recipes")
+    flags = {**{name: args[name] for name in names}, "settings": settings_from(args["set"])}
+    grid = load_grid(args["paths"][0] if args["paths"] else None, flags)
+    if args["dry_run"]:
+        _print_cells(grid)
+        return None
+    failed = [] if args["only_table"] else run(grid, say=lambda text: print(text, file=sys.stderr, flush=True))
+    lines = grid.lines()
+    first_runs = {cell.name: cell.folder(grid.out) for cell in reversed(grid.cells)}
+    runs = [path for path in first_runs.values() if (path / "summary.json").exists()][::-1]
+    baseline = grid.baseline if grid.baseline in {line["cell"] for line in lines} else None
+    return _Results(lines, runs, grid.out, baseline, failed)
+
+
+def _write_report(runs: Sequence[Path], out: Path) -> None:
+    """Write a page of the first run of each cell, at most eight; an error in it does not fail the comparison."""
+    from ..report import write
+
+    if not runs:
+        return
+    try:
+        print(f"report: {write(runs[:_MAX_RUNS_ON_PAGE], out)}", file=sys.stderr)
+    except Exception as error:
+        print(f"no report: {error}", file=sys.stderr)
+
+
+def _run_directories(paths: Sequence[str]) -> list[Path]:
+    """The run directories that are named, or those inside a directory that is not one; each once."""
+    runs: list[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(child.parent for child in path.glob("*/run.json"))
+        runs += inside if inside and not (path / "run.json").exists() else [path]
+    return list({path.resolve(): path for path in runs}.values())
+
+
+def _print_cells(grid: Any) -> None:
+    missing = {id(cell) for cell in grid.missing()}
+    width = max(len(cell.name) for cell in grid.cells)
+    for cell in grid.cells:
+        state = "to run" if id(cell) in missing else "done"
+        print(f"{cell.name:{width}}  {cell.task}  seed {cell.seed}  {total_steps(cell.config)} steps  {state}")
+    print(f"{len(missing)} of {len(grid.cells)} runs to do, {grid.jobs} at a time; results in {grid.results}")

@@ -1,0 +1,59 @@
+"""`isentropic eval`: models and runs side by side on held-out prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from ..experiments.config import config_errors, eval_settings
+from ..models.candidates import candidates
+from ..runs.record import plain
+from .parser import add_command, heavy
+
+
+def add_to(commands: Any) -> None:
+    """Add the command."""
+    help = "pass@k, distinct answers, majority votes: models and runs side by side on held-out prompts"
+    parser = add_command(commands, "eval", evaluate, help)
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL | RUN", help="run directories, model directories, names, hub ids"
+    )
+    parser.add_argument("--task", help="the task [the first run's]")
+    parser.add_argument("--step", type=int, help="of a run: the checkpoint after this optimizer step [the last]")
+    parser.add_argument("--k", type=int, help="samples a prompt [the first run's, or 16]")
+    parser.add_argument("--limit", type=int, help="prompts: the first so many [the first run's, or 180]")
+    parser.add_argument("--greedy", action="store_true", help="greedy answers too")
+    parser.add_argument("--greedy-limit", type=int, help="greedy answers to the first so many prompts [--limit]")
+    parser.add_argument("--seed", type=int, help="of sampling [the first run's, or 0]")
+    parser.add_argument("--temperature", type=float, help="of sampling [the first run's, or 1]")
+    parser.add_argument(
+        "--max-completion-length", type=int, help="token limit of a completion [the run's, or the task's]"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of weights [the run's, or as they were saved]"
+    )
+    parser.add_argument("--out", help="append a row a model, with the counts by prompt, to this JSONL file")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def evaluate(args: dict[str, Any]) -> int:
+    """Evaluate the models, and print a table or JSON."""
+    with config_errors():
+        models = candidates(args["models"], args["step"], args["dtype"])
+    settings = eval_settings(args, [model.config for model in models if model.config is not None])
+    experiment = heavy("experiments.evaluate")
+    heavy("models.loading").quiet()
+    rows = experiment.evaluate_models(settings, models, args["out"], _print_progress)
+    if args["json"]:
+        print(json.dumps(plain(rows), indent=2, ensure_ascii=False))
+        return 0
+    from ..experiments.terminal import evaluation_table
+
+    print(evaluation_table(rows))
+    return 0
+
+
+def _print_progress(text: str) -> None:
+    """Progress goes to stderr, so that the result can be piped."""
+    print(text, file=sys.stderr, flush=True)

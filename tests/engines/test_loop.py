@@ -1,0 +1,203 @@
+"""The control step that every engine shares: refuse, hold, act, ten refusals in a row, monitor only, sums, resume."""
+
+import json
+import logging
+
+import pytest
+import torch
+
+from isentropic.engines.loop import (
+    ControlLoop,
+    EntropyReadingError,
+    TokenSums,
+    add,
+    masked_sums,
+    reduce,
+    saved_in,
+    token_sums,
+)
+from isentropic.losses.reduce import SumCount
+from isentropic.recipes import build_thermostat, compose, with_knob
+from isentropic.types import EntropyReading, TokenBatch, TokenFacts
+
+HELD = compose("loop", knob="zeta", controller="sign_step:step=0.1", target="1.0", every=1)
+GOOD, BROKEN = EntropyReading(8.0, 10.0), EntropyReading(float("nan"), 10.0)
+
+
+def batch():
+    logp = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    entropy = torch.tensor([[0.5, 1.0], [1.5, float("nan")]])
+    facts = TokenFacts(
+        torch.tensor([[1.0, 2.0], [0.5, 7.0]]),
+        torch.tensor([[False, False], [True, True]]),
+        torch.tensor([[False, True], [False, False]]),
+    )
+    return TokenBatch(logp, None, torch.tensor([2.0, -1.0]), mask, entropy), facts
+
+
+def test_sums_by_hand():
+    sums = token_sums(*batch())
+    assert {name: x.item() for name, x in sums._asdict().items()} == {
+        "entropy": 3.0,
+        "tokens": 3.0,
+        "clipped_low": 1.0,
+        "clipped_high": 1.0,
+        "adv": 3.0,  # 2 + 2 − 1
+        "logp": -6.0,
+        "adv_logp": -3.0,  # −2 − 4 + 3
+        "ratio": 3.5,
+        "outside": 2.0,
+    }
+    assert all(x.dtype == torch.float64 for x in sums)
+
+
+def test_micro_batches_and_ranks_add_up_in_one_reduction():
+    loop, calls = ControlLoop(HELD), []
+    loop.observe(token_sums(*batch()))
+    loop.observe(token_sums(*batch()))
+    assert loop.observed
+
+    def both_ranks(vector):
+        calls.append(vector.shape)
+        return 2 * vector
+
+    sums = loop.reduced(both_ranks)
+    assert calls == [torch.Size([9])]
+    assert isinstance(sums, TokenSums)
+    assert (sums.entropy, sums.tokens, sums.adv_logp) == (12.0, 12.0, -12.0)
+    assert not loop.observed
+
+
+def test_nested_sums_keep_their_names():
+    nested = SumCount(TokenSums(*torch.arange(9.0).unbind()), torch.tensor([1.0, 2.0]))
+    doubled = reduce(add(nested, nested), lambda vector: vector)
+    assert doubled.count == [2.0, 4.0]
+    assert (doubled.sum.clipped_low, doubled.sum.outside) == (4.0, 16.0)
+
+
+def test_masked_sums_leave_out_what_is_masked():
+    rows = torch.tensor([[[1.0, float("nan")]], [[2.0, 5.0]]])
+    assert masked_sums(rows, torch.tensor([[1, 0]])).tolist() == [1.0, 2.0]
+
+
+def test_the_row_by_hand():
+    loop = ControlLoop(HELD)
+    before = loop.state
+    loop.regulate(GOOD, act=True)
+    sums = TokenSums(
+        entropy=8.0,
+        tokens=10.0,
+        clipped_low=1.0,
+        clipped_high=2.0,
+        adv=5.0,
+        logp=-20.0,
+        adv_logp=-4.0,
+        ratio=11.0,
+        outside=3.0,
+    )
+    assert loop.row(sums, GOOD, before) == {
+        "entropy/mean": 0.8,
+        "entropy/tokens": 10.0,
+        "entropy/refused": 0,
+        "clip/low_frac": 0.1,
+        "clip/high_frac": 0.2,
+        "ratio/mean": 1.1,
+        "ratio/outside_frac": 0.3,
+        "cov/adv_logp": pytest.approx(-0.4 + 0.5 * 2.0),
+        "adv/mean": 0.5,
+        "entropy/target": 1.0,
+        "entropy/error": pytest.approx(-0.2),
+        "knob/value": 0.0,
+        "knob/saturated": 0,
+    }
+    assert loop.value == 0.1
+    assert loop.recipe_now == with_knob(HELD, 0.1)
+
+
+def test_the_first_refused_reading_raises():
+    with pytest.raises(ValueError, match=r"the first entropy reading is refused: .*nothing was trained on it"):
+        ControlLoop(HELD).regulate(BROKEN, act=True)
+
+
+def test_a_refused_reading_holds_the_knob_and_ten_in_a_row_end_the_run(caplog):
+    loop = ControlLoop(HELD)
+    loop.regulate(GOOD, act=True)
+    for count in range(1, 10):
+        loop.regulate(BROKEN, act=True)
+        assert (loop.value, loop.refused, loop.state.refused) == (0.1, count, count)
+    with pytest.raises(EntropyReadingError, match=r"10 entropy readings in a row .*resume from the last checkpoint"):
+        loop.regulate(BROKEN, act=True)
+    assert loop.value == 0.1
+    assert caplog.text.count("the knob is held") == 10
+
+
+def test_nine_refusals_and_a_good_reading_start_the_count_again():
+    loop = ControlLoop(HELD)
+    loop.regulate(GOOD, act=True)
+    for _ in range(9):
+        loop.regulate(BROKEN, act=True)
+    loop.regulate(GOOD, act=True)
+    assert (loop.refused, loop.value) == (0, 0.2)
+
+
+def test_an_engine_that_saves_is_asked_to():
+    reasons = []
+    loop = ControlLoop(HELD, save_and_stop=reasons.append)
+    loop.regulate(GOOD, act=True)
+    for _ in range(10):
+        loop.regulate(BROKEN, act=True)
+    assert len(reasons) == 1
+    assert "10 entropy readings in a row were refused" in reasons[0]
+
+
+def test_monitoring_alone_only_warns_and_never_stops(caplog):
+    loop = ControlLoop(compose("grpo"))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(25):
+            loop.regulate(BROKEN, act=True)
+    assert (loop.value, loop.state, loop.refused) == (None, None, 25)
+    assert caplog.text.count("entropy reading refused") == 1
+    loop.regulate(GOOD, act=True)
+    loop.regulate(BROKEN, act=True)
+    assert caplog.text.count("entropy reading refused") == 2
+
+
+def test_a_resumed_loop_equals_an_uninterrupted_one(tmp_path):
+    recipe = compose("isentropic", target="1.0")
+    readings = [
+        EntropyReading(8.0 + i, 10.0, predicted=-1e-3 * i, gain=2e-3, steps=1) if i != 3 else BROKEN for i in range(8)
+    ]
+    straight, first = ControlLoop(recipe, 8), ControlLoop(recipe, 8)
+    for reading in readings:
+        straight.regulate(reading, act=True)
+    for reading in readings[:4]:
+        first.regulate(reading, act=True)
+    (tmp_path / "isentropic.json").write_text(json.dumps(first.as_dict()))
+    second = ControlLoop(recipe, 8)
+    second.restore(saved_in(tmp_path))
+    assert second.refused == 1
+    for reading in readings[4:]:
+        second.regulate(reading, act=True)
+    assert second.state == straight.state
+
+
+def test_a_checkpoint_of_another_control_is_not_continued(tmp_path, caplog):
+    held = ControlLoop(HELD)
+    held.regulate(GOOD, act=True)
+    other = ControlLoop(compose(HELD, target="2.0"))
+    other.restore(json.loads(json.dumps(held.as_dict())))
+    assert other.state == build_thermostat(HELD).init()
+    assert "target changed since the checkpoint: the controller starts afresh" in caplog.text
+    assert saved_in(tmp_path) is None
+    assert "has no isentropic.json" in caplog.text
+
+
+def test_a_target_over_the_whole_run_learns_its_length():
+    loop = ControlLoop(compose(HELD, target="anneal:2.0:1.0"), 1)
+    loop.extend_to(4)
+    targets = []
+    for _ in range(5):
+        loop.regulate(GOOD, act=True)
+        targets.append(loop.thermostat.level(loop.state))
+    assert targets == [2.0, 1.75, 1.5, 1.25, 1.0]

@@ -1,0 +1,184 @@
+"""A contract test for each private name of TRL that is touched: what a new version breaks fails here by name."""
+
+import inspect
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+from trl import GRPOTrainer
+from trl.trainer import utils
+from trl_case import BASE, make, parts, train
+
+from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer, compat
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("_calculate_rewards", ["self", "inputs", "prompts", "completions", "completion_ids_list"]),
+        ("_generate_and_score_completions", ["self", "inputs"]),
+        ("_compute_loss", ["self", "model", "inputs"]),
+        ("_save_checkpoint", ["self", "model", "trial"]),
+        ("_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        ("_get_output_dir", ["self", "trial"]),
+        ("_load_from_checkpoint", ["self", "resume_from_checkpoint"]),
+    ],
+)
+def test_a_private_step_is_called_as_we_call_it(name, takes):
+    function = inspect.unwrap(getattr(GRPOTrainer, name))
+    assert parameters(function)[: len(takes)] == takes
+
+
+def test_scoring_takes_what_the_audit_passes():
+    names = parameters(inspect.unwrap(GRPOTrainer._get_per_token_logps_and_entropies))
+    assert names[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+    assert "compute_entropy" in names
+
+
+def test_every_hook_is_reached(tmp_path):
+    """TRL calls each private step, and each reaches the method of ours."""
+    seen = []
+
+    class Spy(IsentropicTrainer):
+        def rewards_calculated(self, *args):
+            seen.append("rewards_calculated")
+            super().rewards_calculated(*args)
+
+        def generate_batch(self, *args):
+            seen.append("generate_batch")
+            return super().generate_batch(*args)
+
+        def score_tokens(self, *args, **kwargs):
+            seen.append("score_tokens")
+            return super().score_tokens(*args, **kwargs)
+
+        def micro_batch_loss(self, *args):
+            seen.append("micro_batch_loss")
+            return super().micro_batch_loss(*args)
+
+        def before_checkpoint(self):
+            seen.append("before_checkpoint")
+            super().before_checkpoint()
+
+        def after_checkpoint(self, folder):
+            seen.append("after_checkpoint")
+            assert folder.is_dir()
+            super().after_checkpoint(folder)
+
+        def checkpoint_loaded(self, folder):
+            seen.append("checkpoint_loaded")
+            super().checkpoint_loaded(folder)
+
+    settings = {"save_strategy": "steps", "save_steps": 4, "recipe": "loop"}
+    train(Spy, IsentropicConfig, tmp_path, 4, **settings)
+    again = make(Spy, IsentropicConfig, tmp_path, 8, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert set(seen) == {
+        "rewards_calculated",
+        "generate_batch",
+        "score_tokens",
+        "micro_batch_loss",
+        "before_checkpoint",
+        "after_checkpoint",
+        "checkpoint_loaded",
+    }
+    # A generated batch of four steps: its rewards, its score at sampling time, then a score a micro-batch.
+    first = seen[: seen.index("before_checkpoint")]
+    assert [first.count(name) for name in ("generate_batch", "rewards_calculated")] == [1, 1]
+    assert first.count("score_tokens") == 1 + first.count("micro_batch_loss") == 5
+
+
+def test_old_log_probs_are_scored_first_by_the_policy(tmp_path):
+    """The entropies beside the old log-probs are of TRL's first scoring call: they are those of the same rows."""
+    calls = []
+
+    class Spy(IsentropicTrainer):
+        def score_tokens(self, native, model, *args, **kwargs):
+            scores = super().score_tokens(native, model, *args, **kwargs)
+            calls.append((model is self.model, scores[0], scores[1]))
+            return scores
+
+        def generate_batch(self, native, inputs):
+            calls.clear()
+            output = super().generate_batch(native, inputs)
+            old, entropies = output["old_per_token_logps"], output["old_entropies"]
+            assert calls[0][0]
+            assert calls[0][1] is old
+            assert calls[0][2] is entropies
+            return output
+
+    train(Spy, IsentropicConfig, tmp_path, 2, recipe="loop")
+
+
+def test_the_trainer_has_what_the_adapter_needs(tmp_path):
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path, 2, recipe="loop")
+    missing = {name for name in compat.Trainer.__annotations__ if not hasattr(trainer, name)}
+    assert missing <= {"current_gradient_accumulation_steps"}  # known once training begins
+    assert isinstance(compat.metrics(trainer), dict)
+    assert compat.opens_batch(trainer)
+    assert compat.tokenizer_of(trainer) is trainer.processing_class
+
+
+def test_the_function_behind_trls_head_is_exchanged_and_restored():
+    native = getattr(utils, compat.LOG_PROB_FUNCTION)
+    assert (
+        parameters(native.forward)[1:10]
+        == [
+            "last_hidden_state",
+            "weight",
+            "bias",
+            "labels",
+            "temperature",
+            "chunk_size",
+            "final_logit_softcapping",
+            "logit_scale",
+            "outputs",
+        ]
+        or len(parameters(native.forward)) == 10
+    )
+    with compat.log_prob_function("stand-in") as inner:
+        assert inner is native
+        assert getattr(utils, compat.LOG_PROB_FUNCTION) == "stand-in"
+    assert getattr(utils, compat.LOG_PROB_FUNCTION) is native
+
+
+def test_only_a_model_that_trl_has_prepared_has_its_head(tmp_path):
+    model, _ = parts()
+    assert not compat.replaceable_head(model)
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path, 2, model=model, head="trl")
+    assert compat.replaceable_head(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def test_ends_and_limits_reach_generation(tmp_path):
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path, 2, recipe="loop")
+    usual = list(trainer.eos_token_ids)
+    compat.stop_at(trainer, [5])
+    compat.limit_to(trainer, 3)
+    assert trainer.eos_token_ids == [*usual, 5]
+    assert trainer.generation_config.eos_token_id == [*usual, 5]
+    assert trainer.generation_config.max_new_tokens == trainer.max_completion_length == 3
+    compat.stop_at(trainer, [])
+    assert trainer.eos_token_ids == usual
+
+
+def test_the_model_generates_as_trl_has_it(tmp_path):
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path, 2, recipe="loop")
+    with compat.generating(trainer) as model:
+        out = model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert out.shape[0] == 1
+
+
+def test_weights_alone_are_loaded(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 4, "recipe": "loop"}
+    done = train(IsentropicTrainer, IsentropicConfig, tmp_path, 4, **settings)
+    fresh = make(IsentropicTrainer, IsentropicConfig, tmp_path, 4, **settings)
+    compat.load_weights(fresh, str(tmp_path / "checkpoint-4"))
+    for x, y in zip(done.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+    assert fresh.state.global_step == 0
+    assert BASE["num_generations"] == 8
