@@ -180,7 +180,7 @@ def run_shell(block, names, site):
 
 
 def shell_isentropic(args, site):
-    from isentropic.cli import _parser, main
+    from isentropic.cli.main import build_parser, main
     from isentropic.experiments.config import load
     from isentropic.tasks import load_task
 
@@ -192,23 +192,23 @@ def shell_isentropic(args, site):
             site.run_dir("runs/expr-isentropic-s0")
         assert main(args if "--dry-run" in args else [*args, "--dry-run"]) == 0
     elif command == "warmup":
-        given = _parser().parse_args(args)
+        given = build_parser().parse_args(args)
         if not given.task.startswith("textworld:") or find_spec("textworld"):
             load_task(given.task)
         shutil.copytree(site.model, site.home / given.out)
     elif command == "audit" and site.model not in args:
-        given = vars(_parser().parse_args(args))
+        given = vars(build_parser().parse_args(args))
         load(given["config"], {k: v for k, v in given.items() if k not in ("config", "command", "json")})
     elif command == "compare" and not any(word.startswith("runs/") for word in args):
         assert main(args if "--dry-run" in args else [*args, "--dry-run"]) == 0
     elif command == "model" or (command == "eval" and "smollm2" in args):
-        _parser().parse_args(args)  # what would be fetched, or was
+        build_parser().parse_args(args)  # what would be fetched, or was
     elif command in ("explain", "watch", "report", "eval", "compare"):
         for i, word in reversed(list(enumerate(args))):
             if word.startswith("runs/") or word == "my-run":
                 args[i : i + 1] = site.run_dir(word)
         if "--serve" in args:
-            _parser().parse_args(args)
+            build_parser().parse_args(args)
             return
         assert main([*args, "--once"] if command == "watch" and "--once" not in args else args) == 0
     else:

@@ -1,6 +1,6 @@
 """The values that cross packages, and the axis legend that every signature uses.
 
-Axes: ``b`` sequences, ``t`` response tokens, ``v`` vocabulary, ``p`` prompts, ``g`` samples a prompt, ``d`` hidden.
+Axes: ``b`` sequences, ``t`` response tokens, ``v`` vocabulary, ``p`` prompts, ``g`` samples per prompt, ``d`` hidden.
 Units: log-probabilities and entropies are in nats, the unit of the natural logarithm. This module imports no torch:
 controllers and the command line need an :class:`EntropyReading` and nothing heavier.
 """
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class TokenBatch(NamedTuple):
-    """What an objective sees: per-token facts of the sampled tokens.
+    """The input of an objective: per-token facts of the sampled tokens.
 
     Attributes:
         logp: ``[b t]`` log-probabilities under the current policy, with gradient, nats.
@@ -23,13 +23,13 @@ class TokenBatch(NamedTuple):
             (``logp`` without its gradient is used).
         adv: ``[b t]``, ``[b 1]`` or ``[b]`` advantages.
         mask: ``[b t]`` 1 where the policy generated the token, 0 for padding and environment tokens.
-        entropy: ``[b t]`` entropy of the row each token was sampled from, nats; needed by centred shapings, by
-            selections that look at it and by an entropy bonus only.
+        entropy: ``[b t]`` entropy of the row each token was sampled from, nats; needed only by centred shapings, by
+            selections that use it and by an entropy bonus.
         entropy_old: ``[b t]`` entropy of the same rows when the tokens were sampled, nats; ``None`` means that they
-            have not moved.
+            have not changed.
         logp_rows: ``[b t v]`` log-probabilities of the whole rows under the current policy, with gradient, nats; needed
-            by penalties that look at more than the sampled token only.
-        reward: ``[b]`` reward of each completion, NaN if it was not scored; needed by components that name it only.
+            only by penalties that use more than the sampled token.
+        reward: ``[b]`` reward of each completion, NaN if it was not scored; needed only by components that name it.
         group_rate: ``[b]`` how well the samples of its prompt did, in [0, 1]: the share of right answers if all rewards
             are 0 or 1, else the mean reward scaled by the group's range (``losses.advantages.group_rate``).
     """
@@ -52,7 +52,7 @@ class TokenFacts(NamedTuple):
         ratio: importance ratio ``π_new/π_old`` as the objective used it (a sequence ratio is repeated along ``t``).
         clipped_low: true where ``A < 0`` and the lower bound removed the gradient.
         clipped_high: true where ``A > 0`` and the upper bound removed (or capped) the gradient.
-        outside: true where the ratio lies outside the bounds, whatever the sign of A; ``None`` is clipped low or high.
+        outside: true where the ratio lies outside the bounds, for either sign of A; ``None`` means clipped low or high.
     """
 
     ratio: Tensor
@@ -62,9 +62,9 @@ class TokenFacts(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """What the predicted entropy change of a sampled token a needs of its row π, ``[...]`` each, in fp32 or float64.
+    """The statistics of a sampled token a and its row π that predict the entropy change, ``[...]``, fp32 or float64.
 
-    The three moments come together; they are None where only the first two were read.
+    The three moments come together; they are None if only the first two were computed.
 
     Attributes:
         logp: ``log π(a)``, nats.
@@ -90,11 +90,11 @@ class EntropyReading(NamedTuple):
         estimator: ``exact`` (H of each row) or ``sampled`` (−log p of the sampled token).
         temperature: the sampling temperature the rows were scaled with.
         dtype: dtype of the arithmetic, for example ``float32``.
-        tokens: the token set; ``generated`` is the only one a controller may see.
+        tokens: the token set; a controller may use ``generated`` only.
         predicted: Σ over optimizer steps of the predicted entropy change, nats per token, as
             ``entropy.prediction`` computes it, times the learning rate.
-        gain: Σ over the same steps of its derivative by the knob under control.
-        steps: number of optimizer steps that carried a prediction; 0 where nothing is predicted.
+        gain: Σ over the same steps of its derivative by the controlled knob.
+        steps: number of optimizer steps with a prediction; 0 if none was predicted.
 
     Example:
         >>> EntropyReading(sum=6.0, count=4.0).mean
@@ -115,11 +115,11 @@ class EntropyReading(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Mean entropy, nats per token; NaN where there is no token."""
+        """Mean entropy, nats per token; NaN if no token was counted."""
         return self.sum / self.count if self.count > 0 else math.nan
 
     def problem(self) -> str | None:
-        """Why this reading must not move a knob, or ``None`` if it may."""
+        """The reason why this reading must not move a knob, or ``None`` if it may."""
         if not self.count > 0:
             return f"entropy was read over {self.count:g} tokens; expected at least 1: every token is masked"
         if not math.isfinite(self.sum):
@@ -134,7 +134,7 @@ class EntropyReading(NamedTuple):
         return None
 
     def __add__(self, other: EntropyReading) -> EntropyReading:  # type: ignore[override]
-        """Join two readings of the same kind: sums and counts add."""
+        """Add two readings of the same kind: sums and counts add up."""
         return self._replace(
             sum=self.sum + other.sum,
             count=self.count + other.count,

@@ -7,7 +7,6 @@ import time
 import pytest
 
 from isentropic.cli import main
-from isentropic.experiments.config import ConfigError, RunConfig, load, recipe_of
 from isentropic.recipes import RECIPES
 from isentropic.runs.record import Record
 
@@ -35,7 +34,9 @@ BAD_FLAGS = {
     "infinite temperature": (["--temperature", "inf"], ["got inf", "finite"]),
     "infinite learning rate": (["--learning-rate", "inf"], ["got inf", "finite"]),
     "learning rate": (["--learning-rate", "0"], ["must be > 0"]),
-    "shaping": (["--shaping", "repo_x"], ["repo_x", "repo_r"]),
+    "shaping": (["--shaping", "repo_x"], ["repo_x", "did you mean repo"]),
+    "penalty": (["--penalty", "lp_rge"], ["lp_rge", "did you mean lp_reg?"]),
+    "component of a file": (["--penalty", "nowhere.py:mine"], ["there is no file nowhere.py"]),
     "every": (["--every", "0"], ["at least 1"]),
     "nothing explained": (["--explain-every", "0"], ["got 0", "predictive needs explained steps", "choose pi"]),
     "head": (["--head", "liger"], ["liger", "auto, trl"]),
@@ -50,6 +51,7 @@ BAD_FILES = {
     "not toml": ("steps = = 3", ["not valid TOML"]),
     "option": ("[recipe_options]\nclip_hihg = 0.3", ["clip_hihg", "did you mean clip_high?"]),
     "option type": ('[recipe_options]\nclip_high = "x"', ["clip_high"]),
+    "set twice": ('penalty = "aent"\n[recipe_options]\npenalty = "lp_reg"', ["penalty is set twice", "leave one"]),
     "option value": ("[recipe_options]\nclip_high = -1.0", ["clip_high must be > 0"]),
 }
 
@@ -103,20 +105,6 @@ def test_resume_and_a_file_exclude_one_another(capsys, tmp_path):
     assert "leave the file out" in refused(capsys, ["train", str(tmp_path / "a.toml"), "--resume"])
 
 
-def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
-    path = tmp_path / "run.toml"
-    path.write_text("steps = 7\nseed = 3\nlearning_rate = 1\n[recipe_options]\nclip_high = 0.4\n")
-    config = load(str(path), {"seed": 5})
-    assert (config.steps, config.seed, config.learning_rate, config.model) == (7, 5, 1, RunConfig.model)
-    assert recipe_of(config).clip_high == 0.4
-
-
-def test_an_annealed_target_may_leave_its_steps_out():
-    assert recipe_of(load(None, {"target": "anneal:100%:50%"})).target == "anneal:100%:50%"
-    with pytest.raises(ConfigError, match="FROM:TO"):
-        load(None, {"target": "anneal:100%"})
-
-
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_dry_runs(capsys, name):
     assert main(["train", "--recipe", name, "--dry-run"]) == 0
@@ -125,32 +113,30 @@ def test_every_recipe_dry_runs(capsys, name):
     assert "runs/expr-" in text
 
 
-def test_controller_none_only_monitors():
-    recipe = recipe_of(load(None, {"recipe": "repo-r-loop", "controller": "none"}))
-    assert (recipe.knob, recipe.controller) == (None, "fixed")
-
-
-def test_on_policy_recipes_take_one_step_a_batch_unasked():
-    assert load(None, {"recipe": "rloo"}).updates == 1
-
-
-def test_recipes_lists_everything(capsys):
-    assert main(["recipes"]) == 0
-    text = capsys.readouterr().out
-    for name in (
-        *RECIPES,
-        "clip_high",
-        "double_halve",
-        "repo_r_raw",
-        "anneal:FROM:TO[:STEPS]",
-        "clip_cov",
-        "dcpo",
-        "lp_reg",
-    ):
-        assert name in text
-
-
 def test_eval_of_a_run_without_checkpoints(capsys, tmp_path):
     assert "is not a run directory" in refused(capsys, ["eval", str(tmp_path)])
     Record(tmp_path).start({}, {}, 0)
     assert "no complete checkpoint" in refused(capsys, ["eval", str(tmp_path)])
+
+
+def test_help_lists_every_setting_in_its_group(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "--penalty STR",
+        "kl_cov, lp_reg, aent",
+        "80%",
+        "a controller turns a knob",
+        "nats per token",
+        "[800]",
+    ):
+        assert words in text
+
+
+def test_the_name_of_a_run_directory_is_a_default(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Record(tmp_path / "runs" / "expr-grpo-s0").start({}, {}, 0)
+    assert main(["train", "--recipe", "grpo", "--dry-run"]) == 0
+    assert "runs/expr-grpo-s0-2\n" in capsys.readouterr().out

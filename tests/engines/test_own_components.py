@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 pytest.importorskip("trl")
-from trl_case import train
+from trl_case import make, train
 
 from isentropic.engines.tabular import simulate
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.recipes import compose
 
-OWN = '''
+OWN = """
 import torch
 from isentropic.control.controllers import Controller, Range, ValueState
 from isentropic.control.targets import Target, TargetState
@@ -65,7 +65,7 @@ def twice(first, steps):
     def update(state, entropy, tokens):
         return state._replace(readings=state.readings + 1, sum=state.sum or 2 * entropy)
     return Target(TargetState, update, lambda state: state.sum or None, lambda state: False)
-'''
+"""
 ZETA = {"knob": "zeta", "every": 1}
 CASES = {
     "baseline": {"baseline": "own.py:best", "bar": 0.25},
@@ -132,4 +132,32 @@ def test_a_composed_recipe_is_a_config_of_its_own(own, tmp_path):
                      for t in (by_object, by_name))  # fmt: skip
     assert first == second
     assert by_object.record.header()["recipe"] == by_name.record.header()["recipe"]
-    assert "loop" in by_object.record.header()["config"]["recipe"] or by_object.record.header()["config"]["recipe"]
+
+
+def test_a_function_that_cannot_be_pickled_is_saved_by_name(tmp_path):
+    """A checkpoint of TRL's pickles the config; what is yours is written by its name, and resumes."""
+    import copy
+
+    import torch
+
+    from isentropic.control.controllers import pi
+
+    settings = {
+        "recipe": compose("loop", shaping=lambda adv: 0.5 * adv),
+        "knob": "clip_high",
+        "controller": lambda knob: pi(knob, gain=2.0),
+        "target": "80%",
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
+    trainer = train(IsentropicTrainer, IsentropicConfig, tmp_path, 4, **settings)
+    saved = torch.load(tmp_path / "checkpoint-4" / "training_args.bin", weights_only=False)
+    assert saved.entropy_recipe == trainer.recipe.as_dict()
+    assert saved.controller.startswith("test_own_components.")
+    assert copy.deepcopy(trainer.args).entropy_recipe is not trainer.recipe
+    assert copy.deepcopy(trainer.args).entropy_recipe == trainer.recipe
+    again = make(IsentropicTrainer, IsentropicConfig, tmp_path, 8, **settings)
+    again.train(resume_from_checkpoint=True)
+    rows = again.record.rows("metrics")
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    assert rows[4]["knob/value"] == trainer.loop.value  # the controller continues where it was

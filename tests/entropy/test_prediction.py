@@ -12,7 +12,7 @@ from isentropic.entropy.prediction import (
     change_of,
     clip_gain,
     effective_weights,
-    entropy_pull,
+    entropy_slope,
     natural_change,
     predicted_change,
 )
@@ -179,7 +179,7 @@ def policy(seed=7, b=6, t=9, v=8):
     return logits, ids, adv, mask, old
 
 
-def seen(logits, ids):
+def statistics_of(logits, ids):
     """Log-probabilities and entropies with gradient, and the statistics without."""
     logp = logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
     return logp, token_entropy(logits), logits_stats(logits.detach(), ids)
@@ -200,7 +200,7 @@ RECIPES = {
 
 def objective(name, logits, ids, adv, mask, old):
     recipe = compose(name, **RECIPES[name])
-    logp, entropy, stats = seen(logits, ids)
+    logp, entropy, stats = statistics_of(logits, ids)
     batch = TokenBatch(logp, logp.detach() - old, adv, mask, entropy)
     total, facts = loss(recipe, batch)
     return total.mean(), facts, logp, entropy, stats
@@ -241,9 +241,9 @@ def test_every_split_sums_to_the_change(name):
 def test_splits_by_hand():
     # Without moments: −w·π·L with L = ½, −2, ½, −2 and π = e^(L − 1); positions 1, 3, 5, 7 of eight.
     centred = double(0.5, -2.0, 0.5, -2.0)
-    rows_ = TokenStats(centred - 1, torch.ones_like(centred))
+    stats = TokenStats(centred - 1, torch.ones_like(centred))
     weights = Weights(double(1.0, 1.0, -1.0, -2.0), torch.zeros_like(centred))
-    parts = attribute(weights, rows_, double(1.0, 1.0, -1.0, -1.0), torch.ones_like(centred))
+    parts = attribute(weights, stats, double(1.0, 1.0, -1.0, -1.0), torch.ones_like(centred))
     likely, rare = 0.5 * math.exp(-0.5), 2 * math.exp(-3)
     expected = {"likely_up": -likely, "rare_up": rare, "likely_down": likely, "rare_down": -2 * rare, "bonus": 0.0}
     expected |= {"positive": rare - likely, "negative": likely - 2 * rare, "neutral": 0.0, "position_1": -likely}
@@ -254,19 +254,19 @@ def test_splits_by_hand():
 
 def test_what_the_clip_removed_by_hand():
     # One sequence of three tokens, weights |w| = |rA|/10 where free; the second was clipped at ratio 1.5.
-    rows_ = TokenStats(double(-1.0, -1.0, -1.0), double(2.0, 2.0, 2.0))  # π = 1/e, L = 1
+    stats = TokenStats(double(-1.0, -1.0, -1.0), double(2.0, 2.0, 2.0))  # π = 1/e, L = 1
     ratio, adv = double(1.0, 1.5, 1.2), double(1.0, 2.0, 1.0)
     high = torch.tensor([[False, True, False]])
     facts = TokenFacts(ratio, torch.zeros_like(high), high)
     weights = Weights(double(0.1, 0.0, 0.12), torch.zeros_like(ratio))
-    parts = attribute(weights, rows_, adv, torch.ones_like(ratio), facts)
+    parts = attribute(weights, stats, adv, torch.ones_like(ratio), facts)
     assert parts["removed_high"].item() == pytest.approx(-0.3 / math.e)
     assert parts["clipped_high"].item() == 0 == parts["removed_low"].item()
     # A window of 0.2 around 1.28 holds the ratio 1.2 alone, whose weight without a clip is r·A/10.
-    narrow = clip_gain(weights, rows_, adv, facts, torch.ones_like(ratio), bound=1.28, width=0.2)
+    narrow = clip_gain(weights, stats, adv, facts, torch.ones_like(ratio), bound=1.28, width=0.2)
     assert narrow.item() == pytest.approx(-(0.12 / math.e) / 0.2)
     with pytest.raises(ValueError, match="width must be > 0"):
-        clip_gain(weights, rows_, adv, facts, torch.ones_like(ratio), bound=1.28, width=0.0)
+        clip_gain(weights, stats, adv, facts, torch.ones_like(ratio), bound=1.28, width=0.0)
 
 
 def test_splits_add_over_micro_batches_and_ignore_what_is_masked():
@@ -276,10 +276,10 @@ def test_splits_add_over_micro_batches_and_ignore_what_is_masked():
     spoiled = TokenStats(*(torch.where(mask, x, float("nan")) for x in stats))
     wide = adv[:, None].expand_as(logp)
 
-    def split(rows_, part):
+    def split(stats, part):
         cut = TokenFacts(*(x[part] for x in facts))
-        rows_, pulls = TokenStats(*(x[part] for x in rows_)), Weights(*(w[part] for w in weights))
-        return attribute(pulls, rows_, wide[part], mask[part], cut)
+        stats, pulls = TokenStats(*(x[part] for x in stats)), Weights(*(w[part] for w in weights))
+        return attribute(pulls, stats, wide[part], mask[part], cut)
 
     whole, halves = split(stats, slice(None)), [split(spoiled, part) for part in (slice(0, 2), slice(2, None))]
     for name in whole:
@@ -292,12 +292,12 @@ def test_the_pull_of_entropy_is_the_gain_of_a_bonus_and_of_repo():
     p, logp = logits.softmax(-1)[:, 0], logits.log_softmax(-1)[:, 0]
     stats = logits_stats(logits, torch.zeros(len(logits), 1, dtype=torch.int64))
     centred = logp + stats.entropy
-    close(entropy_pull(stats)[:, 0], (p**2 * centred**2).sum(-1), 1e-12)
+    close(entropy_slope(stats)[:, 0], (p**2 * centred**2).sum(-1), 1e-12)
     # The measured change along the gradient of H itself, −π L
-    close(entropy_pull(stats), measured(logits, -(p * centred)[:, None]))
+    close(entropy_slope(stats), measured(logits, -(p * centred)[:, None]))
     # In expectation over a ∼ π, A − β L adds the same per unit of β
     repo = expectation(logits, -centred, predict)
-    close(repo, entropy_pull(stats)[:, 0], 1e-12)
+    close(repo, entropy_slope(stats)[:, 0], 1e-12)
 
 
 def test_weights_are_differentiable_by_what_the_advantages_depend_on():
@@ -305,7 +305,7 @@ def test_weights_are_differentiable_by_what_the_advantages_depend_on():
     knob = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
 
     def change(value, differentiable=False):
-        logp, entropy, stats = seen(logits, ids)
+        logp, entropy, stats = statistics_of(logits, ids)
         shaped = adv[:, None] - value * adv.abs()[:, None] * (stats.logp + stats.entropy)
         total = -(shaped * (logp - logp.detach() + old).exp() * mask).sum()
         return change_of(effective_weights(total, logp, entropy, differentiable=differentiable), stats)[mask].sum()

@@ -1,4 +1,4 @@
-"""Properties of the entropy dynamics over random rows, policies and batches."""
+"""Properties of the predicted entropy change over random rows, policies and batches."""
 
 import torch
 from hypothesis import given, settings

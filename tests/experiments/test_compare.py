@@ -27,12 +27,12 @@ def test_a_hand_worked_comparison():
     lines += [line("b", seed, **{"pass@1": value}) for seed, value in enumerate([0.3, 0.5, 0.7])]
     comparison = compare(lines, "a")
     assert comparison.cells["a"]["pass@1"].mean == pytest.approx(0.5)
-    assert found.cells["b"]["pass@1"].interval.low >= 0.3
+    assert comparison.cells["b"]["pass@1"].interval.low >= 0.3
     # b beats a in (0.3 > 0.2), (0.5 > 0.2, 0.4), (0.7 > 0.2, 0.4): 5 of 9.
-    chance, interval = found.better["b"]["pass@1"]
+    chance, interval = comparison.better["b"]["pass@1"]
     assert chance == pytest.approx(5 / 9)
     assert interval.low < chance < interval.high
-    assert "a" not in {name for name, row in found.better.items() if row}
+    assert "a" not in {name for name, row in comparison.better.items() if row}
 
 
 def test_fewer_than_three_seeds_give_no_interval_and_it_says_so():
@@ -103,18 +103,18 @@ def run_directory(path, entropies=(1.0, 0.5), spent=(1.0, 2.0), **summary):
 
 
 def test_the_line_of_a_run_holds_its_figures_and_curve(tmp_path):
-    found = line_of(run_directory(tmp_path / "run"))
-    assert (found["cell"], found["task"], found["seed"]) == ("grpo", "expr", 3)
-    assert found["figures"]["pass@1"] == 0.5
-    assert found["figures"]["seconds"] == 2.5
-    assert found["curve"]["entropy"] == [1.0, 0.5]
-    assert "prompts" not in found["evaluations"][0]
-    assert json.loads(json.dumps(found)) == found
+    row = line_of(run_directory(tmp_path / "run"))
+    assert (row["cell"], row["task"], row["seed"]) == ("grpo", "expr", 3)
+    assert row["figures"]["pass@1"] == 0.5
+    assert row["figures"]["seconds"] == 2.5
+    assert row["curve"]["entropy"] == [1.0, 0.5]
+    assert "prompts" not in row["evaluations"][0]
+    assert json.loads(json.dumps(row)) == row
 
 
 def test_seconds_of_a_resumed_run_add_up(tmp_path):
-    found = line_of(run_directory(tmp_path / "run", (1.0, 0.9, 0.8, 0.7), (1.0, 2.0, 0.5, 4.0), seconds=5.0))
-    assert found["figures"]["seconds"] == 7.0  # 2 before it was killed, 5 after
+    row = line_of(run_directory(tmp_path / "run", (1.0, 0.9, 0.8, 0.7), (1.0, 2.0, 0.5, 4.0), seconds=5.0))
+    assert row["figures"]["seconds"] == 7.0  # 2 before it was killed, 5 after
 
 
 def test_a_run_that_has_not_ended_is_not_compared(tmp_path):
@@ -126,8 +126,8 @@ def test_a_run_that_has_not_ended_is_not_compared(tmp_path):
 
 def test_what_is_written_reads_back(tmp_path):
     lines = [line("a", seed, **{"pass@1": 0.25 * seed, "seconds": 1.0}) for seed in range(3)]
-    found = compare(lines)
-    write(found, lines, tmp_path)
+    comparison = compare(lines)
+    write(comparison, lines, tmp_path)
     with (tmp_path / "compare.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["pass@1"]) for row in rows] == [0.0, 0.25, 0.5]
@@ -153,12 +153,12 @@ def test_the_largest_k_is_scored_whichever_it_is():
         for c, x in (("a", 0.6), ("b", 0.9))
         for s in range(3)
     ]
-    found = compare(lines, "a")
-    assert found.better["b"]["pass@4"][0] == 1.0
-    assert "P(pass@4 better)" in render(found)
+    comparison = compare(lines, "a")
+    assert comparison.better["b"]["pass@4"][0] == 1.0
+    assert "P(pass@4 better)" in render(comparison)
     assert "IQM pass@4" in render(compare(lines))
-    assert found.as_json()["cells"]["a"]["pass@4"]["mean"] == pytest.approx(0.7)
-    assert found.as_json()["better"]["b"]["pass@4"]["probability"] == 1.0
+    assert comparison.as_json()["cells"]["a"]["pass@4"]["mean"] == pytest.approx(0.7)
+    assert comparison.as_json()["better"]["b"]["pass@4"]["probability"] == 1.0
 
 
 def test_a_run_counts_once():
@@ -171,7 +171,10 @@ def test_what_makes_a_comparison_unfair_is_said():
     lines = [line("a", 0, samples=8), line("a", 0, "hard", samples=8), line("b", 0, samples=16)]
     lines[0]["stopped"] = "entropy stood above 3 x 1.0 nats"
     text = render(compare(lines))
-    assert "Stopped early, and counted with the figures at that step: a on expr, seed 0: entropy stood above 3 x 1.0 nats." in text
+    assert (
+        "Stopped early, and counted with the figures at that step: a on expr, seed 0: entropy stood above 3 x 1.0 nats."
+        in text
+    )
     assert "Not run on every task, so no fair mean: b (hard)." in text
     assert "Not the same number of generated answers: a 8; b 16." in text
     assert compare([line("a", 0, samples=8), line("b", 0, samples=8)]).notes == []

@@ -13,6 +13,7 @@ from isentropic.experiments.terminal import closing_table
 from isentropic.experiments.train import train
 from isentropic.runs.record import Record
 
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     home = tmp_path_factory.mktemp("run")

@@ -4,7 +4,7 @@ A controller turns the error between an entropy and its target, both in nats per
 A state is a NamedTuple of plain numbers with a field ``value``: it goes into a checkpoint as JSON and resumes bit for
 bit. Every rank that sees the same reading computes the same state.
 
-Sources: arXiv:2603.11682 for the doubling rule and the direction of ADAPO; step sizes are named [ours] where the
+Sources: arXiv:2603.11682 for the doubling rule and the direction of ADAPO; step sizes are named [ours] if the
 published detail is unknown.
 """
 
@@ -65,7 +65,7 @@ class Range(NamedTuple):
         return min(max(value, self.low), self.high)
 
     def saturated(self, value: float) -> bool:
-        """True where the knob stands at a bound and cannot help any more in that direction."""
+        """Whether the knob is at a bound, and cannot move entropy any further in that direction."""
         return value <= self.low or value >= self.high
 
 
@@ -83,7 +83,7 @@ class IntegralState(NamedTuple):
 
 
 class Forecast(NamedTuple):
-    """What ``dynamics.py`` predicted over the optimizer steps since the last update.
+    """What ``entropy.prediction`` predicted over the optimizer steps since the last update.
 
     Attributes:
         change: Σ predicted entropy change, nats per token, with the knob as it stood.
@@ -122,7 +122,7 @@ def relative_error(entropy: float, target: float) -> float:
 
 
 def fixed(knob: Range) -> Controller:
-    """Leave the knob where it starts.
+    """Keep the knob at its start.
 
     Example:
         >>> c = fixed(Range(0.2, 0.1, 0.4))
@@ -134,9 +134,9 @@ def fixed(knob: Range) -> Controller:
 
 
 def double_halve(knob: Range) -> Controller:
-    """Double the knob where entropy is too low, halve it where it is too high, with a flip of sign.
+    """Double the knob if entropy is too low, halve it if it is too high, with a flip of sign.
 
-    With ζ > 0: doubled below the target, halved above. With ζ < 0: |ζ| halved below, doubled above. Where halving would
+    With ζ > 0: doubled below the target, halved above. With ζ < 0: |ζ| halved below, doubled above. If halving would
     pass ``least`` the sign flips, if the range allows the other sign; otherwise the value stays at ``least``.
     Bang-bang: a knob may take 18 updates from one bound of [1e-4, 0.05] to the other.
 
@@ -169,7 +169,7 @@ def double_halve(knob: Range) -> Controller:
 
 
 def multiplicative(knob: Range, rate: float = 0.05) -> Controller:
-    """``knob ← knob · (1+rate)`` where entropy is below its target, ``/ (1+rate)`` above; positive values only.
+    """``knob ← knob · (1+rate)`` if entropy is below its target, ``/ (1+rate)`` above; positive values only.
 
     Reference: the direction is ADAPO's (arXiv:2603.11682) [paper]; rate and bounds are unknown there and [ours].
 
@@ -251,7 +251,7 @@ def gated_step(knob: Range, step: float | None = None) -> Controller:
 
 
 def switch(knob: Range, width: float = 0.05) -> Controller:
-    """All the way to one bound where entropy is too low, to the other where it is too high, at rest in between.
+    """All the way to one bound if entropy is too low, to the other if it is too high, at rest in between.
 
     ``knob = high, low or neutral`` as ``(H* − H)/H*`` is above ``width``, below ``−width`` or inside (for a knob that
     raises entropy)
@@ -294,11 +294,11 @@ class ScheduleState(NamedTuple):
 
 
 def schedule(knob: Range, shape: str = "up_down", steps: float = 800) -> Controller:
-    """Turn the knob by a clock and not by what is read, over ``steps`` updates, and leave it at its start afterwards.
+    """Turn the knob by a clock, whatever the readings, over ``steps`` updates, and keep it at its start afterwards.
 
     ``knob = start + s·(high − start)`` for s > 0, ``start + s·(start − low)`` for s < 0, s in [−1, 1] at the share x of
     the steps; towards more entropy is up. ``up_down``: ``1 − |2x − 1|``; ``down_up_down``: ``−sin 3πx``; ``oscillate``,
-    which decays: ``(1 − x)·sin 6πx``. A target is heard and changes nothing.
+    which decays: ``(1 − x)·sin 6πx``. The target changes nothing.
 
     Reference: the schedules of dynamic clip thresholds (arXiv:2602.09782) by name; their numbers are unknown (?), and
     the curves are [ours].
@@ -408,7 +408,7 @@ def predictive(knob: Range) -> Controller:
     measured on predicted change, and the drift d that no prediction explains; from one reading to the next
     ``Ĥ ← Ĥ + s·(p₀ + g·knob) + d``. The slope never falls below a tenth of the first guess, so that a doubtful one
     does not throw the knob about. The knob that was really in force enters, so nothing winds up at a bound; a reading
-    five deviations off restarts Ĥ. Where the prediction gives the knob no hold (g of the wrong sign, or 0), it drifts
+    five deviations off restarts Ĥ. If the prediction gives the knob no effect (g of the wrong sign, or 0), it drifts
     to the bound that its ``sign`` names. All constants are relative to the target.
 
     Reference: [ours]; the predicted change is Theorem 1 of arXiv:2603.11682.
@@ -529,7 +529,7 @@ def parse_controller(text: str, knob: Range) -> Controller:
     """A controller from its text form: a name, and options after colons, as in ``pi:gain=0.5:integral_gain=0.02``.
 
     Raises:
-        ValueError: an unknown name or option, or a value that is not a number where one is wanted.
+        ValueError: an unknown name or option, or a value that should be a number and is none.
 
     Example:
         >>> c = parse_controller("sign_step:step=0.1", Range(0.0, -1.0, 1.0))

@@ -1,7 +1,7 @@
 """What entropy is held at: pure pairs ``init() -> TargetState``, ``update(state, entropy, tokens) -> TargetState``.
 
 A target is told every reading. ``level(state)`` is H*, nats per token, or ``None`` while the start is still being
-measured; ``hold(state)`` is true where the knob must not move although a reading came in.
+measured; ``hold(state)`` is true if the knob must not move although a reading came in.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class TargetState(NamedTuple):
         readings: number of readings so far.
         sum, count: Σ H and tokens of the first readings, whose mean is the initial entropy.
         active: of a band: 1 while steering up, -1 while steering down, 0 while left alone.
-        done: of a level that moves: the share of its way that is behind it.
+        done: of a level that moves: the share of its way that it has covered.
     """
 
     readings: int = 0
@@ -43,7 +43,7 @@ class Level(NamedTuple):
     of_initial: bool
 
     def at(self, state: TargetState) -> float:
-        """Nats per token, given what has been measured."""
+        """Nats per token, once the initial entropy is measured."""
         return self.amount * (state.sum / state.count if self.of_initial else 1.0)
 
 
@@ -101,7 +101,7 @@ def constant(level: Level, first: int = 1) -> Target:
 def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
     """Move linearly from ``start`` to ``end`` over ``steps`` readings, then stay.
 
-    A run that is resumed and made longer never goes back on its way: the level waits where it is meanwhile.
+    The level of a run that is resumed with more steps never moves back: it stays until the schedule reaches it.
 
     Raises:
         ValueError: ``steps`` or ``first`` below 1.
@@ -143,7 +143,7 @@ def band(low: Level, high: Level, first: int = 1) -> Target:
     The hysteresis keeps a controller from chattering at an edge. ``level`` is the middle.
 
     Raises:
-        ValueError: ``low`` not below ``high`` where both are of one kind.
+        ValueError: ``low`` not below ``high``, both of one kind.
 
     Example:
         >>> t = band(parse_level("1.0"), parse_level("3.0"))

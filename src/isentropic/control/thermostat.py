@@ -1,4 +1,4 @@
-"""The loop that closes: a controller and a target joined into one pure pair ``init()``, ``update(state, reading)``.
+"""The closed loop: a controller and a target joined into one pure pair ``init()``, ``update(state, reading)``.
 
 An engine, or a hand-written loop, hands in one :class:`~isentropic.types.EntropyReading` an optimizer step and reads
 ``state.value``, the knob of the next step. A refused reading never moves the knob: it is counted in ``state.refused``.
@@ -22,7 +22,7 @@ class ThermostatState(NamedTuple):
         target: the target's state.
         sum, count: Σ H and tokens since the controller last acted.
         waited: readings since the controller last acted.
-        predicted, gain, steps: Σ of what those readings predicted, and how many of them did.
+        predicted, gain, steps: Σ of those readings' predictions, and how many readings had one.
         refused: readings refused in a row.
         readings: readings accepted in all.
     """
@@ -59,7 +59,7 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
     Args:
         controller: from :mod:`isentropic.control.controllers`.
         target: from :mod:`isentropic.control.targets`.
-        every: act once in so many readings (optimizer steps), on their token-weighted mean; ``None`` acts where the
+        every: act once in so many readings (optimizer steps), on their token-weighted mean; ``None`` acts when the
             caller says ``act=True``, which engines do at the end of a generation batch (REPO's published rule).
 
     Returns:

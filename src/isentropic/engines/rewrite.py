@@ -1,4 +1,4 @@
-"""What a recipe hands to an engine's loss.
+"""From a recipe to the advantages and old log-probabilities that an engine's own loss reads.
 
 An objective that the engine has stays the engine's, with advantages and clip bounds rewritten. Any other one takes the
 general path: its gradient by the log-probabilities, ``w = −∂(Σ loss)/∂logp``, goes in as the advantages and the current
@@ -22,7 +22,7 @@ CLIP_KNOBS = ("clip_low", "clip_high")
 
 
 class Rewritten(NamedTuple):
-    """What the native loss reads of a micro-batch in place of what was there.
+    """What the native loss reads of a micro-batch in place of the engine's own.
 
     Attributes:
         adv: shaped and selected advantages, ``[b t]``, or ``[b]`` if they are as they were.

@@ -1,1 +1,1 @@
-"""From logits or hidden states to a reading of entropy: exact statistics, the predicted change, fused kernels, audits."""
+"""From logits or hidden states to a reading of entropy: exact statistics, predicted change, fused kernels, audits."""

@@ -1,9 +1,9 @@
-"""First-order prediction of how a step changes entropy, and what the change is made of, one sampled token at a time.
+"""First-order prediction of how a step changes entropy, and the split of that change, one sampled token at a time.
 
 Notation: ``L(b) = log π(b) + H`` is the centred log-probability of token b in its row, so that ``Σ_b π L = 0``. A loss
-reaches a token through its log-probability, with the weight ``w = −∂loss/∂log π(a)`` (positive where the step pushes
-the sampled token a up), and through the entropy of its row, with ``u = −∂loss/∂H``. Both are read off any loss, an
-engine's own included, by one autograd call on the elementwise graph between the loss and its log-probabilities.
+reaches a token through its log-probability, with the weight ``w = −∂loss/∂log π(a)`` (positive if the step raises the
+probability of the sampled token a), and through the entropy of its row, with ``u = −∂loss/∂H``. One autograd call on
+the elementwise graph between the loss and its log-probabilities gives both, for any loss, an engine's own included.
 
 A prediction is per unit step size: multiply it by the learning rate. Weights that carry the loss's own normaliser
 (1/N of a token mean) make the *sum* over tokens the predicted change of the mean entropy, in nats per token.
@@ -22,11 +22,11 @@ NUM_POSITIONS = 8
 
 
 class Weights(NamedTuple):
-    """How a loss pulls at its tokens.
+    """The effective weights of a loss on its tokens.
 
     Attributes:
         logp: ``[b t]`` ``w = −∂loss/∂log π(a)``.
-        entropy: ``[b t]`` ``u = −∂loss/∂H``; zero in a loss without an entropy term.
+        entropy: ``[b t]`` ``u = −∂loss/∂H``; zero for a loss without an entropy term.
     """
 
     logp: Tensor
@@ -40,12 +40,12 @@ def effective_weights(
     *,
     differentiable: bool = False,
 ) -> Weights:
-    """Read the effective weight of every token off any loss.
+    """Compute the effective weight of every token from any loss.
 
     ``w = −∂loss/∂log π(a)``, ``u = −∂loss/∂H``
 
-    One backward pass through the elementwise graph between the loss and its log-probabilities; the network below is not
-    entered, and the graph stays for the training step. What a clip or a mask removed has weight 0.
+    This is one backward pass through the elementwise graph between the loss and its log-probabilities. It does not
+    enter the network, and it keeps the graph for the training step. Tokens that a clip or a mask removed have weight 0.
 
     Args:
         loss: the scalar that is minimised, as the engine computed it.
@@ -54,10 +54,10 @@ def effective_weights(
         differentiable: keep the graph of the weights, for their derivative by a knob.
 
     Returns:
-        The weights, [b t] each, 0 where the loss does not depend on its tensor.
+        The weights, [b t] each, 0 for a tensor that the loss does not depend on.
 
     Raises:
-        ValueError: a loss, or log-probabilities, without a gradient.
+        ValueError: the loss or the log-probabilities have no gradient.
 
     arXiv:2603.11682, Theorem 1, is about ``w = A``; for any loss [derived].
 
@@ -70,30 +70,30 @@ def effective_weights(
         raise ValueError(
             f"effective weights need a loss computed from logp with gradient, got {got} without; do not detach it"
         )
-    sources = [logp] if entropy is None or not entropy.requires_grad else [logp, entropy]
-    slopes = torch.autograd.grad(loss, sources, retain_graph=True, create_graph=differentiable, allow_unused=True)
-    found = [torch.zeros_like(logp) if slope is None else -slope for slope in slopes]
-    return Weights(found[0], found[1] if len(found) > 1 else torch.zeros_like(logp))
+    inputs = [logp] if entropy is None or not entropy.requires_grad else [logp, entropy]
+    gradients = torch.autograd.grad(loss, inputs, retain_graph=True, create_graph=differentiable, allow_unused=True)
+    weights = [torch.zeros_like(logp) if gradient is None else -gradient for gradient in gradients]
+    return Weights(weights[0], weights[1] if len(weights) > 1 else torch.zeros_like(logp))
 
 
-def _pull(stats: TokenStats) -> Float[Tensor, "b t"]:
-    """``π(a) L(a) − Σ π² L``: what a unit weight on the sampled token takes off the entropy of its row."""
-    pull = stats.logp.exp() * (stats.logp + stats.entropy)
+def _logp_slope(stats: TokenStats) -> Float[Tensor, "b t"]:
+    """``π(a) L(a) − Σ π² L``: how much a unit of w, the weight of the sampled token, lowers the entropy of its row."""
+    slope = stats.logp.exp() * (stats.logp + stats.entropy)
     if stats.sum_p2 is None or stats.sum_p2_logp is None:
-        return pull
-    return pull - (stats.sum_p2_logp + stats.entropy * stats.sum_p2)
+        return slope
+    return slope - (stats.sum_p2_logp + stats.entropy * stats.sum_p2)
 
 
-def entropy_pull(stats: TokenStats) -> Float[Tensor, "b t"]:
-    """``Σ π² L²``: what a unit of u, the weight of the row's own entropy, adds to it; never negative.
+def entropy_slope(stats: TokenStats) -> Float[Tensor, "b t"]:
+    """``Σ π² L²``: how much a unit of u, the weight of the row's own entropy, raises that entropy; never negative.
 
-    ``Σ π² L² = Σ π² log² π + 2H·Σ π² log π + H²·Σ π²``, without moments its unbiased sample ``π(a) L(a)²``
+    ``Σ π² L² = Σ π² log² π + 2H·Σ π² log π + H²·Σ π²``; without moments, its unbiased sample ``π(a) L(a)²``
 
-    It is also what a unit of β adds under ``A − β·L``, in expectation over a ∼ π.
+    In expectation over a ∼ π, a unit of β in ``A − β·L`` raises it as much.
 
     >>> half = torch.tensor([[0.5]])
     >>> row = TokenStats(half.log(), -half.log(), half, half * half.log(), half * half.log() ** 2)  # two equal tokens
-    >>> entropy_pull(row)
+    >>> entropy_slope(row)
     tensor([[0.]])
     """
     if stats.sum_p2 is None or stats.sum_p2_logp is None or stats.sum_p2_logp2 is None:
@@ -113,8 +113,8 @@ def predicted_change(
 ) -> Float[Tensor, "b t"]:
     """Predict the entropy change of each row under a unit gradient step on its logits.
 
-    ``ΔH = −w·{π(a) L(a) − Σ_b π(b)² L(b)} + u·Σ_b π(b)² L(b)²`` (moments given)
-    ``ΔH = −w·π(a)·L(a) + u·π(a)·L(a)²`` (none given)
+    ``ΔH = −w·{π(a) L(a) − Σ_b π(b)² L(b)} + u·Σ_b π(b)² L(b)²`` (with moments)
+    ``ΔH = −w·π(a)·L(a) + u·π(a)·L(a)²`` (without)
 
     with ``Σ π² L = Σ π² log π + H·Σ π²`` and ``Σ π² L² = Σ π² log² π + 2H·Σ π² log π + H²·Σ π²``.
 
@@ -131,14 +131,14 @@ def predicted_change(
         entropy: [b t] entropy of their rows, nats.
         sum_p2: [b t] ``Σ π²`` of the rows.
         sum_p2_logp: [b t] ``Σ π² log π`` of the rows, nats.
-        sum_p2_logp2: [b t] ``Σ π² log² π`` of the rows, nats²; needed beside the others where u is given.
+        sum_p2_logp2: [b t] ``Σ π² log² π`` of the rows, nats²; needed beside the other two if u is given.
         entropy_weight: [b t] ``u = −∂loss/∂H``.
 
     Returns:
         [b t] nats per unit step size.
 
     Raises:
-        ValueError: some of the moments without the others.
+        ValueError: some of the moments are given without the others.
 
     arXiv:2603.11682, Theorem 1: without moments [paper], with them, and the term in u [derived].
 
@@ -157,8 +157,8 @@ def predicted_change(
             "an entropy weight needs all three moments or none, got some; add sum_p2_logp2, or leave all of them out"
         )
     stats = TokenStats(logp, entropy, sum_p2, sum_p2_logp, sum_p2_logp2)
-    change = -weight * _pull(stats)
-    return change if entropy_weight is None else change + entropy_weight * entropy_pull(stats)
+    change = -weight * _logp_slope(stats)
+    return change if entropy_weight is None else change + entropy_weight * entropy_slope(stats)
 
 
 def natural_change(
@@ -173,8 +173,8 @@ def natural_change(
 
     Derivation: the Fisher matrix of a row of logits is ``F = diag(π) − π πᵀ``; the natural step solves
     ``F Δz = w·(e_a − π) − u·π L``, so ``Δz = w·e_a/π(a) − u·L`` up to a constant, and ``∂H/∂z_b = −π(b) L(b)``. It
-    assumes a small step and that each row moves by its own token alone, but no orthogonality within a row. In u it is
-    the sampled reading, exact in expectation.
+    assumes a small step and that each row moves by its own token alone, but no orthogonality within a row. The term in
+    u is a sampled estimate, exact in expectation.
 
     Args:
         weight: [b t] ``w = −∂loss/∂logp``.
@@ -196,22 +196,22 @@ def natural_change(
 
 
 def change_of(weights: Weights, stats: TokenStats) -> Float[Tensor, "b t"]:
-    """Return the predicted change of each row: :func:`predicted_change` of what was read off a loss.
+    """Return the predicted change of each row: :func:`predicted_change` for the effective weights of a loss.
 
     Args:
         weights: [b t] each.
-        stats: [b t] each; without moments the form without moments.
+        stats: [b t] each; without moments, the change is that of the form without moments.
 
     Returns:
         [b t] nats per unit step size; differentiable in the weights.
     """
-    return -weights.logp * _pull(stats) + weights.entropy * entropy_pull(stats)
+    return -weights.logp * _logp_slope(stats) + weights.entropy * entropy_slope(stats)
 
 
 def rows_change(
     weights: Float[Tensor, "b t v"], logp_rows: Float[Tensor, "b t v"], natural: bool = False
 ) -> Float[Tensor, "b t"]:
-    """Predict the entropy change of each row from the weights of all its tokens: what acts through whole rows.
+    """Predict the entropy change of each row from the weights of all its tokens, for a term that acts on whole rows.
 
     ``ΔH = −Σ_b w_b·{π(b) L(b) − Σ π² L}``, or ``−Σ_b w_b·L(b)`` under a natural-gradient step: :func:`predicted_change`
     in its exact form and :func:`natural_change`, summed over the row
@@ -219,7 +219,7 @@ def rows_change(
     Args:
         weights: [b t v] ``w_b = −∂loss/∂log π(b)``.
         logp_rows: [b t v] log-probabilities, nats.
-        natural: of a natural-gradient step.
+        natural: predict the change of a natural-gradient step.
 
     Returns:
         [b t] nats per unit step size.
@@ -234,17 +234,17 @@ def rows_change(
     centred = logp_rows - (prob * logp_rows).sum(-1, keepdim=True)
     if natural:
         return -(weights * centred).sum(-1)
-    slope = prob * centred
-    return -(weights * slope).sum(-1) + weights.sum(-1) * (prob * slope).sum(-1)
+    prob_centred = prob * centred
+    return -(weights * prob_centred).sum(-1) + weights.sum(-1) * (prob * prob_centred).sum(-1)
 
 
-def _clean(stats: TokenStats, inside: Bool[Tensor, "b t"]) -> TokenStats:
-    """Zeros outside the mask, where anything may stand."""
-    kept: dict[str, Any] = {
-        name: None if x is None else torch.where(inside, x.detach(), torch.zeros_like(x))
-        for name, x in stats._asdict().items()
+def _masked_stats(stats: TokenStats, inside: Bool[Tensor, "b t"]) -> TokenStats:
+    """Set the statistics outside the mask, where they may have any value, to zero."""
+    masked: dict[str, Any] = {
+        name: None if values is None else torch.where(inside, values.detach(), torch.zeros_like(values))
+        for name, values in stats._asdict().items()
     }
-    return stats._replace(**kept)
+    return stats._replace(**masked)
 
 
 def attribute(
@@ -255,28 +255,29 @@ def attribute(
     facts: TokenFacts | None = None,
     through_rows: tuple[Float[Tensor, "b t v"], Float[Tensor, "b t v"]] | None = None,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Split the predicted change of a step by what made it; every split sums to ``change``.
+    """Split the predicted change of a step by its causes; every split sums to ``change``.
 
-    - by quadrant, of the sign of the weight (up, down) and the surprisal below or above H (likely, rare), and ``bonus``
-      for what acts through H itself or whole rows. ``likely_up`` lowers entropy and ``rare_up`` raises it,
-      ``likely_down`` and ``rare_down`` are reversed: for certain under a natural-gradient step, on most tokens in the
-      exact form, where ``likely`` decides only if ``π(a) L(a) > Σ π² L``.
-    - by clip: ``unclipped``, ``clipped_low``, ``clipped_high``. A clip that removes the gradient leaves 0 there;
-      ``removed_low`` and ``removed_high`` estimate what these tokens would have added with the unclipped weight
-      ``c·r·A``, c being the mean of |w| / |r·A| over the unclipped tokens of the sequence, or else of the batch [ours].
+    - by quadrant: the sign of the weight (up, down) and the surprisal below or above H (likely, rare), and ``bonus``
+      for terms that act through H itself or on whole rows. ``likely_up`` lowers entropy and ``rare_up`` raises it,
+      ``likely_down`` and ``rare_down`` are reversed. That is certain under a natural-gradient step, and true of most
+      tokens in the exact form, in which a likely token has this sign only if ``π(a) L(a) > Σ π² L``.
+    - by clip: ``unclipped``, ``clipped_low``, ``clipped_high``. These are 0 for a clip that removes the gradient;
+      ``removed_low`` and ``removed_high`` estimate how much such tokens would have added with the unclipped weight
+      ``c·r·A``, where c is the mean of |w| / |r·A| over the unclipped tokens of the sequence, or else of the batch
+      [ours].
     - by sample: ``positive``, ``negative``, ``neutral``, the sign of the advantage.
     - by position: ``position_1`` to ``position_8``, the eighths of each response.
 
-    Beside them ``change_simple`` and ``change_natural``, the totals of the form without moments and of the natural
-    one, and ``absolute``, the sum of absolute contributions: the scale on which a total is small or large.
+    The result also has ``change_simple`` and ``change_natural``, the totals of the form without moments and of the
+    natural one, and ``absolute``, the sum of absolute contributions, with which a total is to be compared.
 
     Args:
-        weights: [b t] as :func:`effective_weights` read them, with the loss's normaliser.
+        weights: [b t] from :func:`effective_weights`, with the loss's normaliser.
         stats: [b t] each; without moments, ``change`` is ``change_simple``.
         adv: [b t] advantages that the loss was computed from.
         mask: [b t] non-zero where the token counts.
-        facts: of the objective; without them nothing counts as clipped.
-        through_rows: the two [b t v] arguments of :func:`rows_change`, for a term that acts through whole rows.
+        facts: of the objective; without them no token counts as clipped.
+        through_rows: the two [b t v] arguments of :func:`rows_change`, for a term that acts on whole rows.
 
     Returns:
         0-d sums, nats per token and unit step size, to be added over micro-batches and ranks.
@@ -288,35 +289,38 @@ def attribute(
     (tensor(-0.4028), tensor(-0.3033), tensor(-0.0996))
     """
     inside = mask.bool()
-    w, u = (torch.where(inside, x.detach(), torch.zeros_like(x)) for x in weights)
-    clean = _clean(stats, inside)
-    by_weight, bonus = -w * _pull(clean), u * entropy_pull(clean)
-    more = more_natural = torch.zeros_like(w)
+    w, u = (torch.where(inside, weight.detach(), torch.zeros_like(weight)) for weight in weights)
+    masked = _masked_stats(stats, inside)
+    by_logp, bonus = -w * _logp_slope(masked), u * entropy_slope(masked)
+    through_exact = through_natural = torch.zeros_like(w)
     if through_rows is not None:
-        pulled = (torch.where(inside, rows_change(*through_rows, natural=n).detach(), 0.0) for n in (False, True))
-        more, more_natural = pulled
-    bonus = bonus + more
-    change = by_weight + bonus
-    likely, up = clean.logp + clean.entropy > 0, w > 0
-    simple = predicted_change(w, clean.logp, clean.entropy, entropy_weight=u)
-    natural = natural_change(w, clean.logp, clean.entropy, entropy_weight=u)
-    table = {
+        row_changes = (
+            torch.where(inside, rows_change(*through_rows, natural=is_natural).detach(), 0.0)
+            for is_natural in (False, True)
+        )
+        through_exact, through_natural = row_changes
+    bonus = bonus + through_exact
+    change = by_logp + bonus
+    likely, up = masked.logp + masked.entropy > 0, w > 0
+    simple = predicted_change(w, masked.logp, masked.entropy, entropy_weight=u)
+    natural = natural_change(w, masked.logp, masked.entropy, entropy_weight=u)
+    per_token = {
         "change": change,
-        "change_simple": simple + more,
-        "change_natural": natural + more_natural,
-        "absolute": by_weight.abs() + bonus.abs(),
-        "likely_up": by_weight * (likely & up),
-        "rare_up": by_weight * (~likely & up),
-        "likely_down": by_weight * (likely & ~up),
-        "rare_down": by_weight * (~likely & ~up),
+        "change_simple": simple + through_exact,
+        "change_natural": natural + through_natural,
+        "absolute": by_logp.abs() + bonus.abs(),
+        "likely_up": by_logp * (likely & up),
+        "rare_up": by_logp * (~likely & up),
+        "likely_down": by_logp * (likely & ~up),
+        "rare_down": by_logp * (~likely & ~up),
         "bonus": bonus,
         "positive": change * (adv > 0),
         "negative": change * (adv < 0),
         "neutral": change * (adv == 0),
-        **_by_clip(w, clean, adv, change, inside, facts),
+        **_by_clip(w, masked, adv, change, inside, facts),
     }
-    sums = {name: value.sum() for name, value in table.items()}
-    return sums | {f"position_{i + 1}": part for i, part in enumerate(_by_position(change, inside))}
+    sums = {name: value.sum() for name, value in per_token.items()}
+    return sums | {f"position_{i + 1}": eighth for i, eighth in enumerate(_by_position(change, inside))}
 
 
 def _by_clip(
@@ -328,11 +332,11 @@ def _by_clip(
     facts: TokenFacts | None,
 ) -> dict[str, Float[Tensor, "b t"]]:
     if facts is None:
-        nothing = torch.zeros_like(change)
+        zeros = torch.zeros_like(change)
         names = ("clipped_low", "clipped_high", "removed_low", "removed_high")
-        return {"unclipped": change} | dict.fromkeys(names, nothing)
+        return {"unclipped": change} | dict.fromkeys(names, zeros)
     low, high = facts.clipped_low & inside, facts.clipped_high & inside
-    removed = -(_unclipped(w, adv, inside, facts) - w) * _pull(stats)
+    removed = -(_unclipped_weights(w, adv, inside, facts) - w) * _logp_slope(stats)
     return {
         "unclipped": change * ~(low | high),
         "clipped_low": change * low,
@@ -342,28 +346,30 @@ def _by_clip(
     }
 
 
-def _unclipped(
+def _unclipped_weights(
     w: Float[Tensor, "b t"], adv: Float[Tensor, "b t"], inside: Bool[Tensor, "b t"], facts: TokenFacts
 ) -> Float[Tensor, "b t"]:
-    """The weights ``c·r·A`` that a loss without its clip would give, c read off the tokens that are not clipped."""
-    free = inside & ~facts.clipped_low & ~facts.clipped_high
-    full = torch.where(inside, facts.ratio * adv, torch.zeros_like(w))
-    scale = (w.abs() * free).sum(-1, keepdim=True) / (full.abs() * free).sum(-1, keepdim=True)
-    overall = (w.abs() * free).sum() / (full.abs() * free).sum()
-    return full * torch.where(scale.isfinite() & (scale > 0), scale, overall.nan_to_num(0.0, posinf=0.0))
+    """The weights ``c·r·A`` of the same loss without its clip, with c from the tokens that are not clipped."""
+    unclipped = inside & ~facts.clipped_low & ~facts.clipped_high
+    ratio_adv = torch.where(inside, facts.ratio * adv, torch.zeros_like(w))
+    sequence_scale = (w.abs() * unclipped).sum(-1, keepdim=True) / (ratio_adv.abs() * unclipped).sum(-1, keepdim=True)
+    batch_scale = (w.abs() * unclipped).sum() / (ratio_adv.abs() * unclipped).sum()
+    return ratio_adv * torch.where(
+        sequence_scale.isfinite() & (sequence_scale > 0), sequence_scale, batch_scale.nan_to_num(0.0, posinf=0.0)
+    )
 
 
 def _by_position(change: Float[Tensor, "b t"], inside: Bool[Tensor, "b t"]) -> Float[Tensor, "8"]:
     rank = inside.cumsum(-1) - 1
     length = inside.sum(-1, keepdim=True).clamp(min=1)
-    part = (rank * NUM_POSITIONS // length).clamp(min=0, max=NUM_POSITIONS - 1)
-    return change.new_zeros(NUM_POSITIONS).index_add(0, part.flatten(), change.flatten())
+    position = (rank * NUM_POSITIONS // length).clamp(min=0, max=NUM_POSITIONS - 1)
+    return change.new_zeros(NUM_POSITIONS).index_add(0, position.flatten(), change.flatten())
 
 
 def token_totals(
     change: Float[Tensor, "b t"], ids: Int[Tensor, "b t"], mask: Shaped[Tensor, "b t"], num_tokens: int
 ) -> Float[Tensor, "2 v"]:
-    """Add up the predicted change, and count, by token of the vocabulary; the largest are the tokens that did it.
+    """Sum the predicted change, and count, by token of the vocabulary, to find the tokens that change entropy most.
 
     Args:
         change: [b t] predicted change of each row.
@@ -379,9 +385,9 @@ def token_totals(
             [1., 0., 1.]])
     """
     inside = mask.bool()
-    kept = torch.where(inside, change, torch.zeros_like(change))
-    rows = torch.stack([kept, inside.to(kept.dtype)]).flatten(1)
-    return rows.new_zeros(2, num_tokens).index_add(1, ids.clamp(min=0).flatten(), rows)
+    masked = torch.where(inside, change, torch.zeros_like(change))
+    change_and_count = torch.stack([masked, inside.to(masked.dtype)]).flatten(1)
+    return change_and_count.new_zeros(2, num_tokens).index_add(1, ids.clamp(min=0).flatten(), change_and_count)
 
 
 def clip_gain(
@@ -397,40 +403,40 @@ def clip_gain(
 
     ``dΔH/dε ≈ (1/width)·Σ over tokens with A on the bound's side and |r − bound| < width/2 of −c·r·A·{πL − Σπ²L}``
 
-    Moving the bound frees, or clips, the tokens whose ratio lies at it; their density is read over a window.
+    Moving the bound unclips, or clips, the tokens whose ratio lies at it; their density is estimated over a window.
 
     Args:
         weights, stats, adv, facts, mask: as in :func:`attribute`.
         bound: the ratio at which tokens are clipped: above 1 it clips A > 0, below 1 it clips A < 0.
-        width: of the window in which tokens count as at the edge, > 0.
+        width: width of the window in which tokens count as at the bound, > 0.
 
     Returns:
         0-d, nats per token, unit step size and unit of the width of the clip (away from 1).
 
     Raises:
-        ValueError: width not positive.
+        ValueError: the width is not positive.
 
     [ours], an estimate: a density needs a window.
     """
     if not width > 0:
         raise ValueError(f"width must be > 0, got {width}; a quarter of the clip's width is a start")
     inside = mask.bool()
-    pushed = adv > 0 if bound > 1 else adv < 0
-    edge = inside & pushed & ((facts.ratio - bound).abs() < width / 2)
-    freed = _unclipped(weights.logp.detach(), adv, inside, facts)
-    return -torch.where(edge, freed * _pull(stats), torch.zeros_like(freed)).sum() / width
+    clippable = adv > 0 if bound > 1 else adv < 0
+    at_edge = inside & clippable & ((facts.ratio - bound).abs() < width / 2)
+    unclipped = _unclipped_weights(weights.logp.detach(), adv, inside, facts)
+    return -torch.where(at_edge, unclipped * _logp_slope(stats), torch.zeros_like(unclipped)).sum() / width
 
 
 def entropy_bounds(
     entropy_old: Float[Tensor, "..."], clip_low: float, clip_high: float
 ) -> tuple[Float[Tensor, "..."], Float[Tensor, "..."]]:
-    """Give the entropies that a row can reach if all its ratios stay inside the clip.
+    """Return the lowest and highest entropy that a row can reach if all its ratios stay inside the clip.
 
     ``(1 − ε_low)·H_old ≤ H_new ≤ (1 + ε_high)·H_old`` if ``1 − ε_low ≤ π_new/π_old ≤ 1 + ε_high`` for every token
 
     Derivation: ``H_new = −Σ π_new log π_new ≤ −Σ π_new log π_old ≤ (1 + ε_high)·H_old`` by Gibbs' inequality, and
     ``H_new ≥ (1 − ε_low)·(−Σ π_old log π_new) ≥ (1 − ε_low)·H_old`` by the same. No clipped loss forces its ratios to
-    stay inside: it is a guide, and how often rows leave it is worth a log.
+    stay inside, so rows can leave these bounds; :func:`bound_violations` counts them.
 
     Args:
         entropy_old: entropies when the tokens were sampled, nats.
@@ -470,6 +476,6 @@ def bound_violations(
     tensor(2.)
     """
     low, high = entropy_bounds(entropy_old, clip_low, clip_high)
-    # A row that did not move lies on its bound where the clip has no width: leave rounding out of it.
+    # With a clip of width 0 a row that did not move lies on its bound: allow for rounding.
     slack = 1e-5 * entropy_old.abs() + 1e-7
     return reduce.token(((entropy < low - slack) | (entropy > high + slack)).to(entropy.dtype), mask)

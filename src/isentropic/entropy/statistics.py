@@ -1,8 +1,8 @@
 """Entropy of token distributions: exact from logits, or estimated from the log-probabilities of sampled tokens.
 
-Everything is in nats, at a given temperature, and computed in fp32 or better whatever the logits are stored in: in
-bf16 an entropy over 50k tokens is off by some 0.02 nats. Rows are worked through in chunks, so that the fp32 copy of
-the logits never exceeds one chunk. A logit of −inf is a token that cannot be sampled: it adds nothing.
+Everything is in nats, at a given temperature, and computed in fp32 or better whatever the dtype of the logits: in bf16
+an entropy over 50k tokens has an error of some 0.02 nats. Rows are processed in chunks, so that the fp32 copy of the
+logits never exceeds one chunk. A logit of −inf is a token that cannot be sampled: it adds nothing.
 """
 
 from collections.abc import Iterator
@@ -27,12 +27,12 @@ def _check(temperature: float, chunk: int) -> None:
 
 
 def _row_chunks(logits: Float[Tensor, "*rows v"], chunk: int) -> Iterator[Float[Tensor, "n v"]]:
-    """Yield views of at most chunk rows in order; logits that were sliced are not made contiguous first."""
+    """Yield views of at most ``chunk`` rows in order, without a contiguous copy of sliced logits."""
     if logits.is_contiguous() or logits.dim() <= 2:
         yield from logits.reshape(-1, logits.shape[-1]).split(chunk)
     else:
-        for part in logits.unbind(0):
-            yield from _row_chunks(part, chunk)
+        for sub_logits in logits.unbind(0):
+            yield from _row_chunks(sub_logits, chunk)
 
 
 def _log_probs(rows: Float[Tensor, "n v"], temperature: float) -> Float[Tensor, "n v"]:
@@ -51,7 +51,7 @@ def _probs_(logp: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
 def logits_stats(
     logits: Float[Tensor, "*rows v"], ids: Int[Tensor, "*rows"], temperature: float = 1.0, chunk: int = CHUNK
 ) -> TokenStats:
-    """Read the statistics of sampled tokens and their rows, exactly and without a gradient.
+    """Compute the statistics of sampled tokens and their rows, exactly and without a gradient.
 
     ``log π(a)``, ``H``, ``Σ π²``, ``Σ π² log π``, ``Σ π² log² π`` with ``π = softmax(logits / temperature)``
 
@@ -59,13 +59,13 @@ def logits_stats(
         logits: [... v] in any floating dtype.
         ids: [...] sampled tokens. A negative id, a common mark of padding, is read as 0.
         temperature: the sampling temperature.
-        chunk: rows worked on at once; the peak is a handful of fp32 tensors of [chunk v].
+        chunk: rows computed at once; the peak memory is a few fp32 tensors of [chunk v].
 
     Returns:
-        The statistics, [...] each, in fp32, or float64 where the logits are.
+        The statistics, [...] each, in fp32, or in float64 if the logits are.
 
     Raises:
-        ValueError: temperature or chunk not positive.
+        ValueError: temperature or chunk is not positive.
 
     The moments are those of the exact form of Theorem 1 of arXiv:2603.11682 [derived].
 
@@ -74,30 +74,30 @@ def logits_stats(
     (tensor([-0.6931,  0.0000]), tensor([0.6931, 0.0000]), tensor([0.5000, 1.0000]))
     """
     _check(temperature, chunk)
-    flat_ids, start, parts = ids.reshape(-1, 1).long().clamp(min=0), 0, []
+    flat_ids, start, chunks = ids.reshape(-1, 1).long().clamp(min=0), 0, []
     for rows in _row_chunks(logits, chunk):
-        chosen = flat_ids[start : start + rows.shape[0]]
+        chunk_ids = flat_ids[start : start + rows.shape[0]]
         start += rows.shape[0]
         logp = _log_probs(rows, temperature)
-        own = logp.gather(1, chosen)[:, 0]
+        token_logp = logp.gather(1, chunk_ids)[:, 0]
         p = _probs_(logp)
         p_logp = p * logp
         moments = (-p_logp.sum(-1), p.square().sum(-1), (p * p_logp).sum(-1), p_logp.square().sum(-1))
-        parts.append(torch.stack((own, *moments)))
-    return TokenStats(*torch.cat(parts, dim=1).reshape(5, *ids.shape))
+        chunks.append(torch.stack((token_logp, *moments)))
+    return TokenStats(*torch.cat(chunks, dim=1).reshape(5, *ids.shape))
 
 
 class _TokenEntropy(torch.autograd.Function):
-    """Entropy by rows which keeps the logits alone for its backward, ``∂H/∂z = −π (log π + H) / temperature``."""
+    """Entropy by rows, which saves only the logits for its backward, ``∂H/∂z = −π (log π + H) / temperature``."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, temperature: float, chunk: int) -> Tensor:
-        parts = []
+        chunks = []
         for rows in _row_chunks(logits, chunk):
             logp = _log_probs(rows, temperature)
             p = _probs_(logp)
-            parts.append(-(p * logp).sum(-1))
-        entropy = torch.cat(parts)
+            chunks.append(-(p * logp).sum(-1))
+        entropy = torch.cat(chunks)
         ctx.save_for_backward(logits, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         return entropy.reshape(logits.shape[:-1])
@@ -105,18 +105,22 @@ class _TokenEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:  # pyrefly: ignore[bad-override]
-        (grad,), (logits, entropy) = grad_outputs, ctx.saved_tensors
-        out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        flat_out, flat_grad, start = out.view(-1, logits.shape[-1]), grad.reshape(-1, 1), 0
+        (entropy_grad,), (logits, entropy) = grad_outputs, ctx.saved_tensors
+        logits_grad = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        flat_logits_grad, flat_entropy_grad, start = (
+            logits_grad.view(-1, logits.shape[-1]),
+            entropy_grad.reshape(-1, 1),
+            0,
+        )
         for rows in _row_chunks(logits, ctx.chunk):
-            here = slice(start, start + rows.shape[0])
+            span = slice(start, start + rows.shape[0])
             start += rows.shape[0]
             logp = _log_probs(rows, ctx.temperature)
             p = _probs_(logp)
-            slope = logp.add_(entropy[here, None]).mul_(p).mul_(-flat_grad[here] / ctx.temperature)
-            # A row that a mask dropped may hold anything: 0 · NaN has to be 0.
-            flat_out[here] = slope.masked_fill_(flat_grad[here] == 0, 0.0)
-        return out, None, None
+            chunk_grad = logp.add_(entropy[span, None]).mul_(p).mul_(-flat_entropy_grad[span] / ctx.temperature)
+            # A row outside the mask may have any value: 0 · NaN must be 0.
+            flat_logits_grad[span] = chunk_grad.masked_fill_(flat_entropy_grad[span] == 0, 0.0)
+        return logits_grad, None, None
 
 
 def token_entropy(
@@ -126,19 +130,19 @@ def token_entropy(
 
     ``H = −Σ_v π log π``, ``∂H/∂z_v = −π_v (log π_v + H) / temperature``, ``π = softmax(z / temperature)``
 
-    The backward recomputes each chunk, so that beside the logits and their gradient only one chunk is held in fp32.
-    A row whose incoming gradient is 0 gets a gradient of 0, whatever it holds.
+    The backward recomputes each chunk, so that besides the logits and their gradient only one chunk is kept in fp32.
+    A row whose incoming gradient is 0 gets a gradient of 0, whatever its values.
 
     Args:
         logits: [... v] in any floating dtype.
         temperature: the sampling temperature.
-        chunk: rows worked on at once.
+        chunk: rows computed at once.
 
     Returns:
-        [...] entropies in nats, in fp32, or float64 where the logits are.
+        [...] entropies in nats, in fp32, or in float64 if the logits are.
 
     Raises:
-        ValueError: temperature or chunk not positive.
+        ValueError: temperature or chunk is not positive.
 
     >>> token_entropy(torch.zeros(2, 4))  # log 4
     tensor([1.3863, 1.3863])
@@ -148,11 +152,11 @@ def token_entropy(
 
 
 def sampled_entropy(logp: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
-    """Estimate entropy from the sampled tokens alone. This is not the exact entropy and is never called so.
+    """Estimate entropy from the sampled tokens alone. This is not the exact entropy and is never called that.
 
-    ``Ĥ = −Σ m·log π(a) / Σ m``, unbiased if a was drawn from the very π that logp is of, for ``E_π[−log π] = H``
+    ``Ĥ = −Σ m·log π(a) / Σ m``, unbiased if a was drawn from the very π of logp, because ``E_π[−log π] = H``
 
-    Variance: on top of the spread of H between states, each token adds ``Var_π[log π]``, which is 0 for a
+    Variance: in addition to the spread of H between states, each token adds ``Var_π[log π]``, which is 0 for a
     uniform row and grows with the tail of the row; tokens of one response are correlated.
 
     Bias under truncated sampling. Top-k, top-p and min-p draw from ``q = π/Z`` on a kept set S with ``Z = Σ_S π``. With
@@ -160,10 +164,10 @@ def sampled_entropy(logp: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> 
 
     ``E_q[−log π] = H(q) − log Z = H(π) − (1 − Z)·(E_π[−log π | not S] − E_π[−log π | S])``
 
-    which is never above H(π), for what was cut is no likelier than what was kept; nor is it H(q), which it exceeds by
-    ``−log Z``.
+    which is never above H(π), because the tokens outside S are no likelier than those inside; nor is it H(q), which it
+    exceeds by ``−log Z``.
 
-    Bias under another temperature. Tokens drawn at ``T`` with the logp of temperature 1 give
+    Bias under another temperature. Tokens drawn at temperature ``T``, with the logp of temperature 1, give
     ``E_q[−log π] = H(q) + KL(q‖π)``, ``q ∝ π^(1/T)``: below H(π) for T < 1, above it for T > 1.
 
     Args:

@@ -1,8 +1,8 @@
 """Rewards [p g] to advantages [b], with b = p·g and the samples of a prompt side by side.
 
 Shared rules. A NaN reward means "not scorable": the sample takes no part in the statistics of its group and its
-advantage is 0. Wherever a baseline is taken from the group, a group whose scorable rewards are all equal, one scorable
-reward included, gets exactly 0, so that rounding in the baseline never turns into a gradient.
+advantage is 0. For every baseline computed from the group, a group whose scorable rewards are all equal (or that has
+only one) gets exactly 0, so that rounding in the baseline never becomes a gradient.
 """
 
 import math
@@ -24,22 +24,22 @@ def _mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p 1"]:
     return rewards.nansum(dim=1, keepdim=True) / scorable.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _finish(adv: Float[Tensor, "p g"], rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
-    """Zero what is not scorable and the groups without a difference, then flatten."""
+def _zero_uninformative(adv: Float[Tensor, "p g"], rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Set samples that are not scorable, and groups whose rewards are all equal, to zero, and flatten."""
     keep = informative_groups(rewards).unsqueeze(1) & ~rewards.isnan()
     return torch.where(keep, adv, torch.zeros_like(adv)).flatten()
 
 
 def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
-    """Say which groups hold two different scorable rewards: the groups that dynamic sampling keeps.
+    """Mark the groups with two different scorable rewards: the groups that dynamic sampling keeps.
 
     ``max_g R > min_g R``
 
     Args:
-        rewards: [p g] rewards; NaN where a sample is not scorable.
+        rewards: [p g] rewards; NaN for a sample that is not scorable.
 
     Returns:
-        [p] true where the group teaches something.
+        [p] true for a group with a learning signal.
 
     DAPO's dynamic sampling (arXiv:2503.14476), for any rewards instead of 0 and 1.
 
@@ -53,14 +53,14 @@ def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
 
 
 def none(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
-    """Use the reward itself.
+    """Use the reward itself as advantage.
 
     ``A = R``
 
-    Groups play no part here: equal rewards stay as they are, and only a sample that is not scorable gets 0.
+    Groups are ignored: equal rewards are kept, and only a sample that is not scorable gets 0.
 
     Args:
-        rewards: [p g] rewards; NaN where a sample is not scorable.
+        rewards: [p g] rewards; NaN for a sample that is not scorable.
 
     Returns:
         [b] advantages in the unit of the reward.
@@ -81,7 +81,7 @@ def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     A group of one is always equal to itself: its advantage is 0.
 
     Args:
-        rewards: [p g] rewards; NaN where a sample is not scorable.
+        rewards: [p g] rewards; NaN for a sample that is not scorable.
 
     Returns:
         [b] advantages in the unit of the reward.
@@ -92,7 +92,7 @@ def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
     rewards = _at_least_fp32(rewards)
-    return _finish(rewards - _mean(rewards), rewards)
+    return _zero_uninformative(rewards - _mean(rewards), rewards)
 
 
 def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, " b"]:
@@ -101,7 +101,7 @@ def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, 
     ``A = (R − mean_g R) / (std_g R + eps)``, with ``std² = Σ (R − mean)² / (n − 1)`` over the n scorable samples
 
     Args:
-        rewards: [p g] rewards, g >= 2; NaN where a sample is not scorable.
+        rewards: [p g] rewards, g >= 2; NaN for a sample that is not scorable.
         eps: keeps nearly equal groups finite, in the unit of the reward.
 
     Returns:
@@ -125,7 +125,7 @@ def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, 
     centred = rewards - _mean(rewards)
     num_others = (~rewards.isnan()).sum(dim=1, keepdim=True) - 1
     std = (centred.square().nansum(dim=1, keepdim=True) / num_others.clamp(min=1)).sqrt()
-    return _finish(centred / (std + eps), rewards)
+    return _zero_uninformative(centred / (std + eps), rewards)
 
 
 def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
@@ -136,13 +136,13 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     The baseline does not depend on the sample it is used for, so the gradient estimate stays unbiased.
 
     Args:
-        rewards: [p g] rewards, g >= 2; NaN where a sample is not scorable.
+        rewards: [p g] rewards, g >= 2; NaN for a sample that is not scorable.
 
     Returns:
         [b] advantages in the unit of the reward.
 
     Raises:
-        ValueError: g = 1, which leaves nobody.
+        ValueError: g = 1, which leaves no other sample.
 
     RLOO (arXiv:2402.14740); the baseline of RLOO and LOOP in the tables of arXiv:2603.11682 [paper].
 
@@ -154,8 +154,8 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
             f"leave_one_out needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'none'"
         )
     rewards = _at_least_fp32(rewards)
-    num = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)
-    return _finish((rewards - _mean(rewards)) * (num / (num - 1).clamp(min=1)), rewards)
+    num_scorable = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)
+    return _zero_uninformative((rewards - _mean(rewards)) * (num_scorable / (num_scorable - 1).clamp(min=1)), rewards)
 
 
 def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str = "linear") -> Float[Tensor, " b"]:
@@ -163,17 +163,17 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
 
     ``A = R − Q_k(R)``, k the quantile
 
-    With right-or-wrong rewards the baseline is (nearly) 0 on prompts that are mostly failed, where only the rare
-    successes then teach, and 1 on prompts that are mostly solved, where only the rare failures do.
+    With right-or-wrong rewards the baseline is (nearly) 0 on prompts that are mostly failed, so that only the rare
+    successes give a gradient, and 1 on prompts that are mostly solved, so that only the rare failures do.
 
-    The interpolation decides what happens in between. The n scorable rewards are sorted, ``x_0 <= … <= x_{n−1}``.
-    ``inverted_cdf`` takes the smallest reward whose share of rewards at or below it is at least k. The others look at
-    position ``h = k·(n − 1)``: ``linear`` interpolates between its two neighbours, ``lower``, ``higher``, ``nearest``
-    and ``midpoint`` are what they say. For 8 samples of which 5 are right, k = 0.4 (h = 2.8): linear 0.8, lower 0,
+    The interpolation matters in between. The n scorable rewards are sorted, ``x_0 <= … <= x_{n−1}``. ``inverted_cdf``
+    takes the smallest reward for which the share of rewards at or below it is at least k. The others use the position
+    ``h = k·(n − 1)``: ``linear`` interpolates between its two neighbours; ``lower``, ``higher``, ``nearest`` and
+    ``midpoint`` choose as their names say. For 8 samples of which 5 are right, k = 0.4 (h = 2.8): linear 0.8, lower 0,
     higher 1, inverted_cdf 1.
 
     Args:
-        rewards: [p g] rewards; NaN where a sample is not scorable.
+        rewards: [p g] rewards; NaN for a sample that is not scorable.
         quantile: k, in [0, 1].
         interpolation: one of INTERPOLATIONS.
 
@@ -183,7 +183,7 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
     Raises:
         ValueError: a quantile outside [0, 1]; unknown interpolation.
 
-    QAE (arXiv:2509.22611); ``linear`` as the default is a choice of ours [ours].
+    QAE (arXiv:2509.22611); ``linear`` as the default is our choice [ours].
 
     >>> quantile(torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]]), 0.4)  # h = 1.2
     tensor([ 1.,  0.,  0.,  0.,  0.,  0.,  0., -1.])
@@ -194,20 +194,20 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
         raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}; choose one")
     rewards = _at_least_fp32(rewards)
     if interpolation == "inverted_cdf":
-        num = (~rewards.isnan()).sum(dim=1, keepdim=True)
+        num_scorable = (~rewards.isnan()).sum(dim=1, keepdim=True)
         # k·n is rarely exact in binary: 0.3·50 must be 15 and not the next sample.
-        rank = (quantile * num - 1e-6 * num).ceil().long().clamp(min=1) - 1
+        rank = (quantile * num_scorable - 1e-6 * num_scorable).ceil().long().clamp(min=1) - 1
         baseline = rewards.sort(dim=1).values.gather(1, rank)
     else:
         baseline = rewards.nanquantile(quantile, dim=1, keepdim=True, interpolation=interpolation)
-    return _finish(rewards - baseline, rewards)
+    return _zero_uninformative(rewards - baseline, rewards)
 
 
 def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int) -> Float[Tensor, " b"]:
-    """Penalise responses that come close to the length limit, to be added to the reward.
+    """Penalise responses that come close to the length limit; add the result to the reward.
 
     ``0`` up to ``max_length − buffer``, then ``(max_length − buffer − length) / buffer``, which reaches −1 at
-    ``max_length`` and stays there.
+    ``max_length`` and does not fall further.
 
     Args:
         lengths: [b] response lengths in tokens.
@@ -231,16 +231,17 @@ def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int
 
 
 def group_rate(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
-    """How well the samples of each prompt did, in [0, 1], at every sample of it.
+    """Rate how well the samples of each prompt did, in [0, 1], and repeat the rate for every sample.
 
-    If all rewards are 0 or 1, the share of right answers; if they are graded, the mean reward scaled by the group's own
-    range, ``(mean − min)/(max − min)``. A graded group with one reward alone is 1 if that reward is above 0, else 0.
+    If all rewards are 0 or 1, the rate is the share of right answers; if they are graded, it is the mean reward scaled
+    by the group's own range, ``(mean − min)/(max − min)``. A graded group whose rewards are all equal has rate 1 if
+    that reward is above 0, else 0.
 
     Args:
-        rewards: [p g] rewards; NaN where a sample is not scorable, which then does not count.
+        rewards: [p g] rewards; NaN for a sample that is not scorable, which does not count.
 
     Returns:
-        [b] rates; a group that has no scorable sample gets 0.
+        [b] rates; a group without a scorable sample gets 0.
 
     [ours]
 

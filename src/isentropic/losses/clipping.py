@@ -1,7 +1,7 @@
 """Bounds of the importance ratio: clip widths and facts of the tokens in, the lowest and the highest ratio out.
 
 Every rule has one signature, ``(clip_low, clip_high, facts, **constants) -> (lower, upper)``; a width of 0 puts a bound
-at 1. Two rules are numbers, the others differ from token to token or are read off the whole call.
+at 1. The bounds of two rules are numbers; those of the others differ by token or are computed from the whole call.
 """
 
 import math
@@ -17,7 +17,7 @@ Bound = float | int | Tensor
 
 
 class RatioFacts(NamedTuple):
-    """What a bound may depend on, all ``[b t]`` and without gradient, with zeros outside the mask.
+    """The facts a bound may depend on, all ``[b t]`` and without gradient, with zeros outside the mask.
 
     Attributes:
         ratio: ``π/π_old``.
@@ -41,7 +41,7 @@ def additive(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Boun
 
 
 def reciprocal(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Bound, Bound]:
-    """``[1/(1 + clip_low), 1 + clip_high]``: with equal widths, even in the logarithm of the ratio."""
+    """``[1/(1 + clip_low), 1 + clip_high]``: with equal widths, symmetric in the logarithm of the ratio."""
     return 1 / (1 + clip_low), 1 + clip_high
 
 
@@ -49,7 +49,7 @@ def linear(clip_low: Width, clip_high: Width, facts: RatioFacts, *, slope: float
     """``[1 − clip_low, 1 + max(slope·p_old + clip_high, 0)]``: a likely token has less room above than a rare one.
 
     Dynamic clip thresholds (arXiv:2602.09782): ``ε_high(p) = α·p + β`` with α < 0; here β is clip_high. α is unknown
-    (?), and p is taken under the old policy, so that the bound stands still while the token moves [ours].
+    (?), and p is the probability under the old policy, so that the bound is fixed while the token moves [ours].
 
     >>> facts = RatioFacts(torch.ones(1, 2), torch.tensor([[0.1, 0.9]]), torch.ones(1, 2), torch.ones(1, 2).bool())
     >>> linear(0.2, 0.28, facts, slope=-0.2)
@@ -61,8 +61,8 @@ def linear(clip_low: Width, clip_high: Width, facts: RatioFacts, *, slope: float
 def dcpo(clip_low: Width, clip_high: Width, facts: RatioFacts, *, ratio_cap: float) -> tuple[Bound, Bound]:
     """``½ + ½√max(1 − 4·clip_low/q, 0) ≤ r ≤ min(½ + ½√(1 + 4·clip_high/q), ratio_cap)``, q the old probability.
 
-    The same as ``−clip_low ≤ (r − 1)·p_new ≤ clip_high`` where the root is real: what is bounded is not the ratio but
-    the weighted change of the probability, which gives rare tokens room.
+    If the root is real, this is ``−clip_low ≤ (r − 1)·p_new ≤ clip_high``: it bounds the weighted change of the
+    probability instead of the ratio, which gives rare tokens more room.
 
     DCPO (arXiv:2509.02333).
 
@@ -90,19 +90,20 @@ def balanced(
     """Widen the upper bound, then tighten the lower one, until positive advantages carry their share of the loss.
 
     From ``[1 − clip_low, 1 + clip_high]`` the upper bound rises by ``upper_step`` to ``upper_to``, then the lower one
-    by ``lower_step`` to ``lower_to``; the first pair is taken at which
+    by ``lower_step`` to ``lower_to``. The result is the first pair for which
     ``Σ_{A>0} min(r, upper)·A ≥ positive_share·(Σ_{A>0} min(r, upper)·A + Σ_{A<0} max(r, lower)·|A|)``,
     or else the last one.
 
-    Sums run over the masked tokens of the call: a micro-batch finds its own pair. Nothing synchronises.
+    The sums are over the tokens of the call inside the mask: each micro-batch has its own pair. No operation
+    synchronises with the device.
 
     Returns:
         Two 0-d tensors.
 
     Raises:
-        ValueError: widths that differ by token; a step that is not positive.
+        ValueError: a width is a tensor; a step is not positive.
 
-    BAPO (arXiv:2510.18927); steps are those of our path (?), and the released code moves the lower bound first.
+    BAPO (arXiv:2510.18927); the steps are ours (?), and the released code moves the lower bound first.
 
     >>> one = torch.ones(1, 2)
     >>> facts = RatioFacts(torch.tensor([[2.0, 1.0]]), one, torch.tensor([[1.0, -1.5]]), one.bool())
@@ -113,30 +114,30 @@ def balanced(
     if isinstance(clip_low, Tensor) or isinstance(clip_high, Tensor):
         raise ValueError("balanced bounds are one pair for a call, got widths by token; give numbers")
     adv = torch.where(facts.mask, facts.adv, 0.0)
-    up, down = adv.clamp(min=0.0), (-adv).clamp(min=0.0)
+    positive_adv, negative_adv = adv.clamp(min=0.0), (-adv).clamp(min=0.0)
     device = facts.ratio.device
     lowers, uppers = (torch.as_tensor(x, device=device, dtype=facts.ratio.dtype) for x in (1 - clip_low, 1 + clip_high))
-    # The points of the two legs, as offsets; the last point of each is its end.
-    climbs = [i * upper_step for i in range(_points(upper_to - 1 - clip_high, upper_step))]
-    closes = [i * lower_step for i in range(_points(clip_low - 1 + lower_to, lower_step))]
-    uppers = torch.stack([(uppers + x).clamp(max=max(upper_to, 1 + clip_high)) for x in climbs])
-    lowers = torch.stack([(lowers + x).clamp(max=max(lower_to, 1 - clip_low)) for x in closes])
-    gains = torch.stack([(facts.ratio.clamp(max=u) * up).sum() for u in uppers])
-    losses = torch.stack([(facts.ratio.clamp(min=x) * down).sum() for x in lowers])
+    # Offsets along the two parts of the path; the last offset of each is its end.
+    upper_offsets = [i * upper_step for i in range(_num_points(upper_to - 1 - clip_high, upper_step))]
+    lower_offsets = [i * lower_step for i in range(_num_points(clip_low - 1 + lower_to, lower_step))]
+    uppers = torch.stack([(uppers + x).clamp(max=max(upper_to, 1 + clip_high)) for x in upper_offsets])
+    lowers = torch.stack([(lowers + x).clamp(max=max(lower_to, 1 - clip_low)) for x in lower_offsets])
+    positive_sums = torch.stack([(facts.ratio.clamp(max=upper) * positive_adv).sum() for upper in uppers])
+    negative_sums = torch.stack([(facts.ratio.clamp(min=x) * negative_adv).sum() for x in lowers])
     # The path: every upper bound with the first lower one, then the last upper bound with every lower one.
-    n, m = len(uppers), len(lowers)
-    path_upper = torch.cat([uppers, uppers[-1:].expand(m - 1)])
-    path_lower = torch.cat([lowers[:1].expand(n), lowers[1:]])
-    positive = torch.cat([gains, gains[-1:].expand(m - 1)])
-    negative = torch.cat([losses[:1].expand(n), losses[1:]])
-    reached = positive >= positive_share * (positive + negative) * (1 - 1e-6)
-    reached = torch.cat([reached[:-1], torch.ones_like(reached[-1:])])
-    first = reached.int().argmax()
-    return path_lower.gather(0, first[None])[0], path_upper.gather(0, first[None])[0]
+    num_uppers, num_lowers = len(uppers), len(lowers)
+    path_upper = torch.cat([uppers, uppers[-1:].expand(num_lowers - 1)])
+    path_lower = torch.cat([lowers[:1].expand(num_uppers), lowers[1:]])
+    positive = torch.cat([positive_sums, positive_sums[-1:].expand(num_lowers - 1)])
+    negative = torch.cat([negative_sums[:1].expand(num_uppers), negative_sums[1:]])
+    is_reached = positive >= positive_share * (positive + negative) * (1 - 1e-6)
+    is_reached = torch.cat([is_reached[:-1], torch.ones_like(is_reached[-1:])])
+    first_reached = is_reached.int().argmax()
+    return path_lower.gather(0, first_reached[None])[0], path_upper.gather(0, first_reached[None])[0]
 
 
-def _points(length: float, step: float) -> int:
-    """How many points lie on a leg of that length, both ends in."""
+def _num_points(length: float, step: float) -> int:
+    """The number of points on a part of the path of this length, both ends included."""
     if not step > 0:
         raise ValueError(f"balanced bounds move in steps > 0, got {step}")
     return 1 + max(0, math.ceil(length / step - 1e-9))
@@ -149,19 +150,21 @@ def bounds_of(
     facts: RatioFacts,
     mask: Bool[Tensor, "b t"],
 ) -> tuple[Bound | Float[Tensor, ""] | Float[Tensor, "b t"], Bound | Float[Tensor, ""] | Float[Tensor, "b t"]]:
-    """The lowest and the highest ratio by a rule.
+    """Compute the lowest and the highest ratio by a rule.
 
     Args:
-        rule: a function of this module with its constants fixed, or one like it.
-        clip_low, clip_high: widths, numbers or [b t]; what a tensor holds outside the mask counts as 0.
+        rule: a function of this module with its constants fixed, or one with the same signature.
+        clip_low, clip_high: widths, numbers or [b t]; values of a tensor outside the mask count as 0.
         facts: of the tokens, [b t] each.
         mask: [b t] true where the token counts.
 
     Raises:
-        ValueError: a width that is a negative number.
+        ValueError: a width is a negative number.
     """
     for name, width in (("clip_low", clip_low), ("clip_high", clip_high)):
         if not isinstance(width, Tensor) and not width >= 0:
             raise ValueError(f"{name} must be >= 0, got {width}; it is a width, the bound is on the other side of 1")
-    low, high = (torch.where(mask, w, 0.0) if isinstance(w, Tensor) else w for w in (clip_low, clip_high))
-    return rule(low, high, facts)
+    width_low, width_high = (
+        torch.where(mask, width, 0.0) if isinstance(width, Tensor) else width for width in (clip_low, clip_high)
+    )
+    return rule(width_low, width_high, facts)

@@ -1,12 +1,13 @@
 """Objectives: facts of the sampled tokens in, a loss and its facts per token out.
 
-Every objective has one signature, ``(batch, **parameters) -> (loss [b t], TokenFacts)``; ``reduce.py`` turns the loss
-into a number. Here ``r = exp(logp − logp_old)`` and A is the advantage, which counts as a constant, as does
-``logp_old``. Without ``logp_old`` the batch is exactly on-policy: r is 1, and its gradient is that of ``logp``.
+Every objective has one signature, ``(batch, **parameters) -> (loss [b t], TokenFacts)``;
+:mod:`isentropic.losses.reduce` turns the loss into a number. Here ``r = exp(logp − logp_old)`` and A is the advantage,
+which counts as a constant, as does ``logp_old``. Without ``logp_old`` the batch is exactly on-policy: r is 1, and its
+gradient is that of ``logp``.
 
-Outside the mask the loss is 0, the ratio 1 and nothing is clipped, whatever the batch holds there.
+Outside the mask the loss is 0, the ratio 1 and no token is clipped, whatever the batch contains there.
 
-``bounds`` is the rule of :mod:`isentropic.losses.clipping` that makes bounds of the two widths.
+``bounds`` is the rule of :mod:`isentropic.losses.clipping` that computes bounds from the two widths.
 """
 
 import torch
@@ -31,10 +32,10 @@ def _prepare(batch: TokenBatch) -> tuple[Tensor, Tensor, Tensor, Bool[Tensor, "b
 
 def _facts(ratio: Tensor, adv: Tensor, lower: Bound | None, upper: Bound | None) -> TokenFacts:
     """Mark the tokens whose ratio lies past the bound that their advantage pushes towards."""
-    nowhere = torch.zeros_like(ratio, dtype=torch.bool)
-    low = nowhere if lower is None else ratio < lower
-    high = nowhere if upper is None else ratio > upper
-    return TokenFacts(ratio.detach(), low & (adv < 0), high & (adv > 0), low | high)
+    false = torch.zeros_like(ratio, dtype=torch.bool)
+    below = false if lower is None else ratio < lower
+    above = false if upper is None else ratio > upper
+    return TokenFacts(ratio.detach(), below & (adv < 0), above & (adv > 0), below | above)
 
 
 def _bounds(
@@ -44,11 +45,13 @@ def _bounds(
     ratio: Tensor,
     prepared: tuple[Tensor, Tensor, Tensor, Tensor],
 ) -> tuple[Bound, Bound]:
-    """Turn clip widths into the lowest and highest ratio; ``prepared`` is what :func:`_prepare` returned."""
+    """Turn clip widths into the lowest and highest ratio; ``prepared`` is the result of :func:`_prepare`."""
     logp, _, adv, mask = prepared
-    now = ratio.detach().expand(mask.shape)
-    prob_old = torch.where(mask, logp.detach().exp() / now, torch.zeros_like(now))
-    return bounds_of(rule, clip_low, clip_high, RatioFacts(now, prob_old, adv.expand(mask.shape), mask), mask)
+    detached_ratio = ratio.detach().expand(mask.shape)
+    prob_old = torch.where(mask, logp.detach().exp() / detached_ratio, torch.zeros_like(detached_ratio))
+    return bounds_of(
+        rule, clip_low, clip_high, RatioFacts(detached_ratio, prob_old, adv.expand(mask.shape), mask), mask
+    )
 
 
 def _surrogate(ratio: Tensor, adv: Tensor, lower: Bound, upper: Bound) -> Tensor:
@@ -61,10 +64,10 @@ def reinforce(batch: TokenBatch) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     ``loss = −A·logp``
 
     Args:
-        batch: logp, logp_old [b t] in nats, adv, mask. ``logp_old`` goes into the reported ratio only.
+        batch: logp, logp_old [b t] in nats, adv, mask. ``logp_old`` enters the reported ratio only.
 
     Returns:
-        The loss [b t] and its facts; nothing is ever clipped.
+        The loss [b t] and its facts; no token is ever clipped.
 
     REINFORCE; with leave-one-out advantages the strictly on-policy RLOO of arXiv:2603.11682 [paper].
 
@@ -85,7 +88,7 @@ def importance(batch: TokenBatch) -> tuple[Float[Tensor, "b t"], TokenFacts]:
         batch: logp, logp_old [b t] in nats, adv, mask.
 
     Returns:
-        The loss [b t] and its facts; nothing is ever clipped.
+        The loss [b t] and its facts; no token is ever clipped.
 
     >>> logp, logp_old = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
     >>> importance(TokenBatch(logp, logp_old, torch.tensor([1.0]), torch.ones(1, 2)))[0]
@@ -104,20 +107,20 @@ def clipped(
     ``loss = −min(r·A, clip(r, lower, upper)·A)`` with ``[1 − clip_low, 1 + clip_high]`` (additive) or
     ``[1/(1 + clip_low), 1 + clip_high]`` (reciprocal), or by another rule of :mod:`isentropic.losses.clipping`
 
-    A token loses its gradient where A > 0 and r > upper, or A < 0 and r < lower. Equal widths give PPO and GRPO,
-    a wider upper one DAPO. Widths may differ from token to token.
+    A token loses its gradient if A > 0 and r > upper, or if A < 0 and r < lower. Equal widths give PPO and GRPO,
+    a wider upper one DAPO. Widths may differ by token.
 
     Args:
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t].
         clip_high: width above 1, a number or [b t].
-        bounds: the rule that makes bounds of the widths, with its constants fixed.
+        bounds: the rule that computes bounds from the widths, with its constants fixed.
 
     Returns:
         The loss [b t] and its facts.
 
     Raises:
-        ValueError: a width that is a negative number.
+        ValueError: a width is a negative number.
 
     PPO (arXiv:1707.06347), DAPO (arXiv:2503.14476).
 
@@ -138,27 +141,27 @@ def clipped(
 def sequence_clipped(
     batch: TokenBatch, clip_low: Bound, clip_high: Bound, bounds: Rule = additive, gradient: str = "sequence"
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
-    """Clip one ratio a sequence, the geometric mean of the ratios of its tokens.
+    """Clip one ratio per sequence, the geometric mean of the ratios of its tokens.
 
     ``s = exp(Σ_t m·log r / max(Σ_t m, 1))``, ``loss = −min(s·A, clip(s, lower, upper)·A)`` at every token
 
     With ``gradient="sequence"`` the gradient of each token's loss spreads evenly over the sequence, so advantages that
     differ between tokens act through their mean alone, and a per-token shaping is lost. ``gradient="token"`` has
     the same value, ``s_t = sg(s)·exp(logp_t − sg(logp_t))``, and gives each token its own advantage. The two agree,
-    gradient included, where the advantages of a sequence are equal and its tokens are reduced with equal weights.
+    gradient included, if the advantages of a sequence are equal and its tokens are reduced with equal weights.
 
     Args:
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t]; the published ones are near 3e-4.
         clip_high: width above 1, a number or [b t]; the published ones are near 4e-4.
         bounds: ``additive`` or ``reciprocal`` of :mod:`isentropic.losses.clipping`.
-        gradient: ``sequence`` or ``token``; take ``token`` under a per-token shaping.
+        gradient: ``sequence`` or ``token``; use ``token`` with a per-token shaping.
 
     Returns:
-        The loss [b t] and its facts, where the ratio is s at every token.
+        The loss [b t] and its facts, whose ratio is s at every token.
 
     Raises:
-        ValueError: a width that is a negative number; unknown gradient.
+        ValueError: a width is a negative number; unknown gradient.
 
     GSPO and, with ``gradient="token"``, GSPO-token (arXiv:2507.18071).
 
@@ -187,7 +190,7 @@ def cispo(
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Bound the weight of a token instead of removing its gradient.
 
-    ``loss = −sg(clip(r, lower, upper))·A·logp`` with the bounds of ``clipped``, and no lower one unless it is given
+    ``loss = −sg(clip(r, lower, upper))·A·logp`` with the bounds of ``clipped``, without a lower one if clip_low is None
 
     The upper bound is given either as a width, ``1 + clip_high``, or as the highest weight itself, ``ceiling``. TRL's
     ``epsilon_high`` is a ceiling: ``cispo(batch, ceiling=epsilon_high)`` is TRL's loss.
@@ -196,15 +199,15 @@ def cispo(
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low: width below 1, a number or [b t]; ``None`` leaves small weights as they are.
         clip_high: width above 1, a number or [b t].
-        bounds: the rule that makes bounds of the widths, with its constants fixed.
+        bounds: the rule that computes bounds from the widths, with its constants fixed.
         ceiling: the highest weight, > 0, in place of clip_high.
 
     Returns:
-        The loss [b t] and its facts. Nothing loses its gradient here: ``clipped_high`` marks A > 0 with r above the
-        upper bound, ``clipped_low`` A < 0 with r below the lower one, as in the other objectives.
+        The loss [b t] and its facts. No token loses its gradient: ``clipped_high`` marks A > 0 with r above the upper
+        bound, ``clipped_low`` A < 0 with r below the lower one, as in the other objectives.
 
     Raises:
-        ValueError: both or neither of clip_high and ceiling; a negative width; a ceiling that is not positive.
+        ValueError: both or neither of clip_high and ceiling are given; a width is negative; the ceiling is not > 0.
 
     MiniMax-M1 (arXiv:2506.13585).
 
@@ -220,8 +223,8 @@ def cispo(
         raise ValueError(f"ceiling must be > 0, got {ceiling}; it is the highest weight, not a width")
     logp, log_ratio, adv, _ = prepared = _prepare(batch)
     ratio = log_ratio.exp()
-    low, high = (0.0 if x is None else x for x in (clip_low, clip_high))
-    lower, upper = _bounds(low, high, bounds, ratio, prepared)
+    width_low, width_high = (0.0 if width is None else width for width in (clip_low, clip_high))
+    lower, upper = _bounds(width_low, width_high, bounds, ratio, prepared)
     lower, upper = (None if clip_low is None else lower), (upper if ceiling is None else ceiling)
     weight = (ratio if lower is None else ratio.clamp(min=lower)).clamp(max=upper).detach()
     return -weight * adv * logp, _facts(ratio, adv, lower, upper)
@@ -236,25 +239,25 @@ def gradient_preserving(
     grad_low: float,
     grad_high: float,
 ) -> tuple[Float[Tensor, "b t"], TokenFacts]:
-    """Keep a bounded gradient where a clip would remove it.
+    """Keep a bounded gradient for tokens that a clip would remove.
 
     ``loss = −r·A`` inside the clip; ``−grad_low·lower/sg(r)·r·A`` for A < 0 and r < lower;
     ``−grad_high·upper/sg(r)·r·A`` for A > 0 and r > upper
 
-    What a clipped token keeps is the weight ``grad·bound·A`` in place of ``r·A``, whatever its ratio. With both
-    gradients at 0 the weights are those of ``clipped``.
+    A clipped token keeps the weight ``grad·bound·A`` instead of ``r·A``, whatever its ratio. With grad_low and
+    grad_high at 0 the weights are those of ``clipped``.
 
     Args:
         batch: logp, logp_old [b t] in nats, adv, mask.
         clip_low, clip_high, bounds: as in ``clipped``.
-        grad_low: β₁, how much of the gradient stays below the lower bound.
-        grad_high: β₂, above the upper one.
+        grad_low: β₁, the share of the gradient that is kept below the lower bound.
+        grad_high: β₂, the share that is kept above the upper one.
 
     Returns:
         The loss [b t] and its facts; clipped tokens are those with a bounded gradient.
 
     Raises:
-        ValueError: a width that is a negative number.
+        ValueError: a width is a negative number.
 
     CE-GPPO (arXiv:2509.20712): β₁ 0.5 to 0.75, β₂ 1.
 
@@ -269,26 +272,28 @@ def gradient_preserving(
     lower, upper = _bounds(clip_low, clip_high, bounds, ratio, prepared)
     facts = _facts(ratio, adv, lower, upper)
     # r/sg(r) has the value 1 and the gradient of log r.
-    unit = (log_ratio - log_ratio.detach()).exp()
-    kept = torch.where(
-        facts.clipped_low, grad_low * lower * unit, torch.where(facts.clipped_high, grad_high * upper * unit, ratio)
+    unit_ratio = (log_ratio - log_ratio.detach()).exp()
+    weight = torch.where(
+        facts.clipped_low,
+        grad_low * lower * unit_ratio,
+        torch.where(facts.clipped_high, grad_high * upper * unit_ratio, ratio),
     )
-    return -kept * adv, facts
+    return -weight * adv, facts
 
 
 def sapo(batch: TokenBatch, *, tau_positive: float, tau_negative: float) -> tuple[Float[Tensor, "b t"], TokenFacts]:
-    """Let the weight of a token fade as its ratio leaves 1, instead of cutting it off.
+    """Let the weight of a token decay as its ratio moves away from 1, instead of clipping it.
 
     ``loss = −(4/τ)·σ(τ(r − 1))·A`` with τ by the sign of A
 
-    The weight is ``4σ(1 − σ)·r·A``: that of ``−r·A`` at r = 1, and vanishing on both sides of it.
+    The weight is ``4σ(1 − σ)·r·A``: that of ``−r·A`` at r = 1, and it vanishes on both sides.
 
     Args:
         batch: logp, logp_old [b t] in nats, adv, mask.
-        tau_positive, tau_negative: τ for A > 0 and for A <= 0; larger fades faster.
+        tau_positive, tau_negative: τ for A > 0 and for A <= 0; the weight decays faster for a larger τ.
 
     Returns:
-        The loss [b t] and its facts; nothing is ever clipped.
+        The loss [b t] and its facts; no token is ever clipped.
 
     SAPO (arXiv:2511.20347).
 

@@ -3,8 +3,8 @@
 Every aggregate travels as a (sum, count) pair, so that micro-batches, gradient accumulation and ranks add up to
 exactly what one large batch would have given: add the sums, add the counts, divide once at the end.
 
-A mask says *which* entries count: any non-zero entry does. Weights belong into the values. Entries outside the mask
-may hold anything, NaN and infinities included; they reach neither the value nor the gradient.
+A mask says *which* entries count: any non-zero entry does. Weights belong in the values. Entries outside the mask may
+have any value, NaN and infinities included; they affect neither the value nor the gradient.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class SumCount(NamedTuple):
-    """A sum and the number of things that were summed, both 0-d tensors of the same floating dtype.
+    """A sum and the number of summands, both 0-d tensors of the same floating dtype.
 
     >>> SumCount(torch.tensor(6.0), torch.tensor(4.0)).mean()
     tensor(1.5000)
@@ -25,10 +25,10 @@ class SumCount(NamedTuple):
     count: Float[Tensor, ""]
 
     def mean(self) -> Float[Tensor, ""]:
-        """Return ``sum / count``, and 0 with a zero gradient where nothing was counted.
+        """Return ``sum / count``, and 0 with a zero gradient if the count is 0.
 
-        An empty micro-batch thus adds nothing to a loss. A *reading* that counted nothing is a different matter: who
-        reads it looks at ``count`` and refuses it.
+        An empty micro-batch thus adds nothing to a loss. For an entropy *reading* a count of 0 is an error: code that
+        reads it checks ``count`` and refuses it.
 
         >>> SumCount(torch.tensor(0.0), torch.tensor(0.0)).mean()
         tensor(0.)
@@ -50,7 +50,7 @@ def merge(*pairs: SumCount) -> SumCount:
         The pair that one call on all the data would have given.
 
     Raises:
-        ValueError: without a pair, for an empty sum would have no device.
+        ValueError: no pair is given; an empty sum would have no device.
 
     >>> one, two = SumCount(torch.tensor(1.0), torch.tensor(1.0)), SumCount(torch.tensor(5.0), torch.tensor(3.0))
     >>> merge(one, two).mean()
@@ -64,8 +64,8 @@ def merge(*pairs: SumCount) -> SumCount:
     return total
 
 
-def _kept(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
-    """Return x with the rest set to zero, and the mask as numbers, both at least in fp32."""
+def _masked(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t"]]:
+    """Return x with zeros outside the mask, and the mask as numbers, both at least in fp32."""
     inside = mask.bool()
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return torch.where(inside, x, torch.zeros_like(x)), inside.to(x.dtype)
@@ -81,7 +81,7 @@ def token(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
         mask: [b t] non-zero where the token counts.
 
     Returns:
-        The sum in the unit of x and the number of tokens, in fp32 or in float64 where x is.
+        The sum in the unit of x and the number of tokens, in fp32, or in float64 if x is.
 
     DAPO's token-level loss (arXiv:2503.14476).
 
@@ -89,8 +89,8 @@ def token(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
     >>> token(x, torch.tensor([[1, 1, 1], [1, 0, 0]])).mean()
     tensor(3.)
     """
-    kept, inside = _kept(x, mask)
-    return SumCount(kept.sum(), inside.sum())
+    masked, inside = _masked(x, mask)
+    return SumCount(masked.sum(), inside.sum())
 
 
 def sequence(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
@@ -98,8 +98,8 @@ def sequence(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
 
     ``(Σ_b (Σ_t x·m) / max(Σ_t m, 1), b)``
 
-    A sequence without tokens adds 0 to the sum and 1 to the count, as in TRL's ``grpo`` loss. Filler rows that stand
-    for no sequence at all are therefore for the caller to leave out.
+    A sequence without tokens adds 0 to the sum and 1 to the count, as in TRL's ``grpo`` loss. The caller must therefore
+    leave out filler rows that are no sequence at all.
 
     Args:
         x: [b t] values, in any unit.
@@ -114,13 +114,13 @@ def sequence(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
     >>> sequence(x, torch.tensor([[1, 1, 1], [1, 0, 0]])).mean()
     tensor(4.)
     """
-    kept, inside = _kept(x, mask)
-    means = kept.sum(dim=1) / inside.sum(dim=1).clamp(min=1.0)
+    masked, inside = _masked(x, mask)
+    means = masked.sum(dim=1) / inside.sum(dim=1).clamp(min=1.0)
     return SumCount(means.sum(), torch.ones_like(means.detach()).sum())
 
 
 def constant(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"], length: int | float) -> SumCount:
-    """Sum over tokens in units of a fixed length and count the sequences: no length enters the weight of a token.
+    """Divide the sum over tokens by a fixed length and count the sequences: response lengths do not weigh tokens.
 
     ``((Σ_bt x·m) / length, b)``
 
@@ -143,5 +143,5 @@ def constant(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"], length: int |
     """
     if not length > 0:
         raise ValueError(f"length must be > 0 tokens, got {length}; give the longest response allowed")
-    kept, _ = _kept(x, mask)
-    return SumCount(kept.sum() / length, kept.detach().new_ones(kept.shape[0]).sum())
+    masked, _ = _masked(x, mask)
+    return SumCount(masked.sum() / length, masked.detach().new_ones(masked.shape[0]).sum())

@@ -1,11 +1,11 @@
 """Selection: facts of the tokens in, a factor of 0 or 1 on the advantage of each token out.
 
-What a selection drops has an advantage of 0 and no pull on the policy; it still counts in the normaliser of the loss
-and in the reading of entropy, which is over every token that was generated.
+A dropped token has an advantage of 0 and no effect on the policy. It still counts in the normaliser of the loss and in
+the reading of entropy, which is over every token that was generated.
 
-Quantities of a batch (means, ranks, shares) are over the masked tokens of the call: a micro-batch, where an engine cuts
-the step into several. Facts enter as constants. Shares become counts on the device, by ranks: nothing synchronises.
-Outside the mask a factor is 1.
+Quantities of a batch (means, ranks, shares) are over the tokens of the call inside the mask: those of one micro-batch,
+if an engine splits the step into several. Facts enter as constants. Shares become counts on the device, by ranks, so
+that no operation synchronises. Outside the mask a factor is 1.
 """
 
 import torch
@@ -16,19 +16,19 @@ from . import reduce
 
 
 def ranks(score: Float[Tensor, "b t"], inside: Bool[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """Number the tokens inside by falling score, the largest 0; ties by position, and the others come last.
+    """Number the tokens inside the mask by falling score, from 0; ties by position, and the other tokens come last.
 
     >>> ranks(torch.tensor([[1.0, 3.0, 2.0]]), torch.tensor([[True, False, True]]))
     tensor([[1, 2, 0]])
     """
     flat = torch.where(inside, score.detach(), -torch.inf).flatten()
     order = flat.argsort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    return place.scatter_(0, order, torch.arange(len(order), device=order.device)).view(score.shape)
+    rank = torch.empty_like(order)
+    return rank.scatter_(0, order, torch.arange(len(order), device=order.device)).view(score.shape)
 
 
 def top(score: Float[Tensor, "b t"], share: float, inside: Bool[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
-    """Mark the ``share`` of the tokens inside with the largest score: ``max(1, ⌊share·n⌋)`` of n, if there is any.
+    """Mark the ``share`` of the tokens inside the mask with the largest score: ``max(1, ⌊share·n⌋)`` of n if n > 0.
 
     >>> top(torch.tensor([[1.0, 3.0, 2.0, 0.0]]), 0.5, torch.tensor([[True, True, True, True]]))
     tensor([[False,  True,  True, False]])
@@ -72,10 +72,10 @@ def clip_cov(
         adv: [b t] advantages.
         logp: [b t] log-probabilities of the sampled tokens under the current policy, nats.
         mask: [b t] non-zero where the token counts; n of them do.
-        clipped: [b t] true where a token is not drawn, because a clip has removed it already.
+        clipped: [b t] true for tokens that a clip has already removed, which are not drawn.
         cov_share: share of the n tokens that is dropped, if so many qualify.
-        cov_low, cov_high: nats times the unit of the advantage.
-        generator: of the draw; ``None`` takes the global one of the device.
+        cov_low, cov_high: bounds of the covariance, in nats times the unit of the advantage.
+        generator: the random generator of the draw; ``None`` uses the device's global one.
 
     Returns:
         [b t] factors.
@@ -90,26 +90,26 @@ def clip_cov(
     eligible = inside & (cov > cov_low) & (cov < cov_high)
     eligible = eligible if clipped is None else eligible & ~clipped
     count = (cov_share * inside.sum() + 1e-4).floor().clamp(min=1)
-    chance = torch.rand(cov.shape, generator=generator, device=cov.device)
-    dropped = eligible & (ranks(chance, eligible) < count)
+    draw = torch.rand(cov.shape, generator=generator, device=cov.device)
+    dropped = eligible & (ranks(draw, eligible) < count)
     return (~dropped).to(cov.dtype)
 
 
 def high_entropy(
     entropy: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"], *, entropy_share: float
 ) -> Float[Tensor, "b t"]:
-    """Keep the tokens whose row has the highest entropy: ``max(1, ⌊entropy_share·n⌋)`` of the n that count.
+    """Keep the tokens whose rows have the highest entropy: ``max(1, ⌊entropy_share·n⌋)`` of the n that count.
 
     Args:
         entropy: [b t] entropy of the rows, nats.
         mask: [b t] non-zero where the token counts.
-        entropy_share: share that is kept.
+        entropy_share: share of the n tokens that is kept.
 
     Returns:
         [b t] factors.
 
     The 80/20 rule (arXiv:2506.01939). The published loss divides by the tokens kept; here a selection never changes the
-    normaliser [ours], which is that loss times the share.
+    normaliser [ours], so that the loss is the published one times the share.
 
     >>> high_entropy(torch.tensor([[0.1, 2.0, 0.3, 0.2, 1.0]]), torch.ones(1, 5), entropy_share=0.2)
     tensor([[0., 1., 0., 0., 0.]])
@@ -128,11 +128,11 @@ def erc(
 ) -> Float[Tensor, "b t"]:
     """Drop the tokens whose row has changed its entropy too much since they were sampled.
 
-    1 where ``1 − w < H/H_old < 1 + w``, or nothing moved, else 0
+    1 if ``1 − w < H/H_old < 1 + w`` or the entropy has not changed, else 0
 
     Args:
         entropy: [b t] entropy of the rows now, nats.
-        entropy_old: [b t] entropy of the same rows when the tokens were sampled; ``None`` where they have not moved.
+        entropy_old: [b t] entropy of the same rows when the tokens were sampled; ``None`` if they have not changed.
         mask: [b t] non-zero where the token counts.
         erc_width: w.
 

@@ -1,10 +1,10 @@
 """Shaping: an advantage, facts of the tokens and a knob in, an advantage per token out.
 
-Here ``L = logp + H`` is the centred log-probability of a token, in nats: positive where the token was likelier than
-its row expected. ``logp``, the entropy and a predicted change enter as constants; no gradient passes through them.
-A knob at rest (0, and 1 for a boost) gives back the advantage bit for bit.
+Here ``L = logp + H`` is the centred log-probability of a token, in nats: positive if the token was likelier than the
+expectation of its row. ``logp``, the entropy and a predicted change enter as constants; no gradient passes through
+them. A knob at rest (0, or 1 for a boost) returns the advantage bit for bit.
 
-Masked tokens may hold anything: what comes out there is as meaningless as what went in, and objectives drop it.
+Tokens outside the mask may have any value; their results are meaningless, and objectives drop them.
 """
 
 import torch
@@ -25,7 +25,7 @@ def _per_token(adv: Tensor, logp: Tensor) -> Tensor:
 
 
 def _unless_zero(knob: Knob, shaped: Tensor, adv: Tensor) -> Tensor:
-    """Return the unshaped advantage where the knob is 0, even where 0·(−inf) would not be 0."""
+    """Return the unshaped advantage if the knob is 0, because 0·(−inf) would not be 0."""
     if isinstance(knob, Tensor):
         return torch.where(knob == 0, adv, shaped)
     return adv if knob == 0 else shaped
@@ -71,18 +71,18 @@ def repo_r(
 
     ``A' = A − ζ·|A|·L``, where L is ``logp`` (raw) or ``logp + H`` (centred)
 
-    Raw, this is ``A·(1 − ζ·logp)`` for A > 0 and ``A·(1 + ζ·logp)`` for A < 0 [paper]. Centred has the same expected
-    gradient where |A| does not depend on the token, on-policy, unclipped and unclamped [derived]; raw also shifts
-    the mean advantage: with ζ > 0 it amplifies every A > 0 and attenuates every A < 0.
+    The raw form is ``A·(1 − ζ·logp)`` for A > 0 and ``A·(1 + ζ·logp)`` for A < 0 [paper]. The centred form has the same
+    expected gradient if |A| does not depend on the token, on-policy, unclipped and unclamped [derived]; the raw form
+    also shifts the mean advantage: with ζ > 0 it amplifies every A > 0 and attenuates every A < 0.
 
-    The clamp keeps the sign of A. With ζ > 0 it binds, raw, only where A < 0 and the surprisal is above 1/ζ;
-    centred, where A > 0 and L > 1/ζ, or A < 0 and L < −1/ζ [derived].
+    The clamp keeps the sign of A. With ζ > 0 it binds in the raw form only if A < 0 and the surprisal is above 1/ζ; in
+    the centred form if A > 0 and L > 1/ζ, or A < 0 and L < −1/ζ [derived].
 
     Args:
         adv: [b t], [b 1] or [b] advantages.
         logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
         zeta: per nat; a number, a 0-d tensor or [b t]; the paper's magnitudes lie in [1e-4, 0.05].
-        entropy: [b t] entropy of their rows, nats, to centre logp; ``None`` leaves it raw, as the paper used it.
+        entropy: [b t] entropy of their rows, nats, to centre logp; ``None`` gives the raw form, as in the paper.
         positive_only: shape A > 0 alone, ``A' = A − ζ·max(A, 0)·L`` [paper, an earlier version].
         clamp: keep A > 0 from falling below 0 and A < 0 from rising above it.
         sign: ``raises`` if a positive ζ raises entropy, the general form of the paper; ``lowers`` for the opposite
@@ -128,16 +128,16 @@ def repo_d(
 
     ``A' = A − β·L``, ``β = −ζ·ΔĤ``, with ΔĤ of each token or its mean over the batch
 
-    ζ > 0 opposes falls and damps rises as well; ζ < 0 amplifies both. By token the term opposes the change in
-    92–94 % of random states, as one scalar in all of those tried [derived].
+    ζ > 0 opposes falls and damps rises as well; ζ < 0 amplifies both. With ``per="token"`` the term opposes the change
+    in 92–94 % of random states, with ``per="batch"`` in all of those tried [derived].
 
     Args:
         adv: [b t], [b 1] or [b] advantages.
         logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
         entropy: [b t] entropy of their rows, nats.
-        predicted: [b t] predicted entropy change ΔĤ of each token, as ``dynamics.py`` computes it.
+        predicted: [b t] predicted entropy change ΔĤ of each token, as ``entropy.prediction`` computes it.
         zeta: advantage per nat and unit of ΔĤ; a number, a 0-d tensor or [b t].
-        mask: [b t] non-zero where the token counts; ``per="batch"`` alone reads it.
+        mask: [b t] non-zero where the token counts; read with ``per="batch"`` only.
         per: ``token`` uses each token's own ΔĤ, ``batch`` the mean over the tokens of this call. For a mean over more
             than this call (micro-batches, ranks) pass that mean, repeated to [b t], as ``predicted`` with ``token``.
 
@@ -164,15 +164,15 @@ def repo_d(
 
 
 def sign_weight(adv: Advantage, logp: Float[Tensor, "b t"], alpha: Knob) -> Float[Tensor, "b t"]:
-    """Weigh what was better than the baseline against what was worse.
+    """Weigh samples above the baseline against samples below it.
 
     ``A' = A·(1 + α·sign A)``
 
-    α > 0 stresses the samples with A > 0, which lowers entropy as a rule; α < 0 those with A < 0, which raises it.
+    α > 0 emphasises the samples with A > 0, which lowers entropy as a rule; α < 0 those with A < 0, which raises it.
 
     Args:
         adv: [b t], [b 1] or [b] advantages.
-        logp: [b t] of which the shape alone is used.
+        logp: [b t], of which only the shape is used.
         alpha: in [−1, 1]; a number, a 0-d tensor or [b t].
 
     Returns:
@@ -189,15 +189,15 @@ def sign_weight(adv: Advantage, logp: Float[Tensor, "b t"], alpha: Knob) -> Floa
 
 
 def one_sided(adv: Advantage, logp: Float[Tensor, "b t"], reject: Knob) -> Float[Tensor, "b t"]:
-    """Take back, up to all of it, what was better than the baseline, or else what was worse.
+    """Reduce the advantage, down to 0, of samples above the baseline, or else of samples below it.
 
     ``A' = A·(1 − max(ρ, 0))`` for A > 0, ``A·(1 − max(−ρ, 0))`` for A < 0
 
-    ρ = 1 keeps A <= 0 alone, which raises entropy as a rule; ρ = −1 keeps A >= 0 alone; between them [ours].
+    ρ = 1 keeps only A <= 0, which raises entropy as a rule; ρ = −1 keeps only A >= 0; values between are [ours].
 
     Args:
         adv: [b t], [b 1] or [b] advantages.
-        logp: [b t] of which the shape alone is used.
+        logp: [b t], of which only the shape is used.
         reject: ρ in [−1, 1]; a number, a 0-d tensor or [b t].
 
     Returns:
@@ -222,9 +222,9 @@ def surprisal_boost(
     *,
     surprisal_share: float,
 ) -> Float[Tensor, "b t"]:
-    """Reward the rarest of the rewarded tokens more.
+    """Amplify the advantage of the rarest tokens among those with A > 0.
 
-    ``A' = W·A`` where A > 0 and the token is among the ``max(1, ⌊surprisal_share·n⌋)`` of the n tokens of the call with
+    ``A' = W·A`` if A > 0 and the token is among the ``max(1, ⌊surprisal_share·n⌋)`` of the n tokens of the call with
     the largest surprisal, else A
 
     Args:
@@ -232,7 +232,7 @@ def surprisal_boost(
         logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
         mask: [b t] non-zero where the token counts.
         boost: W; a number, a 0-d tensor or [b t]; 1 changes nothing.
-        surprisal_share: share of all masked tokens of the call.
+        surprisal_share: share of all tokens of the call inside the mask.
 
     Returns:
         [b t] advantages.
@@ -246,5 +246,5 @@ def surprisal_boost(
             [-1.0000, -1.0000]])
     """
     adv = _per_token(adv, logp)
-    chosen = top(-logp.detach(), surprisal_share, mask.bool()) & (adv > 0)
-    return torch.where(chosen, boost * adv, adv)
+    boosted = top(-logp.detach(), surprisal_share, mask.bool()) & (adv > 0)
+    return torch.where(boosted, boost * adv, adv)

@@ -1,4 +1,4 @@
-"""From names to a recipe that is checked: any component replaced by name, and what cannot work refused. No torch."""
+"""From names to a recipe that is checked: any component replaced by name, impossible ones refused. No torch."""
 
 from __future__ import annotations
 

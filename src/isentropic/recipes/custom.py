@@ -1,8 +1,8 @@
 """Components, controllers and targets of yours: from Python, from ``file.py:NAME``, from ``package.module:NAME``.
 
-A function of yours gets what its parameters name, as the functions of the catalogue do. A parameter with a number for a
-default is a constant, which a recipe may set; a parameter that names a field of the batch says that the function reads
-it. For a knob of its own, put the function into an entry (:class:`~isentropic.recipes.stages.Shaping` and so on).
+A function of yours is called by the names of its parameters, as the functions of the catalogue are. A parameter with a
+number for a default is a constant, which a recipe may set; one that names a field of the batch says that the function
+reads it. For a knob of its own, put the function into an entry (:class:`~isentropic.recipes.stages.Shaping` and so on).
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Factory:
         """The controller of a knob's range.
 
         Raises:
-            ValueError: what was made is no controller.
+            ValueError: the function makes no controller.
         """
         return self._made(Controller, *args)
 
@@ -127,7 +127,7 @@ class Factory:
         """The target; a function gets those of ``first`` and ``steps`` that it names.
 
         Raises:
-            ValueError: what was made is no target.
+            ValueError: the function makes no target.
         """
         if isinstance(self.make, Target):
             return self.make
@@ -184,7 +184,7 @@ def resolve(what: str, text: str) -> Any:
     if place in CONTROLLERS or not (place.endswith(".py") or name.isidentifier()):
         return text
     value = load(f"{place}:{name}", what)
-    options = dict(pair.partition("=")[::2] for pair in pairs)
+    options = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
     if not options:
         return factory(what, value)
     numbers = {key: _number(what, key, value) for key, value in options.items()}

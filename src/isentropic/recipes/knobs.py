@@ -16,7 +16,7 @@ from .stages import STAGES, Component, Knob
 
 
 def _scaled(name: str, sign: int) -> Callable[[Recipe], Range]:
-    """A clip bound may go to a quarter and to four times where the recipe puts it."""
+    """A clip bound may go from a quarter of the recipe's own to four times it."""
 
     def range_of(recipe: Recipe) -> Range:
         start = getattr(recipe, name)
@@ -37,7 +37,7 @@ FIELD_KNOBS: dict[str, Knob] = {
     ),
     "penalty_coef": Knob(
         lambda r: Range(r.penalty_coef, 0.0, 4 * r.penalty_coef or 1.0),
-        "coefficient of the recipe's penalty, up to four times where it puts it [range ours]",
+        "coefficient of the recipe's penalty, up to four times the recipe's own [range ours]",
         "penalty",
     ),
 }
@@ -74,7 +74,7 @@ def owner(recipe: Recipe, name: str) -> Component | None:
 
 
 def knob_range(recipe: Recipe) -> Range:
-    """The range of the recipe's knob: the knob's own, with what the recipe overrides.
+    """The range of the recipe's knob: the knob's own, with the recipe's overrides.
 
     Any constant of a component may be a knob if the recipe gives ``knob_low`` and ``knob_high``.
 

@@ -59,15 +59,15 @@ def rows(out):
     return lines(out / "checkpoints/isentropic/metrics.jsonl")
 
 
-def replayed(recipe, found, steps=None):
-    """The controller on the readings of these rows: it must have stood where each row says; its state in the end."""
+def replayed(recipe, read, steps=None):
+    """The controller on the readings of these rows: its knob must be that of each row; its state in the end."""
     from isentropic.control.thermostat import to_json
     from isentropic.recipes import build_thermostat
     from isentropic.types import EntropyReading
 
     thermostat = build_thermostat(recipe, steps)
     state = thermostat.init()
-    for row in found:
+    for row in read:
         assert row["knob/value"] == state.value
         tokens = row["entropy/tokens"]
         reading = EntropyReading(row["entropy/mean"] * tokens, tokens)
@@ -75,10 +75,26 @@ def replayed(recipe, found, steps=None):
     return to_json(state)
 
 
+# A selection that keeps every token, and writes down what it sees of the groups.
+SEEING = """
+import json
+import torch
+
+
+def every(logp, reward, group_rate):
+    with open(__file__ + ".seen", "a") as seen:
+        seen.write(json.dumps([reward.tolist(), group_rate.tolist()]) + "\\n")
+    return torch.ones_like(logp)
+"""
+
+
 @pytest.fixture(scope="module")
 def held(home, tmp_path_factory):
     out = tmp_path_factory.mktemp("held")
+    (out / "seeing.py").write_text(SEEING)
+    options = f"{{selection: '{out}/seeing.py:every'}}"
     flags = ["+isentropic=repo-r-loop", "actor_rollout_ref.actor.policy_loss.target=anneal:80%:40%"]
+    flags += [f"actor_rollout_ref.actor.policy_loss.recipe_options={options}"]
     run(home, out, *flags, "trainer.total_training_steps=3")
     return out
 
@@ -112,6 +128,21 @@ def test_the_knob_follows_the_controller_exactly(held):
 
     assert replayed(compose("repo-r-loop", target="anneal:80%:40%"), rows(held), 6) == sidecar(held, 3)["state"]
     assert len({row["knob/value"] for row in rows(held)}) > 1
+
+
+def test_a_component_from_a_file_sees_the_groups_of_the_batch(held):
+    """16 prompts of 8 answers, right or wrong: rates are eighths, and their mean is the mean reward that verl logs."""
+    seen = lines(held / "seeing.py.seen")
+    assert len(seen) == 3 * UPDATES * 2  # batches, optimizer steps, micro-batches of 32
+    for turn, entry in enumerate(lines(held / "verl.jsonl")):
+        part = seen[turn * UPDATES * 2 : (turn + 1) * UPDATES * 2]
+        rewards, rates = ([x for micro_batch in part for x in micro_batch[i]] for i in (0, 1))
+        assert len(rewards) == len(rates) == 16 * 8
+        assert set(rewards) <= {0.0, 1.0}
+        assert all((8 * rate).is_integer() for rate in rates)
+        assert all(rate > 0 for reward, rate in zip(rewards, rates, strict=True) if reward)
+        mean = entry["data"]["critic/score/mean"]
+        assert sum(rewards) / 128 == pytest.approx(mean) == pytest.approx(sum(rates) / 128)
 
 
 def test_a_killed_worker_ends_the_run_and_its_checkpoint_resumes(home, tmp_path):

@@ -47,14 +47,13 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def alone(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
-    found = run(model, out, policy_loss={**HELD, "folder": str(out / "run")})
-    return out, found[0]
+    return out, run(model, out, policy_loss={**HELD, "folder": str(out / "run")})[0]
 
 
 def test_the_engine_is_ours_and_logs_by_our_names(alone):
-    out, found = alone
-    assert found["engine"] == "IsentropicFSDPEngineWithLMHead"
-    logged = [x for batch in found["logged"] for x in batch["entropy/mean"]]
+    out, result = alone
+    assert result["engine"] == "IsentropicFSDPEngineWithLMHead"
+    logged = [x for batch in result["logged"] for x in batch["entropy/mean"]]
     read = rows(out / "run")
     assert [row["entropy/mean"] for row in read] == logged
     assert [row["step"] for row in read] == [1, 2, 3, 4]
@@ -64,22 +63,22 @@ def test_the_knob_follows_the_controller_on_the_recorded_readings(alone):
     from isentropic.recipes import build_thermostat, compose
     from isentropic.types import EntropyReading
 
-    out, found = alone
+    out, result = alone
     thermostat = build_thermostat(compose(HELD["recipe"], target="3.0", **HELD["recipe_options"]))
     state = thermostat.init()
     for row in rows(out / "run"):
         assert state.value == row["knob/value"]
         tokens = row["entropy/tokens"]
         state = thermostat.update(state, EntropyReading(row["entropy/mean"] * tokens, tokens))
-    assert state.value == found["state"]["controller"]["value"]
+    assert state.value == result["state"]["controller"]["value"]
     assert len({row["knob/value"] for row in rows(out / "run")}) > 1
 
 
 @pytest.mark.parametrize("options", [{"world": 2}, {"micro": 2}, {"packed": True}], ids=str)
 def test_the_reading_is_over_the_step_however_it_is_cut(alone, model, tmp_path, options):
     out, _ = alone
-    found = run(model, tmp_path, policy_loss={**HELD, "folder": str(tmp_path / "run")}, **options)
-    assert all(rank["state"] == found[0]["state"] for rank in found)
+    ranks = run(model, tmp_path, policy_loss={**HELD, "folder": str(tmp_path / "run")}, **options)
+    assert all(rank["state"] == ranks[0]["state"] for rank in ranks)
     for ours, theirs in zip(rows(tmp_path / "run"), rows(out / "run"), strict=True):
         assert ours["entropy/tokens"] == theirs["entropy/tokens"]
         assert ours["knob/value"] == theirs["knob/value"]
@@ -114,17 +113,17 @@ def test_every_recipe_trains(model, tmp_path):
     from isentropic.recipes import RECIPES
 
     rows = ["aent", "lp-reg", "erc"]
-    found = run(
+    padded = run(
         model, tmp_path / "padded", recipes=[*rows, *(name for name in RECIPES if name not in rows)], policy_loss={}
     )[0]
-    assert set(found) == set(RECIPES)
-    for name, recipe in found.items():
+    assert set(padded) == set(RECIPES)
+    for name, recipe in padded.items():
         assert all(0 < x < 5 for x in recipe["entropy/mean"]), name
         assert recipe["moved"] > 0, name
     packed = run(model, tmp_path / "packed", recipes=rows, policy_loss={}, packed=True)[0]
     for name in rows:
-        assert packed[name]["loss"] == pytest.approx(found[name]["loss"], rel=1e-4, abs=1e-6), name
-        assert packed[name]["grad_norm"] == pytest.approx(found[name]["grad_norm"], rel=1e-3), name
+        assert packed[name]["loss"] == pytest.approx(padded[name]["loss"], rel=1e-4, abs=1e-6), name
+        assert packed[name]["grad_norm"] == pytest.approx(padded[name]["grad_norm"], rel=1e-3), name
 
 
 def test_the_first_micro_batch_is_audited_once(alone, model, tmp_path):
@@ -136,10 +135,10 @@ def test_the_first_micro_batch_is_audited_once(alone, model, tmp_path):
     assert calm["figures"]["ratio_error"] < 1e-5
     run(model, tmp_path, 2, policy_loss={"folder": str(tmp_path / "run")}, param_dtype="bf16", noise=0.05, batches=1)
     report = json.loads((tmp_path / "run/audit.json").read_text())
-    found = {f["code"]: f for f in report["findings"]}
-    assert {"logits_dtype", "sampler_mismatch"} <= set(found)
-    assert found["sampler_mismatch"]["nats"] == pytest.approx(0.05, rel=0.2)
-    assert "mixed_precision.param_dtype=fp32" in found["logits_dtype"]["remedy"]
+    findings = {f["code"]: f for f in report["findings"]}
+    assert {"logits_dtype", "sampler_mismatch"} <= set(findings)
+    assert findings["sampler_mismatch"]["nats"] == pytest.approx(0.05, rel=0.2)
+    assert "mixed_precision.param_dtype=fp32" in findings["logits_dtype"]["remedy"]
     assert report["checked"]["autocast"] == "bfloat16"
     assert report["checked"]["sampler_logp"] == "compared"
     warnings = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if "audit: " in line]
@@ -148,13 +147,13 @@ def test_the_first_micro_batch_is_audited_once(alone, model, tmp_path):
 
 def test_without_our_engine_the_loss_alone_holds_by_sampled_entropies(model, tmp_path):
     loss = {"recipe": "adapo", "recipe_options": {"every": 1}, "target": "3.0", "loss_mode": "isentropic"}
-    found = run(model, tmp_path, 2, policy_loss=loss, foreign=True)
-    assert found[0]["engine"] == "FSDPEngineWithLMHead"
-    (first, second) = (batch["knob/value"] for batch in found[0]["logged"])
-    assert [*first, *second] == [batch for rank in found[1]["logged"] for batch in rank["knob/value"]]
+    ranks = run(model, tmp_path, 2, policy_loss=loss, foreign=True)
+    assert ranks[0]["engine"] == "FSDPEngineWithLMHead"
+    (first, second) = (batch["knob/value"] for batch in ranks[0]["logged"])
+    assert [*first, *second] == [batch for rank in ranks[1]["logged"] for batch in rank["knob/value"]]
     assert first[0] == 0.28
     assert len({*first, *second}) == 4
-    sampled = [x for batch in found[0]["logged"] for x in batch["entropy/sampled"]]
+    sampled = [x for batch in ranks[0]["logged"] for x in batch["entropy/sampled"]]
     assert len(sampled) == 3  # the reading of a step is there in the next one
     # The tokens of these tests are drawn at random, not by the policy, so that −log π lies above its entropy of 2.7.
     assert all(6 < x < 7.5 for x in sampled)
@@ -217,13 +216,13 @@ def test_components_a_controller_and_a_target_from_a_file_see_whole_groups(model
         "target": f"{path}:level:nats=3",
         "recipe_options": {"shaping": f"{path}:TILTED", "floor": 0.3, "every": 1},
     }
-    found = run(model, tmp_path / "out", world, policy_loss=loss, groups=True)
+    ranks = run(model, tmp_path / "out", world, policy_loss=loss, groups=True)
     seen = [Path(f"{path}.{rank}").read_text().splitlines() for rank in range(world)]
     rates = {reward: rate for lines in seen for reward, rate, floor in map(json.loads, lines) if floor == 0.3}
     assert sum(len(set(lines)) for lines in seen) == len(rates) == 2 * 32
-    for rewards in found[0]["rewards"]:
-        groups = {name: [] for name in found[0]["groups"]}
-        for name, reward in zip(found[0]["groups"], rewards, strict=True):
+    for rewards in ranks[0]["rewards"]:
+        groups = {name: [] for name in ranks[0]["groups"]}
+        for name, reward in zip(ranks[0]["groups"], rewards, strict=True):
             groups[name].append(reward)
         assert sorted(map(len, groups.values())) == [4, 4, 4, 5, 5, 10]
         for members in groups.values():
@@ -246,16 +245,16 @@ def test_components_a_controller_and_a_target_from_a_file_see_whole_groups(model
 def test_ten_refused_readings_save_and_stop_on_all_ranks(model, tmp_path):
     """The first step is read; from the second on entropies are 0, and the eleventh ends the run."""
     held = {**HELD, "folder": str(tmp_path / "run")}
-    found = run(model, tmp_path / "a", 2, policy_loss=held, broken_after=1, batches=6)
+    ranks = run(model, tmp_path / "a", 2, policy_loss=held, broken_after=1, batches=6)
     saved = tmp_path / "run/refused-step-11"
-    for rank in found:
+    for rank in ranks:
         assert rank["error"].startswith("EntropyReadingError: 10 entropy readings in a row were refused: entropy is ex")
         assert str(saved) in rank["error"]
     assert {path.name for path in saved.glob("model_world_size_2_rank_*.pt")} == {
         f"model_world_size_2_rank_{rank}.pt" for rank in range(2)
     }
     state = json.loads((saved / "isentropic.json").read_text())
-    assert (state["step"], state["refused"], state["state"]) == (11, 10, found[0]["state"])
+    assert (state["step"], state["refused"], state["state"]) == (11, 10, ranks[0]["state"])
     read = rows(tmp_path / "run")
     assert [row["entropy/refused"] for row in read] == [*range(11)]
     assert len({row["knob/value"] for row in read[1:]}) == 1

@@ -145,18 +145,18 @@ def train(worker, seed, rank, world, noise=None, groups=False):
     data, adv = batch_of(seed, rank, world)
     scored = left_right_2_no_padding(data.to_tensordict())
     tu.assign_non_tensor(scored, micro_batch_size_per_gpu=8, use_dynamic_bsz=False, calculate_entropy=True)
-    found = worker.infer_batch(scored)
-    logp, entropy = (no_padding_2_padding(tu.get(found, name), scored).float() for name in ("log_probs", "entropy"))
+    output = worker.infer_batch(scored)
+    logp, entropy = (no_padding_2_padding(tu.get(output, name), scored).float() for name in ("log_probs", "entropy"))
     data.batch["old_log_probs"], data.batch["entropy"], data.batch["advantages"] = logp, entropy, adv
     if noise is not None:
         generator = torch.Generator().manual_seed(seed)
         data.batch["rollout_log_probs"] = logp + noise * torch.randn(logp.shape, generator=generator)
     if groups:
         add_groups(data, seed, rank, world)
-    given = left_right_2_no_padding(data.to_tensordict())
+    batch = left_right_2_no_padding(data.to_tensordict())
     settings = {"global_batch_size": STEP, "mini_batch_size": STEP, "epochs": 1, "seed": 1, "temperature": 1.0}
-    tu.assign_non_tensor(given, **settings, calculate_entropy=True, dataloader_kwargs={"shuffle": False})
-    return tu.get(worker.train_mini_batch(given), "metrics")
+    tu.assign_non_tensor(batch, **settings, calculate_entropy=True, dataloader_kwargs={"shuffle": False})
+    return tu.get(worker.train_mini_batch(batch), "metrics")
 
 
 def train_recipe(worker, name, rank, world):
@@ -182,8 +182,8 @@ def main(model, out, options):
     assert world == int(options["world"]), "torchrun made another number of processes"
     worker, logged = make(model, options), []
     if "recipes" in options:
-        found = {name: train_recipe(worker, name, rank, world) for name in options["recipes"]}
-        Path(out, f"rank-{rank}.json").write_text(json.dumps(found))
+        result = {name: train_recipe(worker, name, rank, world) for name in options["recipes"]}
+        Path(out, f"rank-{rank}.json").write_text(json.dumps(result))
         return
     if options.get("resume"):
         worker.load_checkpoint(options["resume"])
@@ -204,9 +204,9 @@ def main(model, out, options):
     control = getattr(worker.engine, "control", None)
     state = None if control is None else control.loop.as_dict()["state"]
     weights = {k: v.full_tensor().double().abs().sum().item() for k, v in worker.engine.module.state_dict().items()}
-    found = {"logged": logged, "state": state, "weights": weights, "engine": type(worker.engine).__name__}
-    found |= {"error": error, "rewards": [rewards_of(seed).tolist() for seed in range(len(logged))], "groups": GROUPS}
-    Path(out, f"rank-{rank}.json").write_text(json.dumps(found))
+    result = {"logged": logged, "state": state, "weights": weights, "engine": type(worker.engine).__name__}
+    result |= {"error": error, "rewards": [rewards_of(seed).tolist() for seed in range(len(logged))], "groups": GROUPS}
+    Path(out, f"rank-{rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from isentropic.entropy.kernels import cpu, fused_logp, token_stats
 
 HEADS = [{}, {"bias": True}, {"softcap": 12.0, "bias": True, "scale": 0.5}]
 # The gradient comes back in the dtype of the inputs: its rounding is all that may be left of it.
-ALLOWED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-3, torch.float16: 5e-4}
 
 
 def gradients(c, stats, g, g_entropy):
@@ -20,7 +20,7 @@ def gradients(c, stats, g, g_entropy):
     return torch.autograd.grad(loss, c.leaves())
 
 
-def pulls(which, n=90, seed=1):
+def incoming_gradients(which, n=90, seed=1):
     gen = torch.Generator().manual_seed(seed)
     g, g_entropy = torch.randn(n, generator=gen), torch.randn(n, generator=gen)
     return (g if "logp" in which else None), (g_entropy if "entropy" in which else None)
@@ -29,16 +29,16 @@ def pulls(which, n=90, seed=1):
 @pytest.mark.parametrize("which", ["logp", "entropy", "logp entropy"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("head", HEADS, ids=["plain", "bias", "capped"])
-@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_gradients_equal_float64_autograd(dtype, head, frozen, which):
     c = case(dtype=dtype, frozen=frozen, **head)
-    g = pulls(which)
+    g = incoming_gradients(which)
     got = gradients(c, fused_logp(c.hidden, c.weight, c.ids, c.temperature, **c.options()), *g)
-    want = gradients(c, plain(c), *g)
+    expected = gradients(c, plain(c), *g)
     assert len(got) == (1 if frozen else 2 + ("bias" in head))
-    for a, b in zip(got, want, strict=True):
+    for a, b in zip(got, expected, strict=True):
         assert a.dtype == dtype
-        assert relative(a, b) < ALLOWED[dtype]
+        assert relative(a, b) < TOLERANCE[dtype]
 
 
 def test_the_values_are_those_without_a_gradient():
@@ -85,10 +85,10 @@ def test_confident_tokens_keep_their_gradient_in_bf16():
     """Where π(a) > 0.98, π(a) − 1 cancels; half-precision logits lose 4 % of the gradient there."""
     c = case(dtype=torch.bfloat16, n=800)
     c = c._replace(temperature=torch.ones(800))
-    want = plain(c)
-    sure = (want[0] > -0.02) & (want[0] < -1e-6)
+    expected = plain(c)
+    sure = (expected[0] > -0.02) & (expected[0] < -1e-6)
     got = torch.autograd.grad(fused_logp(c.hidden, c.weight, c.ids).logp.sum(), c.hidden)[0].double()
-    true = torch.autograd.grad(want[0].sum(), c.hidden)[0].double()
+    true = torch.autograd.grad(expected[0].sum(), c.hidden)[0].double()
     error = ((got - true).norm(dim=-1) / true.norm(dim=-1))[sure]
     assert sure.sum() > 5
     assert error.median() < 5e-3
@@ -96,21 +96,21 @@ def test_confident_tokens_keep_their_gradient_in_bf16():
 
 def test_rows_without_a_gradient_are_left_out(monkeypatch):
     c = case()
-    g, g_entropy = pulls("logp entropy")
-    keep = torch.arange(90) % 4 == 0
-    g, g_entropy = g * keep, g_entropy * (torch.arange(90) == 4)
-    seen, whole = [], cpu.gradients
+    g, g_entropy = incoming_gradients("logp entropy")
+    has_gradient = torch.arange(90) % 4 == 0
+    g, g_entropy = g * has_gradient, g_entropy * (torch.arange(90) == 4)
+    num_rows, original = [], cpu.gradients
 
-    def spy(head, rows, pull, want):
-        seen.append(len(rows.ids))
-        return whole(head, rows, pull, want)
+    def spy(head, rows, pull, needs):
+        num_rows.append(len(rows.ids))
+        return original(head, rows, pull, needs)
 
     monkeypatch.setattr(cpu, "gradients", spy)
     got = gradients(c, fused_logp(c.hidden, c.weight, c.ids, c.temperature), g, g_entropy)
-    assert seen == [int(keep.sum())]
+    assert num_rows == [int(has_gradient.sum())]
     for a, b in zip(got, gradients(c, plain(c), g, g_entropy), strict=True):
         assert relative(a, b) < 2e-5
-    assert (got[0][~keep] == 0).all()
+    assert (got[0][~has_gradient] == 0).all()
 
 
 def test_masked_rows_and_an_empty_mask_have_zero_gradients():
@@ -119,9 +119,9 @@ def test_masked_rows_and_an_empty_mask_have_zero_gradients():
     spoilt = torch.where(mask[:, None], c.hidden.detach(), torch.nan).requires_grad_()
     stats = fused_logp(spoilt, c.weight, c.ids, c.temperature, mask=mask, bias=c.bias)
     got = torch.autograd.grad((stats.logp + stats.entropy).sum(), (spoilt, c.weight, c.bias))
-    want = plain(c)
-    wanted = torch.autograd.grad((want[0] + want[1])[mask].sum(), c.leaves())
-    for a, b in zip(got, wanted, strict=True):
+    expected = plain(c)
+    expected_grads = torch.autograd.grad((expected[0] + expected[1])[mask].sum(), c.leaves())
+    for a, b in zip(got, expected_grads, strict=True):
         assert relative(a, b) < 2e-5
     nothing = fused_logp(c.hidden, c.weight, c.ids, mask=torch.zeros(90))
     for x in torch.autograd.grad(nothing.logp.sum(), (c.hidden, c.weight)):
@@ -149,10 +149,10 @@ def test_tied_weights_add_both_gradients():
 
 def test_threads_split_the_vocabulary_in_the_backward():
     c = case(v=5000)
-    alone = gradients(c, fused_logp(c.hidden, c.weight, c.ids), *pulls("logp"))
+    alone = gradients(c, fused_logp(c.hidden, c.weight, c.ids), *incoming_gradients("logp"))
     torch.set_num_threads(2)
     try:
-        both = gradients(c, fused_logp(c.hidden, c.weight, c.ids), *pulls("logp"))
+        both = gradients(c, fused_logp(c.hidden, c.weight, c.ids), *incoming_gradients("logp"))
     finally:
         torch.set_num_threads(1)
     for a, b in zip(both, alone, strict=True):

@@ -8,7 +8,7 @@ from isentropic import TokenBatch, compose, recipes
 from isentropic.entropy.kernels import fused_logp, fused_policy_loss, loss
 from isentropic.losses import reduce
 
-ALLOWED = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-4}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 5e-3, torch.float16: 5e-4}
 B, T = 6, 15
 
 
@@ -48,7 +48,7 @@ def policy_gradient(entropy_coef=0.0, reduction=reduce.token, calls=None):
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("head", [{}, {"softcap": 12.0, "bias": True}], ids=["plain", "capped"])
-@pytest.mark.parametrize("dtype", ALLOWED, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_loss_and_gradients_equal_float64_autograd(dtype, head, frozen, level, entropy_coef, small_chunks):
     c = case(dtype=dtype, frozen=frozen, **head)
     calls = []
@@ -56,17 +56,17 @@ def test_loss_and_gradients_equal_float64_autograd(dtype, head, frozen, level, e
     temperature = c.temperature.reshape(B, T)
     out = fused_policy_loss(*shaped(c), loss_fn, temperature, level=level, mask=Facts.mask, **c.options())
     assert len(calls) > 1
-    want = TokenBatchOf(plain(c))
-    wanted = loss_fn(want, slice(None))
+    expected = LogpAndEntropy(plain(c))
+    expected_loss = loss_fn(expected, slice(None))
     assert float(out.loss.count) == Facts.mask.sum()
-    assert abs(float((out.loss.mean() - wanted.mean()).detach())) < 1e-4
+    assert abs(float((out.loss.mean() - expected_loss.mean()).detach())) < 1e-4
     assert torch.equal(out.stats.logp == 0, ~Facts.mask)
     got = torch.autograd.grad(out.loss.mean(), c.leaves())
-    for a, b in zip(got, torch.autograd.grad(wanted.mean(), c.leaves()), strict=True):
-        assert relative(a, b) < ALLOWED[dtype]
+    for a, b in zip(got, torch.autograd.grad(expected_loss.mean(), c.leaves()), strict=True):
+        assert relative(a, b) < TOLERANCE[dtype]
 
 
-class TokenBatchOf:
+class LogpAndEntropy:
     def __init__(self, flat):
         self.logp, self.entropy = (x.reshape(B, T) for x in flat[:2])
 
@@ -84,27 +84,27 @@ def test_recipes_plug_in(name, small_chunks):
 
     out = fused_policy_loss(hidden, weight, ids, loss_fn, mask=Facts.mask)
     stats = fused_logp(hidden, weight, ids, mask=Facts.mask)
-    want = loss_fn(stats, slice(None))
-    torch.testing.assert_close(out.loss, want, rtol=1e-5, atol=1e-5)
+    expected = loss_fn(stats, slice(None))
+    torch.testing.assert_close(out.loss, expected, rtol=1e-5, atol=1e-5)
     got = torch.autograd.grad(out.loss.mean(), c.leaves())
-    for a, b in zip(got, torch.autograd.grad(want.mean(), c.leaves()), strict=True):
+    for a, b in zip(got, torch.autograd.grad(expected.mean(), c.leaves()), strict=True):
         assert relative(a, b) < 3e-5
 
 
 def test_the_callback_sees_the_moments_and_whole_sequences(small_chunks):
     c = case()
     hidden, weight, ids = shaped(c)
-    want, seen = fused_logp(hidden, weight, ids, mask=Facts.mask), []
+    expected, chunks = fused_logp(hidden, weight, ids, mask=Facts.mask), []
 
     def loss_fn(stats, where):
-        seen.append(where)
-        for a, b in zip(stats, want, strict=True):
+        chunks.append(where)
+        for a, b in zip(stats, expected, strict=True):
             torch.testing.assert_close(a, b[where], rtol=1e-5, atol=1e-5)
         assert not stats.sum_p2.requires_grad
         return reduce.sequence(stats.logp, Facts.mask[where])
 
     fused_policy_loss(hidden, weight, ids, loss_fn, mask=Facts.mask)
-    assert [row for where in seen for row in range(where.start, where.stop)] == list(range(B))
+    assert [row for where in chunks for row in range(where.start, where.stop)] == list(range(B))
 
 
 def test_micro_batches_add_up_to_the_whole():
@@ -114,8 +114,8 @@ def test_micro_batches_add_up_to_the_whole():
 
     def half(rows):
         def loss_fn(stats, where):
-            some = slice(rows.start + where.start, rows.start + where.stop)
-            return policy_gradient()(stats, some)
+            shifted = slice(rows.start + where.start, rows.start + where.stop)
+            return policy_gradient()(stats, shifted)
 
         return fused_policy_loss(hidden[rows], weight, ids[rows], loss_fn, mask=Facts.mask[rows]).loss
 
@@ -142,10 +142,10 @@ def test_nothing_to_learn_from():
 def test_without_gradients_the_loss_is_still_right():
     c = case()
     hidden, weight, ids = shaped(c)
-    want = fused_policy_loss(hidden, weight, ids, policy_gradient()).loss
+    expected = fused_policy_loss(hidden, weight, ids, policy_gradient()).loss
     with torch.no_grad():
         got = fused_policy_loss(hidden, weight, ids, policy_gradient()).loss
-    torch.testing.assert_close(got.mean(), want.mean().detach())
+    torch.testing.assert_close(got.mean(), expected.mean().detach())
 
 
 def test_one_backward_only():

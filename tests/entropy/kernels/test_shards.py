@@ -33,9 +33,9 @@ def check_split(rank, head):
     bias = None if whole.bias is None else whole.bias.detach()[rows].requires_grad_()
     hidden = whole.hidden.detach().requires_grad_()
     options = {"bias": bias, "softcap": whole.softcap, "shard": shard}
-    want = plain(whole)
-    assert want[0].min() < -20
-    for a, b in zip(token_stats(hidden, weight, whole.ids, whole.temperature, **options), want, strict=True):
+    expected = plain(whole)
+    assert expected[0].min() < -20
+    for a, b in zip(token_stats(hidden, weight, whole.ids, whole.temperature, **options), expected, strict=True):
         assert (a - b).abs().max() < 1e-4
 
     def loss_fn(stats, where):
@@ -46,10 +46,10 @@ def check_split(rank, head):
     fused = fused_policy_loss(
         hidden[None], weight, whole.ids[None], loss_fn, whole.temperature[None], level="token", **options
     )
-    wanted = torch.autograd.grad((want[0] + 0.3 * want[1]).sum(), whole.leaves())
-    wanted = [wanted[0], *(x[rows] for x in wanted[1:])]
+    expected_grads = torch.autograd.grad((expected[0] + 0.3 * expected[1]).sum(), whole.leaves())
+    expected_grads = [expected_grads[0], *(x[rows] for x in expected_grads[1:])]
     for loss in ((stats.logp + 0.3 * stats.entropy).sum(), fused.loss.sum):
-        for a, b in zip(torch.autograd.grad(loss, leaves), wanted, strict=True):
+        for a, b in zip(torch.autograd.grad(loss, leaves), expected_grads, strict=True):
             assert relative(a, b) < 3e-5
 
 
@@ -64,8 +64,8 @@ def check_dtensor(rank):
     stats = fused_logp(c.hidden, weight, c.ids)
     torch.testing.assert_close(stats.logp, token_stats(c.hidden, c.weight, c.ids).logp)
     (got,) = torch.autograd.grad(stats.logp.sum(), weight)
-    (want,) = torch.autograd.grad(fused_logp(c.hidden, c.weight, c.ids).logp.sum(), c.weight)
-    torch.testing.assert_close(got.full_tensor(), want, rtol=1e-5, atol=1e-5)
+    (expected,) = torch.autograd.grad(fused_logp(c.hidden, c.weight, c.ids).logp.sum(), c.weight)
+    torch.testing.assert_close(got.full_tensor(), expected, rtol=1e-5, atol=1e-5)
 
 
 def main(rank, store):
@@ -96,16 +96,16 @@ def test_one_shard_is_the_whole():
 
 
 def test_six_numbers_a_token_are_exchanged():
-    c, seen = case(), []
+    c, exchanged = case(), []
 
     def counting(x, op):
-        seen.append((op, x.numel()))
+        exchanged.append((op, x.numel()))
         return x
 
     likely = c.ids.clone()
     likely[:] = (c.hidden @ c.weight.T).argmax(-1)
     token_stats(c.hidden, c.weight, likely, shard=Shard(0, counting))
-    assert seen == [("sum", 90), ("sum", 5 * 90)]
+    assert exchanged == [("sum", 90), ("sum", 5 * 90)]
 
 
 if __name__ == "__main__":

@@ -23,12 +23,12 @@ def one_row(logits):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_float64_at_every_dtype_and_a_temperature_for_each_token(dtype, head):
     c = case(dtype=dtype, **head)
-    got, want = token_stats(c.hidden, c.weight, c.ids, c.temperature, **c.options()), plain(c)
-    assert want[0].min() < -20  # the second pass runs too
-    assert want[0].max() > -1
-    for a, b, allowed in zip(got, want, (2e-5, 1e-5, 1e-5, 1e-5, 1e-4), strict=True):
+    got, expected = token_stats(c.hidden, c.weight, c.ids, c.temperature, **c.options()), plain(c)
+    assert expected[0].min() < -20  # the second pass runs too
+    assert expected[0].max() > -1
+    for a, b, tolerance in zip(got, expected, (2e-5, 1e-5, 1e-5, 1e-5, 1e-4), strict=True):
         assert a.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-        assert (a - b).abs().max() < (1e-11 if dtype == torch.float64 else allowed)
+        assert (a - b).abs().max() < (1e-11 if dtype == torch.float64 else tolerance)
 
 
 def test_logp_of_bf16_inputs_is_within_1e_5_for_tokens_that_are_sampled():
@@ -49,8 +49,8 @@ def test_agrees_with_the_statistics_of_logits():
 def test_uniform_row_by_hand():
     stats = token_stats(torch.zeros(1, 3), torch.randn(50, 3), torch.tensor([7]))
     log = math.log(50)
-    for got, want in zip(stats, (-log, log, 1 / 50, -log / 50, log**2 / 50), strict=True):
-        assert got.item() == pytest.approx(want, rel=1e-6)
+    for got, expected in zip(stats, (-log, log, 1 / 50, -log / 50, log**2 / 50), strict=True):
+        assert got.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_almost_certain_token_keeps_its_relative_precision():
@@ -68,15 +68,15 @@ def test_an_unlikely_token_never_overflows(gap):
     hidden, weight = one_row([-5.0, -5.0, -5.0 - gap])
     stats = token_stats(hidden, weight, torch.tensor([2]))
     log = math.log(2)
-    for got, want in zip(stats, (-gap - log, log, 0.5, -0.5 * log, 0.5 * log**2), strict=True):
-        assert got.item() == pytest.approx(want, rel=5e-5)
+    for got, expected in zip(stats, (-gap - log, log, 0.5, -0.5 * log, 0.5 * log**2), strict=True):
+        assert got.item() == pytest.approx(expected, rel=5e-5)
 
 
 @pytest.mark.parametrize("level", [-1e4, -50.0, 50.0, 1e4])
 def test_rows_far_from_zero_are_those_near_zero(level):
     got = token_stats(*one_row([level, level + 1, level - 2]), torch.tensor([0]))
-    want = token_stats(*one_row([0.0, 1.0, -2.0]), torch.tensor([0]))
-    for a, b in zip(got, want, strict=True):
+    expected = token_stats(*one_row([0.0, 1.0, -2.0]), torch.tensor([0]))
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
@@ -87,8 +87,8 @@ def test_a_masked_vocabulary_entry_is_as_if_it_were_not_there():
     ids = torch.arange(90) + 200
     bias = c.bias.detach().masked_fill(~inside, -INF)
     got = token_stats(c.hidden, c.weight, ids, c.temperature, bias=bias)
-    want = token_stats(c.hidden, c.weight[inside], ids - 100, c.temperature, bias=c.bias[inside])
-    for a, b in zip(got, want, strict=True):
+    expected = token_stats(c.hidden, c.weight[inside], ids - 100, c.temperature, bias=c.bias[inside])
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
     never = token_stats(c.hidden, c.weight, torch.full((90,), 150), bias=bias)
     assert (never.logp == -INF).all()
@@ -101,8 +101,8 @@ def test_mask_is_slice_and_hides_anything():
     spoilt = torch.where(mask[:, None], c.hidden, torch.nan)
     ids = torch.where(mask, c.ids, -100)
     got = token_stats(spoilt, c.weight, ids, c.temperature, mask=mask)
-    want = token_stats(c.hidden[mask], c.weight, c.ids[mask], c.temperature[mask])
-    for a, b in zip(got, want, strict=True):
+    expected = token_stats(c.hidden[mask], c.weight, c.ids[mask], c.temperature[mask])
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a[mask], b)
         assert (a[~mask] == 0).all()
 
@@ -126,29 +126,29 @@ def test_shape_is_that_of_ids_and_order_does_not_matter():
 
 def test_weights_of_another_dtype_and_layout():
     c = case(dtype=torch.bfloat16)
-    want = token_stats(c.hidden.float(), c.weight.float(), c.ids)
+    expected = token_stats(c.hidden.float(), c.weight.float(), c.ids)
     for weight in (c.weight.float(), c.weight.detach().t().contiguous().t()):
-        torch.testing.assert_close(token_stats(c.hidden, weight, c.ids).logp, want.logp, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(token_stats(c.hidden, weight, c.ids).logp, expected.logp, rtol=1e-5, atol=1e-5)
 
 
 def test_autocast_does_not_reach_the_arithmetic():
     c = case(n=40)
-    want = token_stats(c.hidden, c.weight, c.ids)
+    expected = token_stats(c.hidden, c.weight, c.ids)
     with torch.autocast("cpu", torch.bfloat16):
         got = token_stats(c.hidden, c.weight, c.ids)
-    assert torch.equal(got.logp, want.logp)
+    assert torch.equal(got.logp, expected.logp)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_shifted_arithmetic_is_ten_times_as_exact_as_half_precision_logits(bias):
     c = case(dtype=torch.bfloat16, bias=bias)
     c = c._replace(ids=torch.where(plain(c)[0] > -8, c.ids, c.ids.roll(1)), temperature=torch.ones(90))
-    want = plain(c)[0]
-    likely = want > -8
+    expected = plain(c)[0]
+    likely = expected > -8
     rounded = (c.hidden @ c.weight.T + (0.0 if c.bias is None else c.bias)).float().log_softmax(-1)
-    theirs = (rounded.gather(1, c.ids[:, None])[:, 0] - want)[likely].square().mean().sqrt()
+    theirs = (rounded.gather(1, c.ids[:, None])[:, 0] - expected)[likely].square().mean().sqrt()
     stats = token_stats(c.hidden, c.weight, c.ids, arithmetic="shifted", bias=c.bias)
-    ours = (stats.logp - want)[likely].square().mean().sqrt()
+    ours = (stats.logp - expected)[likely].square().mean().sqrt()
     assert likely.sum() > 40
     assert ours < 4e-3
     assert ours < 0.25 * theirs
@@ -165,9 +165,9 @@ def test_threads_split_the_rows():
         torch.set_num_threads(1)
     for a, b in zip(alone, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-    parts = []
-    cpu.coarsely(parts.append, 10, 3)
-    assert parts == [slice(0, 10)]
+    spans = []
+    cpu.run_threaded(spans.append, 10, 3)
+    assert spans == [slice(0, 10)]
 
 
 REFUSED = [
@@ -189,9 +189,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED, ids=[m for _, m in REFUSED])
 def test_refusals(changes, message):
-    given = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "ids": torch.tensor([0, 8]), **changes}
+    arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "ids": torch.tensor([0, 8]), **changes}
     with pytest.raises(ValueError, match=message):
-        token_stats(**given)
+        token_stats(**arguments)
 
 
 def test_a_setting_without_effect_warns():

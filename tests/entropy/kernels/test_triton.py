@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-HAVE = importlib.util.find_spec("triton") is not None
-ALLOWED = {"torch.float32": 3e-5, "torch.bfloat16": 8e-3, "torch.float16": 3e-3}
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+TOLERANCE = {"torch.float32": 3e-5, "torch.bfloat16": 8e-3, "torch.float16": 3e-3}
 HEADS = [{}, {"bias": True, "softcap": 12.0, "scale": 0.5}]
 
 
@@ -23,8 +23,8 @@ def check(dtype, head, frozen):
 
     # Neither rows nor columns nor width fill their tiles.
     c = case(n=70, d=24, v=300, dtype=dtype, frozen=frozen, **head)
-    want = plain(c)
-    for a, b in zip(token_stats(c.hidden, c.weight, c.ids, c.temperature, **c.options()), want, strict=True):
+    expected = plain(c)
+    for a, b in zip(token_stats(c.hidden, c.weight, c.ids, c.temperature, **c.options()), expected, strict=True):
         assert (a - b).abs().max() < 2e-4, (a - b).abs().max()
 
     def loss_fn(stats, where):
@@ -34,10 +34,10 @@ def check(dtype, head, frozen):
     fused = fused_policy_loss(
         c.hidden[None], c.weight, c.ids[None], loss_fn, c.temperature[None], level="token", **c.options()
     )
-    wanted = torch.autograd.grad((want[0] + 0.3 * want[1]).sum(), c.leaves())
+    expected_grads = torch.autograd.grad((expected[0] + 0.3 * expected[1]).sum(), c.leaves())
     for loss in ((stats.logp + 0.3 * stats.entropy).sum(), fused.loss.sum):
-        for a, b in zip(torch.autograd.grad(loss, c.leaves()), wanted, strict=True):
-            assert relative(a, b) < ALLOWED[str(dtype)], relative(a, b)
+        for a, b in zip(torch.autograd.grad(loss, c.leaves()), expected_grads, strict=True):
+            assert relative(a, b) < TOLERANCE[str(dtype)], relative(a, b)
 
 
 def main():
@@ -54,12 +54,12 @@ def main():
         print(dtype, head, frozen, "ok")
 
 
-@pytest.mark.skipif(not HAVE, reason="THE GPU PATH IS NOT TESTED: triton is not installed; pip install triton")
+@pytest.mark.skipif(not HAS_TRITON, reason="THE GPU PATH IS NOT TESTED: triton is not installed; pip install triton")
 def test_interpreted():
     path = os.pathsep.join([str(Path(__file__).parents[2] / "helpers"), *sys.path])
     env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    result = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
 
 
 @pytest.mark.gpu

@@ -22,8 +22,8 @@ class Batch(NamedTuple):
         ids: ``[b t]`` the tokens.
         logp_old: ``[b t]`` their log-probabilities when they were drawn, nats.
         adv: ``[b]`` advantages.
-        weight: ``[b]`` how much an answer counts, 1 on average: 1 where it was sampled, its relative probability
-            where it was enumerated.
+        weight: ``[b]`` how much an answer counts, 1 on average: 1 if it was sampled, its relative probability
+            if it was enumerated.
         entropy_old: ``[b t]`` entropy of the rows when the tokens were drawn, nats; ``None`` means that they have not
             moved since.
         reward: ``[b]`` rewards of the answers.

@@ -75,13 +75,13 @@ def forward(logits: Float[Tensor, "r v"], batch: Batch) -> Pass:
     torch.Size([8, 1])
     """
     leaf = logits.detach().requires_grad_()
-    # Entropies and moments belong to rows: worked out once a row, then looked up for every token.
+    # Entropies and moments belong to rows: computed once for each row, then looked up for every token.
     by_row = token_entropy(leaf, chunk=len(leaf))
     moments = logits_stats(leaf.detach(), torch.zeros(len(leaf), dtype=torch.long), chunk=len(leaf))
-    table = torch.stack([x for x in moments[1:] if x is not None])[:, batch.rows]
-    # Sampled tokens and whole rows are two ways from the logits to a loss, and told apart.
+    stats = TokenStats(*(x[batch.rows] for x in moments if x is not None))
+    # Sampled tokens and whole rows are two ways from the logits to a loss, with a gradient each.
     logp, whole = leaf.log_softmax(-1)[batch.rows, batch.ids], leaf.log_softmax(-1)[batch.rows]
-    return Pass(leaf, by_row.detach(), logp, by_row[batch.rows], TokenStats(logp.detach(), *table), whole)
+    return Pass(leaf, by_row.detach(), logp, by_row[batch.rows], stats._replace(logp=logp.detach()), whole)
 
 
 def _weighted(x: Tensor, weight: Tensor) -> Tensor:

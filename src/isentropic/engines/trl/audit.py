@@ -43,7 +43,7 @@ def audit_trainer(trainer: Any, prompts: int = 2, tokens: int = 64) -> Report:
         tokens: limit of a completion's length; a large vocabulary lowers it.
 
     Returns:
-        Findings, what was looked at, measured figures. Every rank must call this; each sees its own completions.
+        Findings, the checks that were made, measured figures. Every rank must call this; each sees its own completions.
     """
     with _untouched(trainer):
         trainer.model.train()
@@ -75,7 +75,7 @@ def _clip(trainer: Any, batch: AuditBatch) -> Clip:
 
 
 def _generated(trainer: Any, prompts: int, tokens: int) -> AuditBatch:
-    """A batch by the trainer's own generation, and the distributions it was drawn from, where they can be had."""
+    """A batch by the trainer's own generation, and the distributions it was drawn from, if the sampler gives them."""
     rows = [row for row in islice(iter(trainer.train_dataset), prompts) for _ in range(trainer.num_generations)]
     vocab = trainer.model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(tokens, trainer.args.max_completion_length, _MAX_SCORES // (vocab * len(rows))))

@@ -61,7 +61,7 @@ def predicts(recipe: Recipe) -> bool:
 
 
 def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
-    """Refuse an interval or a head that cannot be, or that leaves a controller without what it needs.
+    """Refuse an interval or a head that cannot be, or that leaves a controller without the predictions it needs.
 
     Raises:
         ValueError: what was got, and what is allowed.
@@ -75,19 +75,18 @@ def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
 
 
 @torch.no_grad()
-def _plain_stats(hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, config: Any) -> torch.Tensor:
-    """``[5 n]`` statistics from ``[n d]`` hidden states by plain fp32 logits, a chunk of rows at a time.
+def _plain_stats(hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature: float, config: Any) -> TokenStats:
+    """``[n]`` statistics of ``[n d]`` hidden states by plain fp32 logits, a chunk of rows at a time.
 
-    Not by the fused head: what is compared with it must not be it.
+    Not by the fused head, which these statistics are compared with.
     """
-    parts = [hidden.new_zeros(5, 0, dtype=torch.float32)]
     size = max(1, _CHUNK // len(whole(head.weight)))
+    chunks = []
     with torch.autocast(hidden.device.type, enabled=False):
         for rows, chosen in zip(*(x.split(size) for x in (hidden, ids)), strict=True):
             logits = logits_of(rows, head, config)
-            stats = logits_stats(logits, chosen, temperature, chunk=max(1, len(logits)))
-            parts.append(torch.stack([x for x in stats if x is not None]))
-    return torch.cat(parts, dim=1)
+            chunks.append(logits_stats(logits, chosen, temperature, chunk=max(1, len(logits))))
+    return TokenStats(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
 class Clipped(NamedTuple):
@@ -155,10 +154,8 @@ class Explainer:
             self._warn("no hidden state to read moments from: the predicted change is read without them")
             return None
         picked = hidden[:, -ids.shape[1] - 1 : -1][inside]
-        flat = _plain_stats(picked, known[1], ids[inside], float(trainer.temperature), config)
-        table = flat.new_zeros(5, *ids.shape)
-        table[:, inside] = flat
-        return TokenStats(*table)
+        stats = _plain_stats(picked, known[1], ids[inside], float(trainer.temperature), config)
+        return TokenStats(*(x.new_zeros(ids.shape).masked_scatter(inside, x) for x in stats if x is not None))
 
     def add(
         self, loss: torch.Tensor, inputs: dict[str, Any], batch: TokenBatch, rewritten: Rewritten, term: Term
@@ -296,7 +293,7 @@ def _detached(x: torch.Tensor | None) -> torch.Tensor | None:
 def _through_rows(
     value: torch.Tensor, rows: torch.Tensor | None, sign: float
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What a value pulls whole rows with, and the rows; ``sign`` is −1 for what is minimised."""
+    """The slope of a value by whole rows, and the rows; ``sign`` is −1 for a value that is minimised."""
     if rows is None or not (rows.requires_grad and value.requires_grad):
         return None
     slope = torch.autograd.grad(value, rows, retain_graph=True, allow_unused=True)[0]

@@ -16,12 +16,12 @@ from ...entropy.kernels import fused_logp
 from ...types import TokenStats
 from .compat import log_prob_function, replaceable_head
 
-# What this head can return of what TRL may ask for.
+# The outputs that this head can return, of those that TRL may ask for.
 KNOWN_OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs"}
 
 
 class _Head:
-    """Stands where TRL's autograd function stands for the length of one call, and remembers what it saw last."""
+    """Takes the place of TRL's autograd function for one call, and keeps the statistics of the last one."""
 
     def __init__(self) -> None:
         self.stats: TokenStats | None = None
@@ -45,7 +45,7 @@ class _Head:
         if not KNOWN_OUTPUTS.issuperset(outputs):
             return self.native.apply(hidden, weight, bias, ids, temperature, chunk_size, softcap, scale, outputs)
         assert self.mask is not None
-        # Where TRL has not left out the unscored positions itself, the mask does.
+        # If TRL has not left out the unscored positions itself, the mask does.
         every = self.mask.numel() == len(ids)
         mask = self.mask.reshape(-1) if every else None
         stats = fused_logp(
@@ -92,7 +92,7 @@ def install(target: Any, anywhere: bool = False) -> bool:
     """Have TRL score tokens by :func:`isentropic.entropy.kernels.fused_logp`, in all models of a trainer or in none.
 
     Call it once the trainer is made. Log-probabilities and entropies then come from fp32 logits whatever the dtype of
-    the model, positions that are not scored are not computed, and the moments of the entropy dynamics are read on the
+    the model, positions that are not scored are not computed, and the moments that predictions need are read on the
     way (:func:`last_stats`). Training is not bit-identical to TRL's any more: it rounds less.
 
     Args:
@@ -100,7 +100,7 @@ def install(target: Any, anywhere: bool = False) -> bool:
         anywhere: also on CUDA devices, where it has not been measured; without it, on CPUs, where it is faster.
 
     Returns:
-        False, with nothing changed, where a head is not known here: not a plain ``nn.Linear`` (quantised, or carrying
+        False, with nothing changed, if a head is not known here: not a plain ``nn.Linear`` (quantised, or carrying
         an adapter), partitioned by DeepSpeed ZeRO-3, on another device, or without TRL's own fused head.
     """
     models = _models(target)
@@ -136,8 +136,8 @@ def last_stats(target: Any) -> TokenStats | None:
 
     Returns:
         ``[b s-1]`` each, as the labels without their first column (``[b s]`` for ``shift_labels``), without gradient,
-        0 where nothing was scored; those of a completion of t tokens are ``[:, -t:]``. None where no call was made by
-        this head since the last reading.
+        0 at positions that were not scored; those of a completion of t tokens are ``[:, -t:]``. None if this head made
+        no call since the last reading.
     """
     head = _models(target)[0].__dict__.get("_isentropic_head")
     if head is None:

@@ -16,7 +16,7 @@ from ...types import TokenBatch, TokenFacts
 from ..loop import TokenSums, sum_dtype, token_sums
 from .compat import Trainer, metrics
 
-# TRL's names for what a row carries from the latest generated batch.
+# The figures that a row carries from the latest generated batch, by TRL's names.
 FROM_TRL = {
     "reward": "reward/mean",
     "reward_std": "reward/std",
@@ -153,7 +153,7 @@ class RunLog:
         self._began = time.monotonic()
 
     def begin(self) -> None:
-        """Training begins: write run.json if `isentropic train` has not: what the config changes, and the recipe."""
+        """Training begins: write run.json, with the changed settings and the recipe, unless `isentropic train` has."""
         self._began = time.monotonic()
         trainer, args, record = self.trainer, self.trainer.args, self.record
         record.path.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ class RunLog:
         record.start({**changed, **known}, trainer.recipe.as_dict(), args.seed)
 
     def batch_generated(self) -> None:
-        """Take what TRL logs of a generated batch."""
+        """Take the figures that TRL logs of a generated batch."""
         seen = metrics(self.trainer)
         self.of_batch = {ours: seen[name][-1] for name, ours in FROM_TRL.items() if seen.get(name)}
         self.samples.clear()

@@ -1,4 +1,4 @@
-"""Between a recipe and TRL's settings: what a recipe sets, and what a plain GRPOConfig amounts to. Needs no TRL."""
+"""Between a recipe and TRL's settings: the fields that a recipe sets, and the recipe of a plain GRPOConfig."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..rewrite import lower_width
 
 logger = logging.getLogger("isentropic")
 _LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
-# What a native loss type is to a recipe: has it a clip, and what divides it.
+# A native loss type as a recipe: its objective and its reduction.
 _NATIVE = {
     "grpo": ("clipped", "sequence"),
     "bnpo": ("clipped", "token"),
@@ -46,7 +46,7 @@ def native_objective(recipe: Recipe) -> bool:
 
 
 def is_native(args: Any, recipe: Recipe) -> bool:
-    """Whether a trainer's loss is TRL's own: always, where the config names no recipe."""
+    """Whether a trainer's loss is TRL's own: always, if the config names no recipe."""
     return getattr(args, "recipe", None) is None or native_objective(recipe)
 
 
@@ -69,7 +69,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
-    """The recipe that a config means, and the settings it takes over (none where no recipe is named).
+    """The recipe that a config means, and the settings it takes over (none if no recipe is named).
 
     Raises:
         ValueError: an unknown name or option, or a composition that cannot work.
@@ -125,7 +125,7 @@ def adopt(args: Any, owned: dict[str, Any]) -> None:
     """Write a recipe's settings into a config, unless the user set them otherwise.
 
     Raises:
-        ValueError: a field set by hand to what the recipe excludes.
+        ValueError: a field set by hand to a value that the recipe excludes.
     """
     default = {f.name: f.default for f in fields(args)}
     for name, value in owned.items():
@@ -151,7 +151,7 @@ def boundary(args: Any) -> int:
 
 
 def round_save_steps(args: Any) -> None:
-    """TRL does not save its generation buffer: a resume is exact only where a new batch is about to be generated."""
+    """TRL does not save its generation buffer: a resume is exact only if a new batch is about to be generated."""
     period = boundary(args)
     if str(getattr(args.save_strategy, "value", args.save_strategy)) != "steps" or period == 1:
         return

@@ -10,6 +10,7 @@ With nothing under control and no shaping, training is bit-identical to TRL's.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -65,10 +66,13 @@ class EntropyControlConfig:
             is known; ``trl`` by TRL's own, whose training is reproduced bit for bit.
     """
 
-    recipe: str | None = field(default=None, metadata={"help": "Named algorithm; see `isentropic recipes`."})
+    # HfArgumentParser reads a flag as the second type of a union: text.
+    recipe: Recipe | str | None = field(default=None, metadata={"help": "Named algorithm; see `isentropic recipes`."})
     knob: str | None = field(default=None, metadata={"help": "What is turned; see `isentropic recipes`."})
-    controller: str | None = field(default=None, metadata={"help": "none, fixed, double_halve, pi, ..."})
-    target: str | None = field(default=None, metadata={"help": "initial, 0.8, 80%, anneal:..., band:..."})
+    controller: Callable[..., Any] | str | None = field(
+        default=None, metadata={"help": "pi, fixed, ...; none monitors."}
+    )
+    target: Callable[..., Any] | str | None = field(default=None, metadata={"help": "initial, 0.8, 80%, band:..."})
     recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
     samples_logged: int = field(default=2, metadata={"help": "Completions kept for each generated batch."})
     explain_every: int | None = field(default=None, metadata={"help": "Steps between explained ones; 0 is never."})
@@ -81,6 +85,18 @@ class EntropyControlConfig:
         super().__post_init__()  # type: ignore[misc]
         check(self.entropy_recipe, updates_per_batch(self))
         round_save_steps(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plain values, for training_args.bin: a function of yours may be one that cannot be pickled."""
+        recipe = self.entropy_recipe.as_dict()
+        texts = {name: recipe[name] for name in ("controller", "target") if callable(getattr(self, name))}
+        named = self.recipe if isinstance(self.recipe, str | None) else recipe
+        return {**self.__dict__, **texts, "recipe": named, "recipe_options": None, "entropy_recipe": recipe}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 @dataclass

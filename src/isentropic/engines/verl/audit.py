@@ -1,6 +1,6 @@
 """The audit of a verl worker as it is configured: its first micro-batch, before the first update, on rank 0.
 
-No pass is added: what the head gave, what the loss was handed, and the log-probs of the sampler that came with the data
+No pass is added: what the head gave, what the loss got, and the log-probs of the sampler that came with the data
 are held against one another in fp64.
 """
 
@@ -32,7 +32,7 @@ _REMEDIES = {
     "reading of entropy then carries",
     "logp_dtype": f"+{_FP32}.mixed_precision.param_dtype=fp32",
     "entropy_dtype": f"verl computes entropies in the dtype of the logits: +{_FP32}.mixed_precision.param_dtype=fp32",
-    "fsdp_output_dtype": "verl sets no output_dtype; take it out of the policy that was given to FSDP2",
+    "fsdp_output_dtype": "verl sets no output_dtype; take it out of FSDP2's policy",
     "stale_logp": "verl computes old log-probs in a pass of its own: give both passes one packing and one precision, "
     "and switch dropout off",
     "sampler_mismatch": "run both in one precision, or have verl correct for the difference: "

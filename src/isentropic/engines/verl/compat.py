@@ -1,6 +1,6 @@
 """Every private or version-dependent name of verl that this package touches: what a new version of verl can break.
 
-verl's own steps are overridden here alone, and each is handed to a method with a name of ours; a step that is replaced
+verl's own steps are overridden here alone, and each calls a method with a name of ours; a step that it may replace
 comes as its first argument. ``tests/engines/verl/test_verl_compat.py`` has a contract test for each name.
 """
 

@@ -1,6 +1,6 @@
 """Control through verl's loss alone, for actors whose engine is not wrapped: Megatron and others.
 
-verl's loss is handed log-probabilities, and nothing else: entropy is the sampled estimate −log π, the end of an
+verl's loss gets log-probabilities, and nothing else: entropy is the sampled estimate −log π, the end of an
 optimizer step is seen by a hook of torch, and nothing goes into checkpoints. That is said once, as the run starts.
 """
 
@@ -69,7 +69,7 @@ def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
     if reason:
         able = ", ".join(name for name, known in RECIPES.items() if known.knob and not why_not(known))
         raise ValueError(
-            f"{reason}, which verl's loss is not handed, got actor_rollout_ref.actor.strategy={strategy}; set it to "
+            f"{reason}, which verl's loss does not get, got actor_rollout_ref.actor.strategy={strategy}; set it to "
             f"fsdp or fsdp2, or take one of {able}"
         )
     if pipeline > 1:

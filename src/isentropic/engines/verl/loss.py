@@ -22,7 +22,7 @@ NO_OLD_ENTROPY = (
     "log-probs for the old ones, got algorithm.rollout_correction.bypass_mode=True; set it to False"
 )
 NO_GROUPS = (
-    "a component of this recipe reads reward or group_rate, which are made of the keys uid and "
+    "a component of this recipe reads reward or group_rate, which come from the keys uid and "
     f"{' or '.join(Keys.REWARDS)} of verl's data, got neither reward nor group; keep both in the batch that the actor "
     "trains on, or take another recipe"
 )

@@ -1,8 +1,11 @@
-"""Numerics of log-probabilities: what a cast costs, and what is wrong in a set-up before it trains.
+"""Numerics of log-probabilities: the cost of a cast, and errors in a set-up before it trains.
 
-``casts`` rounds one step of the head (hidden state, weights, logits, log-softmax, returned log-prob) and measures what
-the importance ratio makes of it. ``checks`` turns plain tensors into findings. ``audit`` asks a model and a batch, as
-they are configured, and measures against fp64. What asks an engine lives in ``engines/``.
+- ``casts`` rounds one step of the head (hidden state, weights, logits, log-softmax, returned log-prob) and measures the
+  effect on the importance ratio.
+- ``checks`` makes findings from plain tensors.
+- ``probe`` runs a model on a batch, as they are configured, and compares it with fp64: :func:`audit`.
+
+The audits of a trainer are in ``engines.trl.audit`` and ``engines.verl.audit``.
 """
 
 from .casts import (
@@ -24,10 +27,10 @@ from .checks import (
     Finding,
     Report,
     cast_effect,
+    effective_dtype,
     entropy_findings,
     fitted_temperature,
     grade,
-    held_in,
     kept_tokens,
     mask_findings,
     ratio_findings,
@@ -50,13 +53,13 @@ __all__ = [
     "audit",
     "audit_rows",
     "cast_effect",
+    "effective_dtype",
     "entropy_findings",
     "fitted_temperature",
     "from_logits",
     "grade",
     "half_ulp",
     "head",
-    "held_in",
     "independent_bias",
     "kept_tokens",
     "mask_findings",

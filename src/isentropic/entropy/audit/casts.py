@@ -1,6 +1,6 @@
-"""What rounding one step of the head does to log-probs, importance ratios and entropy.
+"""The effect of rounding one step of the head on log-probs, importance ratios and entropy.
 
-Errors are measured against the dtype the arithmetic is done in, float64 for a reference. Theorem 3 of arXiv:2603.11682
+Errors are measured against the dtype of the arithmetic, float64 for a reference. Theorem 3 of arXiv:2603.11682
 [paper]: ratios from bf16 log-probabilities are biased upwards. With a rounding error e of the log-ratio,
 ``E[exp e] ≈ 1 + Var(e)/2`` [derived].
 """
@@ -18,7 +18,7 @@ GSPO_BAND = (-3e-4, 4e-4)
 
 
 def rounded(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]:
-    """Round x to what dtype can hold, and return it in its own dtype.
+    """Round x to the values that dtype represents, and return it in its own dtype.
 
     >>> rounded(torch.tensor([1.001, 20.03]), torch.bfloat16)
     tensor([ 1., 20.])
@@ -27,7 +27,7 @@ def rounded(x: Float[Tensor, "..."], dtype: torch.dtype) -> Float[Tensor, "..."]
 
 
 def half_ulp(x: float, dtype: torch.dtype) -> float:
-    """The largest error of rounding a number of x's size.
+    """The largest rounding error of a number of x's size.
 
     >>> half_ulp(20.0, torch.bfloat16), half_ulp(20.0, torch.float16)
     (0.0625, 0.0078125)
@@ -36,11 +36,11 @@ def half_ulp(x: float, dtype: torch.dtype) -> float:
 
 
 def independent_bias(a: float) -> float:
-    """Bias of a ratio whose two log-probs are rounded independently, each uniformly within ±a nats.
+    """The bias of a ratio whose two log-probs are rounded independently, each uniformly within ±a nats.
 
     ``E[exp(e_new − e_old)] − 1 = (sinh a / a)² − 1 ≈ a²/3``
 
-    An upper envelope: the roundings of two near policies agree in part, and what agrees cancels. [derived]
+    An upper bound: the roundings of two near policies agree in part, and equal errors cancel. [derived]
 
     >>> independent_bias(half_ulp(40.0, torch.bfloat16))
     0.00522
@@ -55,14 +55,14 @@ def from_logits(
     dtype: torch.dtype = torch.bfloat16,
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """Log-prob of the sampled token and entropy of its row, with rounding to dtype at the named places.
+    """Compute the log-prob of each sampled token and the entropy of its row, with rounding to dtype at given places.
 
     Args:
         logits: [n v]; everything that is not rounded is computed in their dtype, float64 for a reference.
         ids: [n] sampled tokens.
-        places: of ``logits``, ``log_softmax`` (whose entropy is then summed in dtype too) and ``logp`` (both results).
-        dtype: what is rounded to.
-        temperature: the logits are divided by it after their rounding.
+        places: any of ``logits``, ``log_softmax`` (which also sums the entropy in dtype) and ``logp`` (both results).
+        dtype: the dtype that values are rounded to.
+        temperature: the logits are divided by it after they are rounded.
 
     Returns:
         Log-probs and entropies, [n] each, nats.
@@ -74,19 +74,19 @@ def from_logits(
     >>> logp, torch.tensor([[0.0, 1.0]]).log_softmax(-1)[:, 1]
     (tensor([-0.3133]), tensor([-0.3133]))
     """
-    _known(places, PLACES[2:])
+    _check_places(places, PLACES[2:])
     z = rounded(logits, dtype) if "logits" in places else logits
     logp = (z / temperature).log_softmax(-1)
-    rows = logp.to(dtype) if "log_softmax" in places else logp
-    p = rows.exp()
-    entropy = -(p * rows.masked_fill(p == 0, 0.0)).sum(-1).to(logp.dtype)
-    own = rows.to(logp.dtype).gather(1, ids.long()[:, None])[:, 0]
+    row_logp = logp.to(dtype) if "log_softmax" in places else logp
+    p = row_logp.exp()
+    entropy = -(p * row_logp.masked_fill(p == 0, 0.0)).sum(-1).to(logp.dtype)
+    token_logp = row_logp.to(logp.dtype).gather(1, ids.long()[:, None])[:, 0]
     if "logp" in places:
-        own, entropy = rounded(own, dtype), rounded(entropy, dtype)
-    return own, entropy
+        token_logp, entropy = rounded(token_logp, dtype), rounded(entropy, dtype)
+    return token_logp, entropy
 
 
-def _known(places: tuple[str, ...], allowed: tuple[str, ...]) -> None:
+def _check_places(places: tuple[str, ...], allowed: tuple[str, ...]) -> None:
     for place in places:
         if place not in allowed:
             raise ValueError(f"places must be of {', '.join(allowed)}, got {place!r}; leave it out")
@@ -101,14 +101,14 @@ def head(
     temperature: float = 1.0,
     chunk: int = 32,
 ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """``from_logits`` of ``hidden · weightᵀ``, with rounding of the hidden state and the head's weights as well.
+    """``from_logits`` of ``hidden · weightᵀ``, with rounding of the hidden states and the head's weights as well.
 
     Args:
-        hidden, weight: [n d] final hidden states and [v d] head, of one dtype, in which all is computed.
+        hidden, weight: [n d] final hidden states and [v d] head, of one dtype, which is that of the arithmetic.
         ids: [n] sampled tokens.
         places: any of ``PLACES``.
         dtype, temperature: as in ``from_logits``.
-        chunk: rows worked on at once; few keep them in the processor's cache.
+        chunk: rows computed at once; small chunks stay in the processor's cache.
 
     Returns:
         Log-probs and entropies, [n] each, nats.
@@ -119,28 +119,30 @@ def head(
     >>> head(torch.eye(2), torch.eye(2), torch.tensor([0, 1]))[0]
     tensor([-0.3133, -0.3133])
     """
-    _known(places, PLACES)
-    w = rounded(weight, dtype) if "weights" in places else weight
-    late = tuple(place for place in places if place in PLACES[2:])
-    parts = []
-    for h, own in zip(hidden.split(chunk), ids.split(chunk), strict=True):
-        h = rounded(h, dtype) if "hidden" in places else h
-        parts.append(torch.stack(from_logits(h @ w.T, own, late, dtype, temperature)))
-    logp, entropy = torch.cat(parts, dim=1)
+    _check_places(places, PLACES)
+    rounded_weight = rounded(weight, dtype) if "weights" in places else weight
+    logit_places = tuple(place for place in places if place in PLACES[2:])
+    results = []
+    for chunk_hidden, chunk_ids in zip(hidden.split(chunk), ids.split(chunk), strict=True):
+        chunk_hidden = rounded(chunk_hidden, dtype) if "hidden" in places else chunk_hidden
+        results.append(
+            torch.stack(from_logits(chunk_hidden @ rounded_weight.T, chunk_ids, logit_places, dtype, temperature))
+        )
+    logp, entropy = torch.cat(results, dim=1)
     return logp, entropy
 
 
 class RatioError(NamedTuple):
-    """What rounding did to importance ratios.
+    """The effect of rounding on importance ratios.
 
     Attributes:
-        num_tokens: how many were compared.
+        num_tokens: number of tokens that were compared.
         std: standard deviation of ``e = log r − log r*``, nats.
         bias, bias_se: ``E[r/r*] − 1`` and its standard error.
-        half_var: ``Var(e)/2``, what Jensen's inequality makes of an error of mean zero.
-        wrong_high, wrong_low: share of tokens with r above ``1 + ε`` (below ``1 − ε``) though r* is not; one entry
-            a width.
-        stuck: share with r exactly 1 in fp32 though r* is not.
+        half_var: ``Var(e)/2``, the bias to second order of an error with mean zero (Jensen's inequality).
+        wrong_high, wrong_low: share of tokens with r above ``1 + ε`` (below ``1 − ε``) although r* is not; one entry
+            per width.
+        stuck: share of tokens with r exactly 1 in fp32 although r* is not.
     """
 
     num_tokens: int
@@ -159,8 +161,8 @@ def ratio_error(
     """Compare log-ratios that went through a cast with the true ones.
 
     Args:
-        log_ratio: [n] as computed, nats.
-        true: [n] nats.
+        log_ratio: [n] log-ratios after the cast, nats.
+        true: [n] log-ratios without it, nats.
         widths: clip widths ε, each on both sides of 1.
 
     Returns:
@@ -174,31 +176,31 @@ def ratio_error(
     """
     if log_ratio.numel() < 2:
         raise ValueError(f"log_ratio must hold at least 2 tokens, got {log_ratio.numel()}; give more")
-    e = (log_ratio - true).double()
-    factor = e.exp()
-    r, r_true = log_ratio.double().exp(), true.double().exp()
+    error = (log_ratio - true).double()
+    relative = error.exp()
+    ratio, true_ratio = log_ratio.double().exp(), true.double().exp()
 
-    def share(x: Bool[Tensor, " n"]) -> float:
-        return x.double().mean().item()
+    def share(condition: Bool[Tensor, " n"]) -> float:
+        return condition.double().mean().item()
 
     return RatioError(
-        num_tokens=e.numel(),
-        std=e.std().item(),
-        bias=factor.mean().item() - 1,
-        bias_se=factor.std().item() / math.sqrt(e.numel()),
-        half_var=e.var().item() / 2,
-        wrong_high=tuple(share((r > 1 + w) & (r_true <= 1 + w)) for w in widths),
-        wrong_low=tuple(share((r < 1 - w) & (r_true >= 1 - w)) for w in widths),
-        stuck=share((r.float() == 1) & (r_true.float() != 1)),
+        num_tokens=error.numel(),
+        std=error.std().item(),
+        bias=relative.mean().item() - 1,
+        bias_se=relative.std().item() / math.sqrt(error.numel()),
+        half_var=error.var().item() / 2,
+        wrong_high=tuple(share((ratio > 1 + width) & (true_ratio <= 1 + width)) for width in widths),
+        wrong_low=tuple(share((ratio < 1 - width) & (true_ratio >= 1 - width)) for width in widths),
+        stuck=share((ratio.float() == 1) & (true_ratio.float() != 1)),
     )
 
 
 class SequenceError(NamedTuple):
-    """What rounding did to ratios of whole sequences of unchanged policy.
+    """The effect of rounding on ratios of whole sequences, for an unchanged policy.
 
     Attributes:
-        std: of the mean error over a sequence, nats.
-        outside: share of sequences whose geometric mean ratio leaves the band.
+        std: standard deviation of the mean error over a sequence, nats.
+        outside: share of sequences whose geometric mean ratio lies outside the band.
         median, mean: of the product of the ratios.
     """
 
@@ -215,16 +217,16 @@ def sequence_error(
     band: tuple[float, float] = GSPO_BAND,
     generator: torch.Generator | None = None,
 ) -> SequenceError:
-    """Draw the errors of sequences independently from a pool of token errors, and look at their ratios.
+    """Draw the errors of sequences independently from a pool of token errors, and measure their ratios.
 
     ``s = exp(Σ_t e_t / length)`` against ``[1 + low, 1 + high]``, and ``exp(Σ_t e_t)``; the true ratios are 1
 
     Args:
         error: [n] errors of log-ratios, nats.
-        length: tokens a sequence.
-        num: sequences drawn.
+        length: tokens per sequence.
+        num: number of sequences drawn.
         band: bounds of the ratio, as distances from 1; the default is GSPO's (arXiv:2507.18071).
-        generator: of the draws.
+        generator: the random generator of the draws.
 
     Returns:
         The error statistics.
@@ -237,11 +239,11 @@ def sequence_error(
     """
     if length < 1:
         raise ValueError(f"length must be >= 1 token, got {length}; sequences of 256 to 1024 are common")
-    mean = torch.stack(
+    mean_error = torch.stack(
         [error[torch.randint(len(error), (length,), generator=generator)].double().mean() for _ in range(num)]
     )
-    ratio, product = mean.exp(), (mean * length).exp()
+    ratio, product = mean_error.exp(), (mean_error * length).exp()
     outside = (ratio < 1 + band[0]) | (ratio > 1 + band[1])
     return SequenceError(
-        mean.std().item(), outside.double().mean().item(), product.median().item(), product.mean().item()
+        mean_error.std().item(), outside.double().mean().item(), product.median().item(), product.mean().item()
     )

@@ -1,4 +1,4 @@
-"""Findings, and the checks on plain tensors that make them: no model is needed here."""
+"""Findings, and the checks that make them from plain tensors, without a model."""
 
 import math
 from json import dumps
@@ -10,22 +10,22 @@ from torch import Tensor
 
 from .casts import from_logits, rounded, sequence_error
 
-# From 1e-3 nats a log-prob leaves GSPO's band in short sequences; fp32 arithmetic stays far below 1e-5.
+# An error of 1e-3 nats puts short sequences outside GSPO's band; fp32 arithmetic stays far below 1e-5.
 SERIOUS, VISIBLE = 1e-3, 1e-5
-LOW = (torch.bfloat16, torch.float16)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong.
+    """One error that an audit found.
 
     Attributes:
         severity: ``serious``, ``warning`` or ``note``.
         code: a stable name, such as ``logits_dtype``.
-        what, where: one sentence, and the place.
-        effect: what was measured, in words.
-        remedy: what to change.
+        what, where: the error in one sentence, and its place.
+        effect: the measured effect, in words.
+        remedy: how to correct it.
         nats: the measured error or mismatch, nats (root mean square over tokens unless ``effect`` says otherwise).
-        clipped_frac: share of tokens that the clip would take for moved though the policy did not move so far.
+        clipped_frac: share of tokens that this error alone pushes outside the clip.
     """
 
     severity: str
@@ -39,9 +39,9 @@ class Finding(NamedTuple):
 
 
 class Clip(NamedTuple):
-    """The ratios an error is held against: ``[1 − low, 1 + high]``, of tokens, or of sequences of a length.
+    """The clip that errors are compared with: ``[1 − low, 1 + high]``, of tokens, or of sequences of ``length`` tokens.
 
-    A sequence's ratio is the geometric mean of its tokens', whose errors are taken to be independent.
+    The ratio of a sequence is the geometric mean of the ratios of its tokens, whose errors are assumed independent.
     """
 
     low: float = 0.2
@@ -52,16 +52,17 @@ class Clip(NamedTuple):
 CLIP = Clip()
 
 
-def _finite(value: Any) -> Any:
+def _without_nonfinite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, which JSON can express."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_without_nonfinite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Report(NamedTuple):
-    """What an audit saw: the findings, gravest first, what was looked at, and the figures that were measured."""
+    """The result of an audit: the findings, most severe first, the settings that were checked, and measured figures."""
 
     findings: list[Finding]
     checked: dict[str, str]
@@ -74,15 +75,15 @@ class Report(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The report as plain values, for JSON."""
-        found = [f._asdict() for f in self.findings]
-        return {"serious": len(self.serious), "findings": found, "checked": self.checked, "figures": self.figures}
+        findings = [f._asdict() for f in self.findings]
+        return {"serious": len(self.serious), "findings": findings, "checked": self.checked, "figures": self.figures}
 
     def json(self) -> str:
         """The report as JSON; a figure that is not finite is null."""
-        return dumps(_finite(self.as_dict()), indent=2, ensure_ascii=False)
+        return dumps(_without_nonfinite(self.as_dict()), indent=2, ensure_ascii=False)
 
     def text(self) -> str:
-        """The report for people.
+        """The report as text for people to read.
 
         >>> print(Report([], {"logits": "float32"}, {"logp_error": 2e-7}).text())
         checked
@@ -111,12 +112,12 @@ def grade(nats: float, clipped_frac: float = 0.0) -> str:
 
 
 def rms(x: Tensor) -> float:
-    """Root mean square; 0 of nothing."""
+    """Root mean square; 0 of an empty tensor."""
     return x.double().square().mean().sqrt().item() if x.numel() else 0.0
 
 
-def beyond(error: Tensor, clip: Clip) -> float:
-    """The share of ratios that an error of log-ratios alone pushes out of the clip."""
+def clipped_share(error: Tensor, clip: Clip) -> float:
+    """The share of ratios that an error of log-ratios alone pushes outside the clip."""
     if not error.numel():
         return 0.0
     if clip.length > 1:
@@ -126,20 +127,20 @@ def beyond(error: Tensor, clip: Clip) -> float:
     return ((ratio < 1 - clip.low) | (ratio > 1 + clip.high)).double().mean().item()
 
 
-def measured(nats: float, clipped: float, clip: Clip) -> str:
+def describe_error(nats: float, clipped_frac: float, clip: Clip) -> str:
     """An error in words."""
-    of = f"sequences of {clip.length}" if clip.length > 1 else "tokens"
-    return f"{nats:.2g} nats rms; alone it pushes {clipped:.2%} of {of} out of [{1 - clip.low:g}, {1 + clip.high:g}]"
+    unit, low, high = f"sequences of {clip.length}" if clip.length > 1 else "tokens", 1 - clip.low, 1 + clip.high
+    return f"{nats:.2g} nats rms; alone it pushes {clipped_frac:.2%} of {unit} out of [{low:g}, {high:g}]"
 
 
-def held_in(x: Float[Tensor, "..."]) -> torch.dtype:
-    """The dtype that x was last rounded to: bf16 or fp16 where it holds every value, however x is stored now.
+def effective_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
+    """The dtype that x was last rounded to: bf16 or fp16 if it represents every value exactly, else the dtype of x.
 
-    >>> held_in(torch.rand(99).bfloat16().float()), held_in(torch.rand(99))
+    >>> effective_dtype(torch.rand(99).bfloat16().float()), effective_dtype(torch.rand(99))
     (torch.bfloat16, torch.float32)
     """
     if x.unique().numel() >= 8:
-        for dtype in LOW:
+        for dtype in LOW_PRECISION:
             if torch.equal(rounded(x, dtype), x):
                 return dtype
     return x.dtype
@@ -153,18 +154,18 @@ def cast_effect(
     temperature: float = 1.0,
     clip: Clip = CLIP,
 ) -> tuple[float, float]:
-    """What rounding at a place costs on these logits.
+    """Measure the error that rounding at one place makes with these logits.
 
     Args:
         logits: [n v] float64.
         ids: [n] sampled tokens.
         place: ``logits``, ``log_softmax`` or ``logp``.
-        dtype: what is rounded to.
+        dtype: the dtype that values are rounded to.
         temperature: the sampling temperature.
-        clip: what errors are held against.
+        clip: the clip that errors of the ratio are compared with.
 
     Returns:
-        Root mean square error of log π, nats; and the share of tokens whose ratio is pushed out of the clip when both
+        Root mean square error of log π, nats; and the share of tokens whose ratio is pushed outside the clip if both
         sides are rounded and the logits have moved by 1 % of their spread in between.
 
     >>> cast_effect(torch.zeros(8, 4).double(), torch.zeros(8, dtype=torch.int64), "logits", torch.bfloat16)
@@ -176,13 +177,13 @@ def cast_effect(
     for z in (logits, logits + 0.01 * spread * noise.to(logits.device)):
         exact, _ = from_logits(z, ids, (), dtype, temperature)
         errors.append(from_logits(z, ids, (place,), dtype, temperature)[0] - exact)
-    return rms(errors[0]), beyond(errors[1] - errors[0], clip)
+    return rms(errors[0]), clipped_share(errors[1] - errors[0], clip)
 
 
 def entropy_findings(
     entropy: Float[Tensor, " n"] | None, exact: Float[Tensor, " n"], where: str = "head", explained: float = 0.0
 ) -> list[Finding]:
-    """No entropy, zeros, numbers that are not finite, or entropies off by more than a known cast explains.
+    """Find missing, zero or non-finite entropies, and errors above ``explained``, the error of known casts.
 
     >>> entropy_findings(torch.zeros(3), torch.full((3,), 0.7))[0].code
     'entropy_zero'
@@ -191,48 +192,48 @@ def entropy_findings(
     remedy = "have the head compute the exact entropy of each row in fp32; isentropic.token_entropy does"
     if entropy is None:
         return [Finding("serious", "entropy_none", "no entropy is returned", where, f"{mean:.3g} nats", remedy, mean)]
-    off = rms(entropy - exact)
+    error = rms(entropy - exact)
     if not bool(entropy.isfinite().all()):
         code, what = "entropy_nonfinite", "entropies are not finite"
     elif bool((entropy == 0).all()) and mean > SERIOUS:
         code, what = "entropy_zero", "every entropy is exactly 0"
-    elif off > max(VISIBLE, explained):
+    elif error > max(VISIBLE, explained):
         code, what = "entropy_wrong", "entropies are not those of the rows"
     else:
         return []
-    effect = f"true mean {mean:.3g} nats a token, {off:.2g} nats rms off"
-    return [Finding(grade(off), code, what, where, effect, remedy, off)]
+    effect = f"true mean {mean:.3g} nats a token, {error:.2g} nats rms off"
+    return [Finding(grade(error), code, what, where, effect, remedy, error)]
 
 
 def ratio_findings(
     logp: Float[Tensor, " n"],
-    again: Float[Tensor, " n"],
+    logp_again: Float[Tensor, " n"],
     logp_old: Float[Tensor, " n"] | None,
     clip: Clip = CLIP,
     where: str = "scoring",
 ) -> list[Finding]:
-    """The ratio must be 1 before the first update: two passes agree, and the old log-probs are the current ones.
+    """Check that the ratio is 1 before the first update: two passes agree, and old log-probs are the current ones.
 
     >>> ratio_findings(torch.zeros(3), torch.zeros(3), torch.full((3,), 0.5))[0].code
     'stale_logp'
     """
-    pairs = [("dropout", "two scoring passes over the same tokens differ", again)]
+    pairs = [("dropout", "two scoring passes over the same tokens differ", logp_again)]
     if logp_old is not None:
         pairs.append(("stale_logp", "old log-probs are not the current ones though nothing was updated", logp_old))
     remedies = {
         "dropout": "score without dropout: disable_dropout=True, and attention_dropout=0 in the model's config",
         "stale_logp": "compute old log-probs with the weights, temperature and dtype that the loss scores with",
     }
-    for code, what, other in pairs:
-        nats, clipped = rms(logp - other), beyond(logp - other, clip)
+    for code, what, logp_other in pairs:
+        nats, clipped_frac = rms(logp - logp_other), clipped_share(logp - logp_other, clip)
         if nats >= VISIBLE or math.isnan(nats):
-            effect = f"at step 0 {measured(nats, clipped, clip)}"
-            return [Finding(grade(nats, clipped), code, what, where, effect, remedies[code], nats, clipped)]
+            effect = f"at step 0 {describe_error(nats, clipped_frac, clip)}"
+            return [Finding(grade(nats, clipped_frac), code, what, where, effect, remedies[code], nats, clipped_frac)]
     return []
 
 
 def fitted_temperature(logits: Float[Tensor, "n v"], ids: Int[Tensor, " n"], logp: Float[Tensor, " n"]) -> float:
-    """The temperature in [1/8, 8] at which the logits come nearest to these log-probs.
+    """Fit the temperature in [1/8, 8] at which the logits come nearest to these log-probs.
 
     >>> z = torch.tensor([[0.0, 1.0, 3.0], [2.0, 0.0, 1.0]]).double()
     >>> round(fitted_temperature(z, torch.tensor([1, 2]), (z / 0.7).log_softmax(-1)[[0, 1], [1, 2]]), 3)
@@ -242,8 +243,8 @@ def fitted_temperature(logits: Float[Tensor, "n v"], ids: Int[Tensor, " n"], log
     low, high = -math.log(8), math.log(8)
     for _ in range(4):
         grid = torch.linspace(low, high, 17).tolist()
-        misses = [rms(from_logits(logits, ids, temperature=math.exp(t))[0] - logp) for t in grid]
-        best = grid[misses.index(min(misses))]
+        errors = [rms(from_logits(logits, ids, temperature=math.exp(t))[0] - logp) for t in grid]
+        best = grid[errors.index(min(errors))]
         low, high = best - (high - low) / 16, best + (high - low) / 16
     return math.exp(best)
 
@@ -251,7 +252,7 @@ def fitted_temperature(logits: Float[Tensor, "n v"], ids: Int[Tensor, " n"], log
 def kept_tokens(
     logits: Float[Tensor, "n v"], temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0
 ) -> Bool[Tensor, "n v"]:
-    """Which tokens top-k, then top-p, then min-p leave to be sampled; 0, 1 and 0 keep all.
+    """Mark the tokens that remain after top-k, then top-p, then min-p; 0, 1 and 0 keep all.
 
     >>> kept_tokens(torch.tensor([[0.6, 0.3, 0.1]]).log(), top_p=0.7)
     tensor([[ True,  True, False]])
@@ -261,8 +262,8 @@ def kept_tokens(
         z = z.masked_fill(z < z.topk(min(top_k, z.shape[-1])).values[:, -1:], -math.inf)
     if top_p < 1:
         p, order = z.softmax(-1).sort(-1, descending=True)
-        cut = torch.zeros_like(p, dtype=torch.bool).scatter(1, order, p.cumsum(-1) - p >= top_p)
-        z = z.masked_fill(cut, -math.inf)
+        excluded = torch.zeros_like(p, dtype=torch.bool).scatter(1, order, p.cumsum(-1) - p >= top_p)
+        z = z.masked_fill(excluded, -math.inf)
     p = z.softmax(-1)
     return p >= min_p * p.amax(-1, keepdim=True) if min_p else p > 0
 
@@ -274,27 +275,32 @@ def truncation_findings(
     clip: Clip = CLIP,
     where: str = "sampler",
 ) -> list[Finding]:
-    """What sampling from a kept set S does: with ``Z = Σ_S π`` the true ratio to the sampler is Z, not 1.
+    """Measure the effect of sampling from a kept set S: with ``Z = Σ_S π`` the true ratio to the sampler is Z, not 1.
 
-    The sampled estimate of entropy becomes ``E_q[−log π]``, ``q = π/Z`` on S, never above ``H(π)``.
+    The sampled estimate of entropy becomes ``E_q[−log π]`` with ``q = π/Z`` on S, which is never above ``H(π)``.
 
     >>> truncation_findings(torch.zeros(2, 4).double(), torch.tensor([[True, True, True, False]] * 2))[0].nats
     0.2877
     """
     logp = (logits / temperature).log_softmax(-1)
-    p, safe = logp.exp(), logp.masked_fill(logp.isinf(), 0.0)
-    z = (p * kept).sum(-1)
-    gap = (-(p * kept * safe).sum(-1) / z + (p * safe).sum(-1)).mean().item() if len(z) else 0.0
-    nats, clipped = -z.log().mean().item() if len(z) else 0.0, beyond(z.log(), clip)
+    p, finite_logp = logp.exp(), logp.masked_fill(logp.isinf(), 0.0)
+    kept_mass = (p * kept).sum(-1)
+    entropy_error = (
+        (-(p * kept * finite_logp).sum(-1) / kept_mass + (p * finite_logp).sum(-1)).mean().item()
+        if len(kept_mass)
+        else 0.0
+    )
+    nats, clipped_frac = -kept_mass.log().mean().item() if len(kept_mass) else 0.0, clipped_share(kept_mass.log(), clip)
     if nats < VISIBLE:
         return []
     effect = (
-        f"{1 - z.mean().item():.1%} of the mass is cut: the ratio to the sampler is off by {nats:.2g} nats on average, "
-        f"{clipped:.1%} of ratios would leave the clip; the sampled entropy estimate is {gap:+.2g} nats off"
+        f"{1 - kept_mass.mean().item():.1%} of the mass is cut: the ratio to the sampler is off by {nats:.2g} nats "
+        f"on average, {clipped_frac:.1%} of ratios would leave the clip; the sampled entropy estimate is "
+        f"{entropy_error:+.2g} nats off"
     )
     what = "truncated sampling (top-k, top-p, min-p): tokens come from another policy than is scored"
     remedy = "sample with top_k=0, top_p=1 and min_p=0; shape entropy by temperature or by a target instead"
-    return [Finding(grade(nats, clipped), "truncation", what, where, effect, remedy, nats, clipped)]
+    return [Finding(grade(nats, clipped_frac), "truncation", what, where, effect, remedy, nats, clipped_frac)]
 
 
 def sampler_findings(
@@ -307,43 +313,44 @@ def sampler_findings(
     clip: Clip = CLIP,
     where: str = "sampler",
 ) -> list[Finding]:
-    """Sampler against trainer: another temperature, or log-probs that differ although the distribution should not.
+    """Compare sampler and trainer: another temperature, or different log-probs for the same distribution.
 
     Args:
         logits: [n v] float64, before the temperature.
         ids: [n] sampled tokens.
-        logp, logp_sampler: [n] of the trainer and of the sampler, nats; entries that are not finite are left out.
-        temperature: what the trainer scores with.
-        kept: [n v] what truncation left; its known effect is taken out of the comparison.
-        clip: what errors are held against.
-        where: for the findings.
+        logp, logp_sampler: [n] of the trainer and of the sampler, nats; tokens whose ``logp_sampler`` is not finite are
+            left out.
+        temperature: the temperature of the trainer's log-probs.
+        kept: [n v] true for the tokens that truncation kept; the comparison corrects for its known effect.
+        clip: the clip that errors of the ratio are compared with.
+        where: place named in the findings.
 
     >>> z, ids = torch.randn(64, 9).double() * 3, torch.zeros(64, dtype=torch.int64)
     >>> cold = from_logits(z, ids, temperature=0.5)[0]
     >>> sampler_findings(z, ids, from_logits(z, ids)[0], cold)[0].code
     'temperature'
     """
-    at = logp_sampler.isfinite()
-    logits, ids, logp, logp_sampler = logits[at], ids[at], logp[at], logp_sampler[at]
+    finite = logp_sampler.isfinite()
+    logits, ids, logp, logp_sampler = logits[finite], ids[finite], logp[finite], logp_sampler[finite]
     if kept is not None:
-        logits, full = logits.masked_fill(~kept[at], -math.inf), logits
+        logits, untruncated = logits.masked_fill(~kept[finite], -math.inf), logits
         logp = logp + (
             from_logits(logits, ids, (), temperature=temperature)[0]
-            - from_logits(full, ids, (), temperature=temperature)[0]
+            - from_logits(untruncated, ids, (), temperature=temperature)[0]
         ).to(logp.dtype)
-    nats, clipped = rms(logp - logp_sampler), beyond(logp - logp_sampler, clip)
+    nats, clipped_frac = rms(logp - logp_sampler), clipped_share(logp - logp_sampler, clip)
     if nats < VISIBLE:
         return []
-    fit = fitted_temperature(logits, ids, logp_sampler)
-    left = rms(from_logits(logits, ids, temperature=fit)[0] - logp_sampler)
-    effect = measured(nats, clipped, clip)
-    if left < nats / 5 and abs(fit / temperature - 1) > 1e-3:
-        what = f"tokens are sampled at temperature {fit:.3g} and scored at {temperature:.3g}"
+    fitted = fitted_temperature(logits, ids, logp_sampler)
+    residual = rms(from_logits(logits, ids, temperature=fitted)[0] - logp_sampler)
+    effect = describe_error(nats, clipped_frac, clip)
+    if residual < nats / 5 and abs(fitted / temperature - 1) > 1e-3:
+        what = f"tokens are sampled at temperature {fitted:.3g} and scored at {temperature:.3g}"
         remedy = "give sampler and scoring one temperature; in TRL set temperature, not generation_kwargs"
-        return [Finding(grade(nats, clipped), "temperature", what, where, effect, remedy, nats, clipped)]
+        return [Finding(grade(nats, clipped_frac), "temperature", what, where, effect, remedy, nats, clipped_frac)]
     what = "sampler and trainer give different log-probs to the same tokens"
     remedy = "run both in one precision and with the same penalties, or correct by the ratio of the two"
-    return [Finding(grade(nats, clipped), "sampler_mismatch", what, where, effect, remedy, nats, clipped)]
+    return [Finding(grade(nats, clipped_frac), "sampler_mismatch", what, where, effect, remedy, nats, clipped_frac)]
 
 
 def mask_findings(
@@ -353,25 +360,28 @@ def mask_findings(
     entropy: Float[Tensor, "b t"],
     where: str = "mask",
 ) -> list[Finding]:
-    """The mask must count what the policy generated: no padding, nothing else, and none of it left out.
+    """Check that the mask counts every token that the policy generated, and neither padding nor other tokens.
 
     Args:
         mask: [b t] non-zero where a token counts.
         generated: [b t] non-zero where the policy generated it.
         padding: [b t] non-zero where there is no token at all.
-        entropy: [b t] nats, for the effect on its mean.
-        where: for the findings.
+        entropy: [b t] nats; its mean gives the effect.
+        where: place named in the findings.
 
     >>> one = torch.tensor([[1, 1, 0]])
     >>> mask_findings(torch.ones(1, 3), one, 1 - one, torch.rand(1, 3))[0].code
     'padding_counted'
     """
-    counts, made, empty = mask.bool(), generated.bool(), padding.bool()
-    shift = abs((entropy[counts].mean() - entropy[made].mean()).item())
+    is_counted, is_generated, is_padding = mask.bool(), generated.bool(), padding.bool()
+    entropy_shift = abs((entropy[is_counted].mean() - entropy[is_generated].mean()).item())
     remedy = "count exactly the tokens that the policy sampled, its end-of-text token included"
     cases = {
-        "padding_counted": (counts & empty, "the mask counts padding"),
-        "wrong_mask": ((counts & ~made & ~empty) | (made & ~counts), "the mask is not the generated tokens"),
+        "padding_counted": (is_counted & is_padding, "the mask counts padding"),
+        "wrong_mask": (
+            (is_counted & ~is_generated & ~is_padding) | (is_generated & ~is_counted),
+            "the mask is not the generated tokens",
+        ),
     }
     return [
         Finding(
@@ -379,10 +389,10 @@ def mask_findings(
             code,
             what,
             where,
-            f"{int(at.sum())} of {at.numel()} positions; mean entropy off by {shift:.2g} nats",
+            f"{int(wrong.sum())} of {wrong.numel()} positions; mean entropy off by {entropy_shift:.2g} nats",
             remedy,
-            shift,
+            entropy_shift,
         )
-        for code, (at, what) in cases.items()
-        if bool(at.any())
+        for code, (wrong, what) in cases.items()
+        if bool(wrong.any())
     ]

@@ -1,4 +1,4 @@
-"""The fused head: log-probability, entropy and the moments of the entropy dynamics in one pass, without logits."""
+"""The fused head: log-probability, entropy and the moments for its predicted change in one pass, without logits."""
 
 from .head import Shard
 from .loss import FusedLoss, fused_policy_loss

@@ -1,9 +1,9 @@
-"""The sweeps over the vocabulary in plain torch: a tile of logits is made, folded into row sums, and forgotten.
+"""The sweeps over the vocabulary in plain torch: each tile of logits is computed, reduced to row sums and discarded.
 
 The vocabulary is the outer loop, so that a block of the weight is converted once for all rows, and a block of the
-weight's gradient is complete when the block ends: neither the logits nor an fp32 copy of the weight is ever held.
-Threads are coarse, one for a run of rows or of vocabulary blocks, each with one intra-op thread: a tile is too small
-to be shared by threads that wait for one another on a busy machine.
+weight's gradient is complete when the block ends: neither the logits nor an fp32 copy of the weight is ever stored
+whole. Each thread takes a range of rows or of vocabulary blocks and has one intra-op thread: a tile is too small to be
+shared by threads that wait for one another on a busy machine.
 """
 
 from __future__ import annotations
@@ -15,87 +15,87 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .head import NEVER, Head, Rows
+from .head import MASKED_LOGIT, Head, Rows
 
-# A tile: 2 MB in fp32, two of which a core's cache holds beside the block of the weight.
+# A tile is 2 MB in fp32: a core's cache holds two of them and the block of the weight.
 ROWS, COLUMNS = 256, 2048
-OUTSIDE = -1e4  # exp is 0 there, and so is exp(x)·x
+EXCLUDED = -1e4  # an x whose exp(x) and exp(x)·x are 0
 
 
-class Gradients(NamedTuple):
-    """Gradients of the hidden states [n d], the weight [v d] and the bias [v]; None where nobody asked."""
+class HeadGradients(NamedTuple):
+    """Gradients of the hidden states [n d], the weight [v d] and the bias [v]; None for those not requested."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
 
-class Near(NamedTuple):
-    """The sampled tokens' raw logits: exact [n], and rounded to the half precision they are subtracted in."""
+class SampledLogits(NamedTuple):
+    """The sampled tokens' raw logits: exact [n], and rounded to the half precision of the ``shifted`` arithmetic."""
 
     raw: Tensor
     half: Tensor | None
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
-    """Cut ``range(total)`` into slices of at most size."""
+    """Split ``range(total)`` into slices of at most ``size``."""
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def tile_rows(head: Head) -> int:
-    """Rows of a tile: more where the vocabulary has fewer columns than a tile."""
+def rows_per_tile(head: Head) -> int:
+    """Number of rows in a tile: more if the vocabulary has fewer columns than a tile."""
     return ROWS * COLUMNS // min(COLUMNS, max(1, len(head.weight)))
 
 
-def coarsely(work: Callable[[slice], Any], total: int, unit: int) -> list[Any]:
-    """Run ``work`` on coarse parts of ``range(total)``, whole units each, one part to a thread.
+def run_threaded(work: Callable[[slice], Any], total: int, unit: int) -> list[Any]:
+    """Run ``work`` on slices of ``range(total)`` that are multiples of ``unit``, one slice per thread.
 
-    As many parts as torch has intra-op threads; inside each torch has one.
+    There are as many slices as torch has intra-op threads; inside each, torch uses one.
     """
     num_threads = min(torch.get_num_threads(), -(-total // unit))
     if num_threads <= 1:
         return [work(slice(0, total))]
     size = -(-total // (num_threads * unit)) * unit
-    before = torch.get_num_threads()
+    previous = torch.get_num_threads()
 
-    def alone(part: slice) -> Any:
+    def on_one_thread(span: slice) -> Any:
         torch.set_num_threads(1)
         with torch.no_grad():
-            return work(part)
+            return work(span)
 
     try:
         with ThreadPoolExecutor(num_threads) as pool:
-            return list(pool.map(alone, spans(total, size)))
+            return list(pool.map(on_one_thread, spans(total, size)))
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(previous)
 
 
-def capped(head: Head, raw: Tensor, inv_t: float | Tensor) -> Tensor:
-    """``z`` of raw logits ``h·w + b``."""
+def final_logits(head: Head, raw: Tensor, inv_t: float | Tensor) -> Tensor:
+    """Compute the logits ``z`` from raw logits ``h·w + b``."""
     z = raw * head.scale
     if head.softcap is not None:
         z = (z / head.softcap).tanh_() * head.softcap
     return z * inv_t
 
 
-def sampled_raw(head: Head, rows: Rows) -> Near:
-    """``h·w_a + b_a`` of the sampled tokens, added over the shards."""
+def sampled_logits(head: Head, rows: Rows) -> SampledLogits:
+    """Compute ``h·w_a + b_a`` of the sampled tokens, summed over the shards."""
     size, wide = head.weight.shape[0], head.wide
     raw = torch.empty(rows.ids.shape, dtype=wide, device=rows.ids.device)
-    local = rows.ids.clamp(0, size - 1)
-    for part in spans(len(rows.ids), ROWS):
-        torch.sum(rows.hidden[part].to(wide) * head.weight[local[part]].to(wide), -1, out=raw[part])
+    local_ids = rows.ids.clamp(0, size - 1)
+    for span in spans(len(rows.ids), ROWS):
+        torch.sum(rows.hidden[span].to(wide) * head.weight[local_ids[span]].to(wide), -1, out=raw[span])
     if head.bias is not None:
-        raw += head.bias[local].to(wide).clamp_(min=NEVER)
+        raw += head.bias[local_ids].to(wide).clamp_(min=MASKED_LOGIT)
     if head.shard is not None:
         raw = head.reduce(raw.masked_fill_((rows.ids < 0) | (rows.ids >= size), 0.0))
     dtype = rows.hidden.dtype
     half = head.arithmetic == "shifted" and dtype == head.weight.dtype and dtype.itemsize == 2
-    return Near(raw, raw.to(dtype) if half else None)
+    return SampledLogits(raw, raw.to(dtype) if half else None)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype products of x are done in: fp32, or float64; half-precision products on a CPU are slow or inexact."""
+    """The dtype of products with x: fp32, or float64; half-precision products on a CPU are slow or inexact."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -105,7 +105,7 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class Block(NamedTuple):
-    """A block of the head in the dtype of the GEMM, and where it begins."""
+    """A block of the head in the dtype of the GEMM, and the id of its first row."""
 
     start: int
     weight: Tensor
@@ -113,55 +113,59 @@ class Block(NamedTuple):
 
 
 class Tiles:
-    """Two tiles of scratch memory, and what fills them with logits."""
+    """Two tiles of scratch memory, and the methods that fill them with logits."""
 
     def __init__(self, head: Head, num_rows: int) -> None:
         self.head = head
-        size = min(tile_rows(head), num_rows) * min(COLUMNS, len(head.weight))
+        size = min(rows_per_tile(head), num_rows) * min(COLUMNS, len(head.weight))
         self.x, self.e = (torch.empty(size, dtype=head.wide, device=head.weight.device) for _ in "xe")
 
     def blocks(self, columns: slice, half: bool = False) -> Iterator[Block]:
-        """Blocks of the weight, in fp32 or as they are."""
-        for part in spans(columns.stop - columns.start, COLUMNS):
-            here = slice(columns.start + part.start, columns.start + part.stop)
-            weight = self.head.weight[here]
-            bias = None if self.head.bias is None else self.head.bias[here].to(self.head.wide).clamp(min=NEVER)
-            yield Block(here.start, weight if half else weight.to(self.head.wide), bias)
+        """Yield blocks of the weight, in the wide dtype, or in their own if ``half``."""
+        for span in spans(columns.stop - columns.start, COLUMNS):
+            block_columns = slice(columns.start + span.start, columns.start + span.stop)
+            weight = self.head.weight[block_columns]
+            bias = (
+                None
+                if self.head.bias is None
+                else self.head.bias[block_columns].to(self.head.wide).clamp(min=MASKED_LOGIT)
+            )
+            yield Block(block_columns.start, weight if half else weight.to(self.head.wide), bias)
 
-    def logits(self, rows: Rows, near: Tensor | None, shift: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-        """``x = z − shift`` of one tile, with the sampled token's own column where it is, and an empty tile.
+    def logits(self, rows: Rows, sampled_half: Tensor | None, shift: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+        """Compute ``x = z − shift`` of one tile, the sampled token's column included; return it and an empty tile.
 
-        With ``near``, the raw logits are a half-precision GEMM of ``y − near``: rounded in proportion to the distance
-        from the sampled token's logit rather than to the logit.
+        With ``sampled_half``, the raw logits y come from a half-precision GEMM of ``y − sampled_half``: their rounding
+        error is proportional to the distance from the sampled token's logit, not to the logit.
         """
         head, size = self.head, (len(rows.ids), len(block.weight))
         x, e = (tile[: size[0] * size[1]].view(size) for tile in (self.x, self.e))
         inv_t = rows.inv_t[:, None] if isinstance(rows.inv_t, Tensor) else rows.inv_t
         scale = head.scale * inv_t if head.softcap is None else head.scale / head.softcap
-        if near is None:
+        if sampled_half is None:
             hidden = rows.hidden.to(head.wide)
             hidden = hidden if isinstance(scale, float) and scale == 1.0 else hidden * scale
             torch.mm(hidden, block.weight.t(), out=x)
             if block.bias is not None:
                 x += scale * block.bias
         else:
-            half = (-near)[:, None].expand(size).clone().addmm_(rows.hidden, block.weight.t())
-            x.copy_(half)
-            x += near[:, None] if block.bias is None else near[:, None] + block.bias
+            difference = (-sampled_half)[:, None].expand(size).clone().addmm_(rows.hidden, block.weight.t())
+            x.copy_(difference)
+            x += sampled_half[:, None] if block.bias is None else sampled_half[:, None] + block.bias
             x *= scale
         if head.softcap is not None:
             x.tanh_().mul_(head.softcap * inv_t)
         return x.sub_(shift[:, None]), e
 
 
-def own_columns(rows: Rows, block: Block) -> tuple[Tensor, Tensor]:
-    """Where in a tile the sampled tokens are: (row, column) pairs."""
+def sampled_columns(rows: Rows, block: Block) -> tuple[Tensor, Tensor]:
+    """The (row, column) pairs of the sampled tokens inside a tile."""
     column = rows.ids - block.start
     row = ((column >= 0) & (column < len(block.weight))).nonzero()[:, 0]
     return row, column[row]
 
 
-def slope_of(head: Head, z: Tensor, rows: Rows) -> Tensor | float:
+def softcap_slope(head: Head, z: Tensor, rows: Rows) -> Tensor | float:
     """``∂cap/∂y = 1 − (T·z/softcap)²`` of the logits z of some rows, [n] or [n m]; 1 without a softcap."""
     if head.softcap is None:
         return 1.0
@@ -172,7 +176,7 @@ def slope_of(head: Head, z: Tensor, rows: Rows) -> Tensor | float:
 
 
 def _fold(x: Tensor, e: Tensor, sums: Tensor) -> None:
-    """Add a tile's row sums of e, e·x, e², e²·x and e²·x² to ``sums`` [5 n]; x is used up."""
+    """Add a tile's row sums of e, e·x, e², e²·x and e²·x² to ``sums`` [5 n]; x is overwritten."""
     sums[0] += e.sum(-1)
     sums[2] += torch.linalg.vector_norm(e, dim=-1).double().square_()
     sums[1] += x.mul_(e).sum(-1)
@@ -181,123 +185,134 @@ def _fold(x: Tensor, e: Tensor, sums: Tensor) -> None:
 
 
 def sweep(
-    head: Head, rows: Rows, near: Near, shift: Tensor, keep: Tensor | None = None, mean: Tensor | None = None
+    head: Head,
+    rows: Rows,
+    sampled: SampledLogits,
+    shift: Tensor,
+    exp_out: Tensor | None = None,
+    weight_sum: Tensor | None = None,
 ) -> Tensor:
     """Sum ``e, e·x, e², e²·x, e²·x²`` over this shard, ``x = z − shift``, ``e = exp x``, without the sampled token.
 
     Args:
         shift: [n] in the wide dtype.
-        keep: [n v] takes e, 0 at the sampled token.
-        mean: [n d] takes ``Σ_v e·∂cap/∂y·w_v`` (added to).
+        exp_out: [n v] receives e, 0 at the sampled token.
+        weight_sum: [n d], to which ``Σ_v e·∂cap/∂y·w_v`` is added.
 
     Returns:
-        [5 n] in float64, not finite in rows that overflowed.
+        [5 n] in float64, not finite for rows that overflowed.
     """
     sums = torch.zeros(5, len(rows.ids), dtype=torch.float64, device=shift.device)
 
-    def work(part: slice) -> None:
-        tiles, size = Tiles(head, part.stop - part.start), len(head.weight)
-        # The mean needs the weight in the wide dtype anyhow.
-        half = near.half if mean is None else None
-        for block in tiles.blocks(slice(0, size), half is not None):
-            for inner in spans(part.stop - part.start, tile_rows(head)):
-                here = slice(part.start + inner.start, part.start + inner.stop)
-                some, columns = rows.take(here), slice(block.start, block.start + len(block.weight))
-                x, e = tiles.logits(some, None if half is None else half[here], shift[here], block)
-                x[own_columns(some, block)] = OUTSIDE
+    def work(span: slice) -> None:
+        tiles, size = Tiles(head, span.stop - span.start), len(head.weight)
+        # weight_sum needs the weight in the wide dtype anyway.
+        sampled_half = sampled.half if weight_sum is None else None
+        for block in tiles.blocks(slice(0, size), sampled_half is not None):
+            for tile_span in spans(span.stop - span.start, rows_per_tile(head)):
+                row_span = slice(span.start + tile_span.start, span.start + tile_span.stop)
+                tile_rows, columns = rows.take(row_span), slice(block.start, block.start + len(block.weight))
+                x, e = tiles.logits(
+                    tile_rows, None if sampled_half is None else sampled_half[row_span], shift[row_span], block
+                )
+                x[sampled_columns(tile_rows, block)] = EXCLUDED
                 torch.exp(x, out=e)
-                if keep is not None:
-                    keep[here, columns] = e
-                if mean is not None:
-                    own_slope = 1.0 if head.softcap is None else slope_of(head, x + shift[here, None], some)
-                    mean[here].addmm_(e if head.softcap is None else e * own_slope, block.weight)
-                _fold(x, e, sums[:, here])
+                if exp_out is not None:
+                    exp_out[row_span, columns] = e
+                if weight_sum is not None:
+                    slope = 1.0 if head.softcap is None else softcap_slope(head, x + shift[row_span, None], tile_rows)
+                    weight_sum[row_span].addmm_(e if head.softcap is None else e * slope, block.weight)
+                _fold(x, e, sums[:, row_span])
 
-    coarsely(work, len(rows.ids), tile_rows(head))
+    run_threaded(work, len(rows.ids), rows_per_tile(head))
     return sums
 
 
-def largest(head: Head, rows: Rows) -> Tensor:
+def max_logits(head: Head, rows: Rows) -> Tensor:
     """The largest z of each row on this shard, [n] in the wide dtype."""
-    top = torch.full(rows.ids.shape, -torch.inf, dtype=head.wide, device=rows.ids.device)
-    tiles, zero = Tiles(head, len(rows.ids)), torch.zeros_like(top)
+    max_z = torch.full(rows.ids.shape, -torch.inf, dtype=head.wide, device=rows.ids.device)
+    tiles, no_shift = Tiles(head, len(rows.ids)), torch.zeros_like(max_z)
     for block in tiles.blocks(slice(0, len(head.weight))):
-        for here in spans(len(rows.ids), tile_rows(head)):
-            x, _ = tiles.logits(rows.take(here), None, zero[here], block)
-            top[here] = torch.maximum(top[here], x.amax(-1))
-    return top
+        for span in spans(len(rows.ids), rows_per_tile(head)):
+            x, _ = tiles.logits(rows.take(span), None, no_shift[span], block)
+            max_z[span] = torch.maximum(max_z[span], x.amax(-1))
+    return max_z
 
 
-class Pull(NamedTuple):
-    """What a row needs for ``∂loss/∂z = g·(1[v=a] − π) − g_H·π·(log π + H)``, [n] each in the wide dtype.
+class Upstream(NamedTuple):
+    """Incoming gradients of rows, for ``∂loss/∂z = g·(1[v=a] − π) − g_H·π·(log π + H)``, [n] each in the wide dtype.
 
-    ``log_z`` is the log-normaliser; ``own`` the gradient at the sampled token; g and g_H those of logp and of H.
+    Attributes:
+        log_z: log-normaliser.
+        entropy: H.
+        sampled_grad: the gradient of the sampled token's z.
+        g, g_entropy: the gradients of log π(a) and of H; None if H has none.
     """
 
     log_z: Tensor
     entropy: Tensor
-    own: Tensor
+    sampled_grad: Tensor
     g: Tensor
     g_entropy: Tensor | None
 
-    def take(self, index: slice | Tensor) -> Pull:
+    def take(self, index: slice | Tensor) -> Upstream:
         g_entropy = None if self.g_entropy is None else self.g_entropy[index]
-        return Pull(self.log_z[index], self.entropy[index], self.own[index], self.g[index], g_entropy)
+        return Upstream(self.log_z[index], self.entropy[index], self.sampled_grad[index], self.g[index], g_entropy)
 
 
-def _row_gradient(head: Head, some: Rows, pull: Pull, x: Tensor, e: Tensor, block: Block) -> Tensor:
-    """The gradient of the raw logits of a tile, from ``x = log π``."""
-    inv_t = some.inv_t[:, None] if isinstance(some.inv_t, Tensor) else some.inv_t
-    slope = None if head.softcap is None else slope_of(head, x + pull.log_z[:, None], some)
+def _logit_gradient(head: Head, rows: Rows, upstream: Upstream, x: Tensor, e: Tensor, block: Block) -> Tensor:
+    """Compute the gradient of the raw logits of a tile from ``x = log π``."""
+    inv_t = rows.inv_t[:, None] if isinstance(rows.inv_t, Tensor) else rows.inv_t
+    slope = None if head.softcap is None else softcap_slope(head, x + upstream.log_z[:, None], rows)
     torch.exp(x, out=e)
-    if pull.g_entropy is None:
-        e.mul_(-pull.g[:, None])
+    if upstream.g_entropy is None:
+        e.mul_(-upstream.g[:, None])
     else:
-        x.add_(pull.entropy[:, None]).mul_(-pull.g_entropy[:, None]).sub_(pull.g[:, None])
+        x.add_(upstream.entropy[:, None]).mul_(-upstream.g_entropy[:, None]).sub_(upstream.g[:, None])
         e.mul_(x)
-    own = own_columns(some, block)
-    e[own] = pull.own[own[0]]
+    sampled = sampled_columns(rows, block)
+    e[sampled] = upstream.sampled_grad[sampled[0]]
     if slope is not None:
         e.mul_(slope)
     factor = head.scale * inv_t
     return e if isinstance(factor, float) and factor == 1.0 else e.mul_(factor)
 
 
-def gradients(head: Head, rows: Rows, pull: Pull, want: tuple[bool, bool, bool]) -> Gradients:
-    """Recompute every tile, turn it into the gradient of its logits, and multiply that out.
+def gradients(head: Head, rows: Rows, upstream: Upstream, needs: tuple[bool, bool, bool]) -> HeadGradients:
+    """Recompute every tile, turn it into the gradient of its logits, and multiply that by weight and hidden states.
 
     Args:
-        want: whether hidden, weight and bias need a gradient.
+        needs: whether hidden, weight and bias need a gradient.
 
     Returns:
         The gradients of this shard: hidden in the wide dtype, weight and bias in their own.
     """
-    total, wide = len(head.weight), head.wide
-    weight = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if want[1] else None
-    bias = torch.empty_like(head.bias) if want[2] and head.bias is not None else None
+    num_columns, wide = len(head.weight), head.wide
+    weight_grad = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if needs[1] else None
+    bias_grad = torch.empty_like(head.bias) if needs[2] and head.bias is not None else None
 
     def work(columns: slice) -> Tensor | None:
-        out = torch.zeros(rows.hidden.shape, dtype=wide, device=rows.ids.device) if want[0] else None
+        hidden_grad = torch.zeros(rows.hidden.shape, dtype=wide, device=rows.ids.device) if needs[0] else None
         tiles = Tiles(head, len(rows.ids))
         for block in tiles.blocks(columns):
-            here = slice(block.start, block.start + len(block.weight))
-            block_grad = torch.zeros_like(block.weight) if weight is not None else None
+            block_span = slice(block.start, block.start + len(block.weight))
+            block_grad = torch.zeros_like(block.weight) if weight_grad is not None else None
             column_sum = torch.zeros_like(block.weight[:, 0])
-            for part in spans(len(rows.ids), tile_rows(head)):
-                some = rows.take(part)
-                x, e = tiles.logits(some, None, pull.log_z[part], block)
-                grad = _row_gradient(head, some, pull.take(part), x, e, block)
-                if out is not None:
-                    out[part].addmm_(grad, block.weight)
+            for span in spans(len(rows.ids), rows_per_tile(head)):
+                span_rows = rows.take(span)
+                x, e = tiles.logits(span_rows, None, upstream.log_z[span], block)
+                logit_grad = _logit_gradient(head, span_rows, upstream.take(span), x, e, block)
+                if hidden_grad is not None:
+                    hidden_grad[span].addmm_(logit_grad, block.weight)
                 if block_grad is not None:
-                    block_grad.addmm_(grad.t(), some.hidden.to(wide))
-                if bias is not None:
-                    column_sum += grad.sum(0)
-            if weight is not None and block_grad is not None:
-                weight[here] = block_grad
-            if bias is not None:
-                bias[here] = column_sum
-        return out
+                    block_grad.addmm_(logit_grad.t(), span_rows.hidden.to(wide))
+                if bias_grad is not None:
+                    column_sum += logit_grad.sum(0)
+            if weight_grad is not None and block_grad is not None:
+                weight_grad[block_span] = block_grad
+            if bias_grad is not None:
+                bias_grad[block_span] = column_sum
+        return hidden_grad
 
-    parts = coarsely(work, total, COLUMNS)
-    return Gradients(sum(parts[1:], parts[0]) if want[0] else None, weight, bias)
+    hidden_grads = run_threaded(work, num_columns, COLUMNS)
+    return HeadGradients(sum(hidden_grads[1:], hidden_grads[0]) if needs[0] else None, weight_grad, bias_grad)

@@ -1,4 +1,4 @@
-"""What a language-model head is to the kernels: its numbers, its rows, and the checks made before any heavy work.
+"""A language-model head as the kernels see it: its parameters, its rows, and the checks before any heavy work.
 
 A head turns a final hidden state h into ``z_v = cap(scale·(h·w_v + b_v)) / T`` with
 ``cap(y) = softcap·tanh(y/softcap)``, or the identity without a softcap. ``π = softmax(z)``.
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 ARITHMETIC = ("exact", "shifted")
-# A masked vocabulary entry, bias −∞, as a finite number: e is 0 there, and 0·x stays 0.
-NEVER = -1e30
+# The finite logit that replaces a bias of −∞, which masks a vocabulary entry: its e is 0, and 0·x stays 0.
+MASKED_LOGIT = -1e30
 
 
 class Shard(NamedTuple):
-    """This process's part of a vocabulary that is split over several.
+    """This process's shard of a vocabulary that is split over several processes.
 
     Attributes:
-        start: the id of the first row of the weight held here.
-        all_reduce: ``(tensor, "sum" or "max") -> tensor``, elementwise over the shards, the same on every one of them.
-            With torch.distributed a function of three lines: clone, ``dist.all_reduce``, return.
+        start: the id of the first row of this process's weight.
+        all_reduce: ``(tensor, "sum" or "max") -> tensor``, elementwise over the shards, with the same result on each.
+            With torch.distributed this is a function of three lines: clone, ``dist.all_reduce``, return.
     """
 
     start: int
@@ -31,9 +31,9 @@ class Shard(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A head, checked: ``weight`` [v d], ``bias`` [v], ``wide`` the dtype of the arithmetic, fp32 or float64.
+    """A checked head: ``weight`` [v d], ``bias`` [v], ``wide`` the dtype of the arithmetic, fp32 or float64.
 
-    ``shard`` is None where the whole vocabulary is here.
+    ``shard`` is None if this process has the whole vocabulary.
     """
 
     weight: Tensor
@@ -45,35 +45,35 @@ class Head(NamedTuple):
     wide: torch.dtype
 
     def reduce(self, x: Tensor, op: str = "sum") -> Tensor:
-        """Add (or maximise) x over the shards; x itself without shards."""
+        """Sum x, or take its maximum, over the shards; without shards, return x."""
         return x if self.shard is None else self.shard.all_reduce(x, op)
 
 
 class Rows(NamedTuple):
-    """The rows to work on: ``hidden`` [n d], ``ids`` [n] counted from the weight's first row, ``inv_t`` [n] or one."""
+    """The rows to compute: ``hidden`` [n d], ``ids`` [n] relative to the weight's first row, ``inv_t`` [n] or one."""
 
     hidden: Tensor
     ids: Tensor
     inv_t: float | Tensor
 
     def take(self, index: slice | Tensor) -> Rows:
-        """Some of the rows."""
+        """Select rows."""
         inv_t = self.inv_t[index] if isinstance(self.inv_t, Tensor) else self.inv_t
         return Rows(self.hidden[index], self.ids[index], inv_t)
 
 
-def whole(x: Any) -> Any:
-    """Gather a parameter that FSDP2 holds in parts (a DTensor), with its gradient; others pass unchanged."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def full_tensor(parameter: Any) -> Any:
+    """Gather a parameter that FSDP2 shards as a DTensor, with its gradient; return others unchanged."""
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
-def unmixed(x: Tensor) -> Any:
-    """A context without autocast on x's device: the kernels choose the dtype of every product themselves."""
+def no_autocast(x: Tensor) -> Any:
+    """Disable autocast on x's device: the kernels choose the dtype of every product themselves."""
     return torch.autocast(x.device.type, enabled=False)
 
 
 def check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, mask: Tensor | None) -> None:
-    """Refuse shapes and dtypes that do not fit together."""
+    """Raise if shapes or dtypes do not match."""
     if weight.dim() != 2 or hidden.shape[-1:] != weight.shape[1:]:
         raise ValueError(
             f"hidden [... d] and weight [v d] must share d, got {[*hidden.shape]} and {[*weight.shape]}; "
@@ -96,7 +96,7 @@ def check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | Non
 def check_numbers(
     temperature: float | Tensor, ids: Tensor, softcap: float | None, scale: float, arithmetic: str
 ) -> None:
-    """Refuse settings outside their range."""
+    """Raise if a setting is outside its range."""
     if isinstance(temperature, Tensor):
         if temperature.shape != ids.shape:
             raise ValueError(f"temperature must be a number or {[*ids.shape]}, as ids, got {[*temperature.shape]}")
@@ -111,8 +111,10 @@ def check_numbers(
 
 
 def check_ids(ids: Tensor, num_rows: int, shard: Shard | None) -> None:
-    """Refuse ids past the vocabulary; on the CPU only, for elsewhere it would wait for the device."""
+    """Raise if an id is outside the vocabulary; checked on the CPU only, because elsewhere it would synchronise."""
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
-    if shard is None and ids.numel() and ids.device.type == "cpu" and (most := int(ids.max())) >= num_rows:
-        raise ValueError(f"ids must be < {num_rows}, the rows of the weight, got {most}; are they of this tokenizer?")
+    if shard is None and ids.numel() and ids.device.type == "cpu" and (largest_id := int(ids.max())) >= num_rows:
+        raise ValueError(
+            f"ids must be < {num_rows}, the rows of the weight, got {largest_id}; are they of this tokenizer?"
+        )

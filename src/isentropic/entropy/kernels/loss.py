@@ -1,8 +1,8 @@
 """``fused_policy_loss``: a loss on the statistics of sampled tokens, forward and backward in three GEMMs.
 
-A run of rows is swept with its e kept, unnormalised, in one buffer. The loss of these rows is then computed, and its
-gradient by log π(a) multiplied out at once: with ``e_a := −Σ_{v≠a} e`` the gradient of the logits is ``−(g/T·S)·e``,
-so its row factor goes onto the hidden states and no pass over the vocabulary is left but the two GEMMs.
+The sweep over a chunk of rows stores e, unnormalised, in one buffer. The loss of these rows and its gradients follow at
+once: with ``e_a := −Σ_{v≠a} e`` the gradient of the logits through log π(a) is ``−(g/(T·S))·e``, so that its row factor
+multiplies the hidden states, and the only passes over the vocabulary that remain are the two GEMMs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.autograd.function import once_differentiable
 from ...losses.reduce import SumCount, merge
 from ...types import TokenStats
 from . import cpu
-from .closed import Reading, present, read
-from .cpu import Pull
-from .head import Head, Rows, Shard, unmixed
-from .ops import Call, backend, fused_logp, prepare, pull_of, pulled
+from .closed_forms import RowStats, read_rows, stats_tuple
+from .cpu import Upstream
+from .head import Head, Rows, Shard, no_autocast
+from .ops import Call, backend, fused_logp, prepare, rows_with_gradient, upstream_of
 
-BUFFER = 2**27  # bytes of e kept at once
-# What indexes any [b t] tensor to give the tokens of one call: some sequences, or (sequence, token) pairs [1 m].
-Where = slice | tuple[Tensor, Tensor]
+BUFFER = 2**27  # bytes of e stored at once
+# The index of one chunk's tokens in any [b t] tensor: some sequences, or (sequence, token) pairs [1 m].
+TokenIndex = slice | tuple[Tensor, Tensor]
 LossFn = Callable[[TokenStats, Any], SumCount]
 
 
@@ -37,107 +37,123 @@ class FusedLoss(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Rows ``span`` of the kept ones, which belong to ``where`` in [b t] and fill ``holes`` of its statistics."""
+    """One chunk of the rows inside the mask.
+
+    Attributes:
+        span: the rows of the chunk.
+        where: the index of its tokens in a [b t] tensor.
+        shape: the shape of its statistics.
+        positions: the positions of its rows in those statistics, flat; None if they fill them.
+    """
 
     span: slice
-    where: Where
+    where: TokenIndex
     shape: tuple[int, int]
-    holes: Tensor | None
+    positions: Tensor | None
 
-    def spread(self, stats: tuple[Tensor, ...]) -> TokenStats:
-        if self.holes is None:
-            return TokenStats(*(x.reshape(self.shape) for x in stats))
+    def unflatten(self, stats: tuple[Tensor, ...]) -> TokenStats:
+        if self.positions is None:
+            return TokenStats(*(values.reshape(self.shape) for values in stats))
         size = self.shape[0] * self.shape[1]
-        return TokenStats(*(x.new_zeros(size).index_put((self.holes,), x).reshape(self.shape) for x in stats))
+        return TokenStats(
+            *(values.new_zeros(size).index_put((self.positions,), values).reshape(self.shape) for values in stats)
+        )
 
 
 def _chunks(call: Call, level: str, size: int) -> Iterator[_Chunk]:
-    """Cut the kept rows, at any token or between sequences."""
+    """Split the rows inside the mask, at any token or between sequences."""
     b, t = call.shape
     kept = torch.arange(b * t, device=call.rows.ids.device) if call.kept is None else call.kept
     if level == "token":
         for span in [*cpu.spans(len(kept), size)] or [slice(0, 0)]:
-            here = kept[span]
-            yield _Chunk(span, ((here // t)[None], (here % t)[None]), (1, len(here)), None)
+            chunk_kept = kept[span]
+            yield _Chunk(span, ((chunk_kept // t)[None], (chunk_kept % t)[None]), (1, len(chunk_kept)), None)
         return
     ends = torch.searchsorted(kept, torch.arange(1, b + 1, device=kept.device) * t).tolist()
-    first = start = 0
+    first_row = start = 0
     for row in range(b):
         if row + 1 == b or ends[row + 1] - start > size:
             span = slice(start, ends[row])
-            holes = None if call.kept is None else kept[span] - first * t
-            yield _Chunk(span, slice(first, row + 1), (row + 1 - first, t), holes)
-            first, start = row + 1, ends[row]
+            positions = None if call.kept is None else kept[span] - first_row * t
+            yield _Chunk(span, slice(first_row, row + 1), (row + 1 - first_row, t), positions)
+            first_row, start = row + 1, ends[row]
 
 
-def _unnormalised(head: Head, rows: Rows, reading: Reading, pull: Pull, e: Tensor, block: cpu.Block) -> Tensor:
-    """Turn a block of e into the gradient of the raw logits over ``−scale/(T·S)``, in place."""
-    own = cpu.own_columns(rows, block)
-    total = reading.total.to(head.wide)
-    if pull.g_entropy is not None or head.softcap is not None:
+def _exp_to_gradient(
+    head: Head, rows: Rows, row_stats: RowStats, upstream: Upstream, e: Tensor, block: cpu.Block
+) -> Tensor:
+    """Turn a block of e into the gradient of the raw logits divided by ``−scale/(T·S)``, in place."""
+    sampled = cpu.sampled_columns(rows, block)
+    sum_all = row_stats.sum_all.to(head.wide)
+    if upstream.g_entropy is not None or head.softcap is not None:
         x = e.clamp_min(torch.finfo(torch.float32).tiny).log_()
-        slope = cpu.slope_of(head, x + reading.shift[:, None], rows)
-        if pull.g_entropy is not None:
-            level = pull.entropy + reading.shift - reading.log_z
-            x.add_(level[:, None]).mul_(pull.g_entropy[:, None]).add_(pull.g[:, None])
+        slope = cpu.softcap_slope(head, x + row_stats.shift[:, None], rows)
+        if upstream.g_entropy is not None:
+            offset = upstream.entropy + row_stats.shift - row_stats.log_z
+            x.add_(offset[:, None]).mul_(upstream.g_entropy[:, None]).add_(upstream.g[:, None])
             e.mul_(x)
         else:
-            e.mul_(pull.g[:, None])
+            e.mul_(upstream.g[:, None])
         e.mul_(slope)
     else:
-        e.mul_(pull.g[:, None])
-    e[own] = (-total * pull.own * cpu.slope_of(head, reading.own, rows))[own[0]]
+        e.mul_(upstream.g[:, None])
+    e[sampled] = (-sum_all * upstream.sampled_grad * cpu.softcap_slope(head, row_stats.sampled_z, rows))[sampled[0]]
     return e
 
 
-def _multiply_out(
-    head: Head, rows: Rows, reading: Reading, pull: Pull, e: Tensor, grads: tuple[Tensor, Tensor | None]
+def _accumulate_gradients(
+    head: Head,
+    rows: Rows,
+    row_stats: RowStats,
+    upstream: Upstream,
+    e: Tensor,
+    accumulators: tuple[Tensor, Tensor | None],
 ) -> Tensor:
     """Add the gradients of weight and bias to their accumulators, and return that of hidden [n d], all wide."""
-    (weight, bias), on = grads, backend(head.weight)
-    some = pulled(pull)
-    if some is not None:
-        rows, pull = rows.take(some), pull.take(some)
-        reading = Reading(reading.stats, *(x[some] for x in reading[1:]))
-    plain = pull.g_entropy is None and head.softcap is None
-    factor = -head.scale * rows.inv_t / reading.total.to(head.wide)
-    factor = factor * pull.g if plain else factor
-    dtype = on.product_dtype(e)
+    (weight_grad, bias_grad), sweeps = accumulators, backend(head.weight)
+    index = rows_with_gradient(upstream)
+    if index is not None:
+        rows, upstream = rows.take(index), upstream.take(index)
+        row_stats = RowStats(row_stats.stats, *(values[index] for values in row_stats[1:]))
+    is_row_scaling = upstream.g_entropy is None and head.softcap is None
+    factor = -head.scale * rows.inv_t / row_stats.sum_all.to(head.wide)
+    factor = factor * upstream.g if is_row_scaling else factor
+    dtype = sweeps.product_dtype(e)
     scaled = (rows.hidden.to(head.wide) * factor[:, None]).to(dtype)
 
     def work(columns: slice) -> Tensor:
-        out = torch.zeros_like(scaled, dtype=head.wide)
-        for part in cpu.spans(columns.stop - columns.start, on.COLUMNS):
-            here = slice(columns.start + part.start, columns.start + part.stop)
-            block = cpu.Block(here.start, head.weight[here].to(dtype), None)
-            grad = e[:, here] if some is None else e[some, here]
-            grad = grad.to(dtype if plain else head.wide)
-            if plain:
-                own = cpu.own_columns(rows, block)
-                grad[own] = -reading.others.to(grad.dtype)[own[0]]
+        hidden_grad = torch.zeros_like(scaled, dtype=head.wide)
+        for span in cpu.spans(columns.stop - columns.start, sweeps.COLUMNS):
+            block_span = slice(columns.start + span.start, columns.start + span.stop)
+            block = cpu.Block(block_span.start, head.weight[block_span].to(dtype), None)
+            block_grad = e[:, block_span] if index is None else e[index, block_span]
+            block_grad = block_grad.to(dtype if is_row_scaling else head.wide)
+            if is_row_scaling:
+                sampled = cpu.sampled_columns(rows, block)
+                block_grad[sampled] = -row_stats.sum_others.to(block_grad.dtype)[sampled[0]]
             else:
-                grad = _unnormalised(head, rows, reading, pull, grad, block).to(dtype)
-            on.accumulate(out, grad, block.weight)
-            on.accumulate(weight[here], grad.t(), scaled)
-            if bias is not None:
-                bias[here].addmv_(grad.t().to(head.wide), factor)
-        return out
+                block_grad = _exp_to_gradient(head, rows, row_stats, upstream, block_grad, block).to(dtype)
+            sweeps.accumulate(hidden_grad, block_grad, block.weight)
+            sweeps.accumulate(weight_grad[block_span], block_grad.t(), scaled)
+            if bias_grad is not None:
+                bias_grad[block_span].addmv_(block_grad.t().to(head.wide), factor)
+        return hidden_grad
 
-    with unmixed(head.weight):
-        parts = cpu.coarsely(work, len(head.weight), on.COLUMNS)
-    hidden = sum(parts[1:], parts[0]).mul_(factor[:, None])
-    if some is None:
-        return hidden
-    return hidden.new_zeros(len(e), hidden.shape[1]).index_copy_(0, some, hidden)
+    with no_autocast(head.weight):
+        hidden_grads = cpu.run_threaded(work, len(head.weight), sweeps.COLUMNS)
+    hidden_grad = sum(hidden_grads[1:], hidden_grads[0]).mul_(factor[:, None])
+    if index is None:
+        return hidden_grad
+    return hidden_grad.new_zeros(len(e), hidden_grad.shape[1]).index_copy_(0, index, hidden_grad)
 
 
-def _slopes(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradient of a loss by its leaves, None where it has none."""
+def _loss_gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss with respect to its leaves; None for leaves it does not depend on."""
     return torch.autograd.grad(loss, leaves, allow_unused=True) if loss.requires_grad else (None, None)
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The loss and, made in the forward, its gradients; the backward scales them by what comes in."""
+    """The loss and its gradients, both computed in the forward; the backward scales them by the incoming gradient."""
 
     @staticmethod
     def forward(
@@ -151,29 +167,29 @@ class _FusedLoss(torch.autograd.Function):
             None if bias is None else torch.zeros_like(bias, dtype=head.wide),
         )
         hidden_grad = torch.empty(hidden.shape, dtype=head.wide, device=hidden.device)
-        outs = torch.zeros(5, len(hidden), dtype=head.wide, device=hidden.device)
-        most = max((chunk.span.stop - chunk.span.start for chunk in chunks), default=0)
+        stats_out = torch.zeros(5, len(hidden), dtype=head.wide, device=hidden.device)
+        max_rows = max((chunk.span.stop - chunk.span.start for chunk in chunks), default=0)
         # fp16 cannot hold e.
-        kept_in = hidden.dtype if hidden.dtype == torch.bfloat16 else head.wide
-        buffer = torch.empty(most, len(weight), dtype=kept_in, device=hidden.device)
+        buffer_dtype = hidden.dtype if hidden.dtype == torch.bfloat16 else head.wide
+        buffer = torch.empty(max_rows, len(weight), dtype=buffer_dtype, device=hidden.device)
         total = count = torch.zeros((), dtype=head.wide, device=hidden.device)
         for chunk in chunks:
-            some = rows.take(chunk.span)
-            keep = buffer[: len(some.ids)]
-            reading = read(backend(weight), head, some, keep=keep)
+            chunk_rows = rows.take(chunk.span)
+            exp_out = buffer[: len(chunk_rows.ids)]
+            row_stats = read_rows(backend(weight), head, chunk_rows, exp_out=exp_out)
             with torch.enable_grad():
-                stats = present(reading.stats)
+                stats = stats_tuple(row_stats.stats)
                 leaves = [x.detach().requires_grad_() for x in stats[:2]]
-                loss = loss_fn(chunk.spread((*leaves, *stats[2:])), chunk.where)
-                pull = pull_of(reading, *_slopes(loss.sum, leaves))
+                loss = loss_fn(chunk.unflatten((*leaves, *stats[2:])), chunk.where)
+                upstream = upstream_of(row_stats, *_loss_gradients(loss.sum, leaves))
             total, count = total + loss.sum.detach(), count + loss.count.detach()
-            outs[:, chunk.span] = torch.stack(stats)
-            hidden_grad[chunk.span] = _multiply_out(head, some, reading, pull, keep, grads)
+            stats_out[:, chunk.span] = torch.stack(stats)
+            hidden_grad[chunk.span] = _accumulate_gradients(head, chunk_rows, row_stats, upstream, exp_out, grads)
         ctx.grads = [head.reduce(hidden_grad), *grads]
-        outs = tuple(outs)
-        ctx.mark_non_differentiable(count, *outs)
+        stats_out = tuple(stats_out)
+        ctx.mark_non_differentiable(count, *stats_out)
         ctx.set_materialize_grads(False)
-        return total, count, *outs
+        return total, count, *stats_out
 
     @staticmethod
     @once_differentiable
@@ -183,11 +199,11 @@ class _FusedLoss(torch.autograd.Function):
             return (None,) * 6
         if grads is None:
             raise RuntimeError("a fused loss goes backward once: its gradients are used up; compute the loss again")
-        ctx.grads, made = None, []
-        for dtype in ctx.dtypes:  # each wide one goes before the next is converted
-            x = grads.pop(0)
-            made.append(None if x is None else x.mul_(g).to(dtype))
-        return *made, None, None, None
+        ctx.grads, input_grads = None, []
+        for dtype in ctx.dtypes:  # each wide gradient is freed before the next is converted
+            grad = grads.pop(0)
+            input_grads.append(None if grad is None else grad.mul_(g).to(dtype))
+        return *input_grads, None, None, None
 
 
 def fused_policy_loss(
@@ -204,13 +220,13 @@ def fused_policy_loss(
     scale: float = 1.0,
     shard: Shard | None = None,
 ) -> FusedLoss:
-    """Compute a loss on the statistics of sampled tokens, and its gradients on the way, in three GEMMs.
+    """Compute a loss on the statistics of sampled tokens, together with its gradients, in three GEMMs.
 
     ``Σ_chunks loss_fn(stats, where)``, ``loss_fn`` differentiable by log π(a) and H
 
-    The loss of a run of rows is known as soon as their statistics are, so e needs to be kept for these rows only, and
-    the logits are never made again. Beside the gradients, 128 MB of e and, for a half-precision weight, the fp32 sums
-    of its gradient are held. With a frozen head :func:`fused_logp` does better, with two GEMMs, and is taken.
+    The loss of a chunk of rows is known as soon as their statistics are, so e is stored for these rows only, and the
+    logits are never recomputed. Besides the gradients, memory holds 128 MB of e and, for a half-precision weight, the
+    fp32 sums of its gradient. For a frozen head :func:`fused_logp` needs only two GEMMs and is used instead.
 
     Args:
         hidden: [b t d] final hidden states.
@@ -218,20 +234,21 @@ def fused_policy_loss(
         ids: [b t] sampled tokens.
         loss_fn: ``(stats, where) -> SumCount``. ``stats`` holds some of the tokens, log π(a) and H with a gradient;
             ``x[where]`` are the same tokens of any [b t] tensor x. The count must not depend on the statistics.
-        level: where the batch is cut. ``sequence``: between sequences, so stats are [b' t], 0 outside the mask, and any
-            reduction of :mod:`isentropic.losses.reduce` and any sequence ratio is right. ``token``: anywhere, so stats are
-            [1 m] without the masked ones: for losses of single tokens under ``reduce.token``, whatever their length.
+        level: how the batch is split. ``sequence`` splits it between sequences: stats are [b' t], 0 outside the mask,
+            and any reduction of :mod:`isentropic.losses.reduce` and any sequence ratio is right. ``token`` splits it at
+            any token: stats are [1 m], without the masked tokens, which suits losses of single tokens under
+            ``reduce.token``, for sequences of any length.
 
     Returns:
         The loss as (sum, count), the sum with its gradient, to be divided once all micro-batches and ranks are added;
         and the statistics [b t].
 
     Raises:
-        ValueError: shapes, dtypes, ids, numbers or a level that do not fit.
+        ValueError: shapes, dtypes or ids do not match, a number is outside its range, or the level is unknown.
         RuntimeError: a second backward through one loss.
 
-    A recipe is a loss_fn. What a recipe takes from the whole batch, such as the mean of ``repo_d``, it takes from a
-    chunk here.
+    The loss of a recipe can be the loss_fn. Quantities that a recipe computes over the whole batch, such as the mean of
+    ``repo_d``, are computed over a chunk here.
 
     >>> from isentropic import TokenBatch, compose
     >>> from isentropic.recipes import loss
@@ -256,10 +273,10 @@ def fused_policy_loss(
     trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
     if trained and torch.is_grad_enabled():
         total, count, *stats = _FusedLoss.apply(rows.hidden, head.weight, head.bias, call, chunks, loss_fn)
-        return FusedLoss(SumCount(total, count), call.spread(tuple(stats)))
-    found = fused_logp(
+        return FusedLoss(SumCount(total, count), call.unflatten(tuple(stats)))
+    fused = fused_logp(
         hidden, weight, ids, temperature, mask=mask, bias=bias, softcap=softcap, scale=scale, shard=shard
     )
-    flat = [x.reshape(-1) if call.kept is None else x.reshape(-1)[call.kept] for x in present(found)]
-    losses = [loss_fn(chunk.spread(tuple(x[chunk.span] for x in flat)), chunk.where) for chunk in chunks]
-    return FusedLoss(merge(*losses), TokenStats(*(x.detach() for x in present(found))))
+    flat = [values.reshape(-1) if call.kept is None else values.reshape(-1)[call.kept] for values in stats_tuple(fused)]
+    losses = [loss_fn(chunk.unflatten(tuple(values[chunk.span] for values in flat)), chunk.where) for chunk in chunks]
+    return FusedLoss(merge(*losses), TokenStats(*(values.detach() for values in stats_tuple(fused))))

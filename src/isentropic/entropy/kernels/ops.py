@@ -12,13 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from ...types import TokenStats
 from . import cpu
-from .closed import Reading, present, read
-from .cpu import Pull
-from .head import Head, Rows, Shard, check_ids, check_numbers, check_shapes, unmixed, whole
+from .closed_forms import RowStats, read_rows, stats_tuple
+from .cpu import Upstream
+from .head import Head, Rows, Shard, check_ids, check_numbers, check_shapes, full_tensor, no_autocast
 
 
 def backend(weight: Tensor) -> Any:
-    """The module that sweeps: Triton's on a CUDA device that has it, plain torch elsewhere."""
+    """The module with the sweeps: the Triton one on a CUDA device if Triton is installed, else plain torch."""
     if weight.device.type == "cuda":
         try:
             from . import triton  # pyrefly: ignore[missing-module-attribute]
@@ -29,19 +29,26 @@ def backend(weight: Tensor) -> Any:
 
 
 class Call(NamedTuple):
-    """One call after its checks: the head and the rows that count, flat, and where they go."""
+    """The checked arguments of a call.
+
+    Attributes:
+        head: the head.
+        rows: the rows inside the mask, flat.
+        kept: their positions in the flat ids; None if the mask keeps all.
+        shape: the shape of the ids.
+    """
 
     head: Head
     rows: Rows
     kept: Tensor | None
     shape: torch.Size
 
-    def spread(self, stats: tuple[Tensor, ...]) -> TokenStats:
-        """[n] statistics back to the shape of ids, 0 where the mask is."""
+    def unflatten(self, stats: tuple[Tensor, ...]) -> TokenStats:
+        """Return [n] statistics in the shape of the ids, 0 outside the mask."""
         if self.kept is None:
-            return TokenStats(*(x.reshape(self.shape) for x in stats))
-        out = [x.new_zeros(self.shape.numel()).index_put((self.kept,), x) for x in stats]
-        return TokenStats(*(x.reshape(self.shape) for x in out))
+            return TokenStats(*(values.reshape(self.shape) for values in stats))
+        scattered = [values.new_zeros(self.shape.numel()).index_put((self.kept,), values) for values in stats]
+        return TokenStats(*(values.reshape(self.shape) for values in scattered))
 
 
 def prepare(
@@ -56,11 +63,11 @@ def prepare(
     arithmetic: str,
     shard: Shard | None,
 ) -> Call:
-    """Check everything, flatten, and leave out what the mask leaves out."""
+    """Check the arguments, flatten them, and select the rows inside the mask."""
     check_shapes(hidden, weight, ids, bias, mask)
     check_numbers(temperature, ids, softcap, scale, arithmetic)
     check_ids(ids, weight.shape[0], shard)
-    weight, bias = whole(weight), whole(bias)
+    weight, bias = full_tensor(weight), full_tensor(bias)
     device = hidden.device.type
     if device == "cuda" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -97,33 +104,34 @@ def token_stats(
     arithmetic: str = "exact",
     shard: Shard | None = None,
 ) -> TokenStats:
-    """Read the statistics of sampled tokens from the hidden states, in one pass over the head, without a gradient.
+    """Compute the statistics of sampled tokens from the hidden states, in one pass over the head, without a gradient.
 
     ``log π(a)``, ``H``, ``Σ π²``, ``Σ π² log π``, ``Σ π² log² π`` with ``π = softmax(z)``,
     ``z_v = softcap·tanh(scale·(h·w_v + b_v)/softcap) / temperature``, or without the tanh
 
-    Beside the result, a few tiles and blocks are held, some 20 MB: never [n v] logits. For old and reference
-    log-probabilities, metrics and :mod:`isentropic.entropy.prediction`; :func:`fused_logp` is the same with a gradient.
+    Besides the result, a few tiles and blocks are stored, some 20 MB, and never [n v] logits. Use it for old and
+    reference log-probabilities, for metrics and for :mod:`isentropic.entropy.prediction`. :func:`fused_logp` is the
+    same with a gradient.
 
     Args:
         hidden: [... d] final hidden states, after the last norm, in fp16, bf16, fp32 or float64.
         weight: [v d] the head's weight; may be tied, a DTensor, or of another dtype than hidden.
         ids: [...] sampled tokens. A negative id, a common mark of padding, is read as 0.
         temperature: the sampling temperature, a number or [...] by token.
-        mask: [...] non-zero where the token counts. The others are not computed, may hold anything, and read 0.
+        mask: [...] non-zero where the token counts. Other tokens are not computed, may have any value, and return 0.
         bias: [v]; −inf masks a vocabulary entry.
         softcap: cap of the logits, as in Gemma 2.
         scale: factor of the logits before the cap.
         arithmetic: ``exact``, fp32 logits (float64 for float64 inputs); or ``shifted``, for half-precision inputs on a
-            CPU with half-precision instructions: the GEMM runs in half precision on logits less the sampled token's,
-            which costs some 2e-3 nats of log π where plain half-precision logits cost 2e-2.
-        shard: where the vocabulary is split over processes: this one's part, and how to add over all of them.
+            CPU with half-precision instructions: the GEMM runs in half precision on logits minus the sampled token's,
+            with an error of some 2e-3 nats in log π, against 2e-2 with plain half-precision logits.
+        shard: this process's part of a vocabulary that is split over processes, and how to reduce over all of them.
 
     Returns:
-        The statistics, [...] each, in fp32, or float64 where hidden or weight is.
+        The statistics, [...] each, in fp32, or in float64 if hidden or weight is.
 
     Raises:
-        ValueError: shapes, dtypes, ids or numbers that do not fit.
+        ValueError: shapes, dtypes or ids do not match, or a number is outside its range.
 
     The shift by the sampled token's logit and the one-pass sums are ours.
 
@@ -133,85 +141,85 @@ def token_stats(
     (tensor([-1.0986e+00, -4.1223e-09]), tensor([1.0986e+00, 8.6568e-08]), tensor([0.3333, 1.0000]))
     """
     call = prepare(hidden, weight, ids, temperature, mask, bias, softcap, scale, arithmetic, shard)
-    return call.spread(present(read(backend(call.head.weight), call.head, call.rows).stats))
+    return call.unflatten(stats_tuple(read_rows(backend(call.head.weight), call.head, call.rows).stats))
 
 
-def pull_of(reading: Reading, g: Tensor | None, g_entropy: Tensor | None) -> Pull:
-    """What the backward needs of each row; the sampled token's own gradient keeps its precision as π(a) → 1."""
-    stats, wide = reading.stats, reading.log_z.dtype
-    g = torch.zeros_like(reading.log_z) if g is None else g.to(wide)
-    own = g * (reading.others / reading.total).to(wide)
+def upstream_of(row_stats: RowStats, g: Tensor | None, g_entropy: Tensor | None) -> Upstream:
+    """Collect the incoming gradients of each row; that of the sampled token keeps its precision as π(a) → 1."""
+    stats, wide = row_stats.stats, row_stats.log_z.dtype
+    g = torch.zeros_like(row_stats.log_z) if g is None else g.to(wide)
+    sampled_grad = g * (row_stats.sum_others / row_stats.sum_all).to(wide)
     if g_entropy is not None:
         g_entropy = g_entropy.to(wide)
         p = stats.logp.exp()
-        own = own - g_entropy * p * torch.where(p == 0, 0.0, stats.logp + stats.entropy)
-    return Pull(reading.log_z, stats.entropy, own, g, g_entropy)
+        sampled_grad = sampled_grad - g_entropy * p * torch.where(p == 0, 0.0, stats.logp + stats.entropy)
+    return Upstream(row_stats.log_z, stats.entropy, sampled_grad, g, g_entropy)
 
 
-def pulled(pull: Pull) -> Tensor | None:
-    """The rows with a gradient at all, or None where most have one: zero advantages and clipped tokens are free."""
-    if pull.g.device.type == "cuda":
-        return None  # counting them would wait for the device
-    some = pull.g != 0
-    if pull.g_entropy is not None:
-        some |= pull.g_entropy != 0
-    rows = some.nonzero()[:, 0]
-    return rows if len(rows) < 0.9 * len(some) else None
+def rows_with_gradient(upstream: Upstream) -> Tensor | None:
+    """The rows with a non-zero gradient, or None if most have one: zero advantages and clipped tokens cost nothing."""
+    if upstream.g.device.type == "cuda":
+        return None  # counting them would synchronise with the device
+    has_gradient = upstream.g != 0
+    if upstream.g_entropy is not None:
+        has_gradient |= upstream.g_entropy != 0
+    rows = has_gradient.nonzero()[:, 0]
+    return rows if len(rows) < 0.9 * len(has_gradient) else None
 
 
-def backward_gradients(call: Call, reading: Reading, g: Any, g_entropy: Any, want: tuple[bool, bool, bool]) -> Any:
-    """Gradients of hidden [n d], weight and bias from those of logp and H, recomputing the logits tile by tile."""
-    head, rows, pull = call.head, call.rows, pull_of(reading, g, g_entropy)
-    some = pulled(pull)
-    if some is not None:
-        rows, pull = rows.take(some), pull.take(some)
-    with unmixed(head.weight):
-        out = backend(head.weight).gradients(head, rows, pull, want)
-    hidden = out.hidden
+def backward_gradients(call: Call, row_stats: RowStats, g: Any, g_entropy: Any, needs: tuple[bool, bool, bool]) -> Any:
+    """Compute the gradients of hidden [n d], weight and bias from those of logp and H, and recompute logits by tile."""
+    head, rows, upstream = call.head, call.rows, upstream_of(row_stats, g, g_entropy)
+    index = rows_with_gradient(upstream)
+    if index is not None:
+        rows, upstream = rows.take(index), upstream.take(index)
+    with no_autocast(head.weight):
+        gradients = backend(head.weight).gradients(head, rows, upstream, needs)
+    hidden = gradients.hidden
     if hidden is not None:
         hidden = head.reduce(hidden).to(rows.hidden.dtype)
-        if some is not None:
-            hidden = hidden.new_zeros(call.rows.hidden.shape).index_copy_(0, some, hidden)
-    return hidden, out.weight, out.bias
+        if index is not None:
+            hidden = hidden.new_zeros(call.rows.hidden.shape).index_copy_(0, index, hidden)
+    return hidden, gradients.weight, gradients.bias
 
 
-def unit_gradient(call: Call, reading: Reading, mean: Tensor) -> Tensor:
-    """``∂log π(a)/∂h = k·(s_a·w_a·Σ_{v≠a} e − Σ_{v≠a} e·s_v·w_v)/Σe``, [n d], over all shards; ``mean`` is used up.
+def logp_gradient(call: Call, row_stats: RowStats, weight_sum: Tensor) -> Tensor:
+    """``∂log π(a)/∂h = k·(s_a·w_a·Σ_{v≠a} e − Σ_{v≠a} e·s_v·w_v)/Σe``, [n d], over all shards.
 
-    ``k = scale/T``; s is the slope of the softcap.
+    ``k = scale/T``; s is the slope of the softcap; ``weight_sum`` is the second sum and is overwritten.
     """
     head, rows = call.head, call.rows
-    local, size = rows.ids, head.weight.shape[0]
-    own = reading.others.to(head.wide) * cpu.slope_of(head, reading.own, rows)
-    own = own.masked_fill((local < 0) | (local >= size), 0.0)
-    factor = head.scale * rows.inv_t / reading.total.to(head.wide)
-    for part in cpu.spans(len(local), cpu.ROWS):
-        weight = head.weight[local[part].clamp(0, size - 1)].to(head.wide)
-        mean[part] = (own[part, None] * weight - mean[part]) * factor[part, None]
-    return head.reduce(mean)
+    local_ids, size = rows.ids, head.weight.shape[0]
+    sampled_factor = row_stats.sum_others.to(head.wide) * cpu.softcap_slope(head, row_stats.sampled_z, rows)
+    sampled_factor = sampled_factor.masked_fill((local_ids < 0) | (local_ids >= size), 0.0)
+    factor = head.scale * rows.inv_t / row_stats.sum_all.to(head.wide)
+    for span in cpu.spans(len(local_ids), cpu.ROWS):
+        weight = head.weight[local_ids[span].clamp(0, size - 1)].to(head.wide)
+        weight_sum[span] = (sampled_factor[span, None] * weight - weight_sum[span]) * factor[span, None]
+    return head.reduce(weight_sum)
 
 
 class _Logp(torch.autograd.Function):
-    """Statistics of the rows of a call; the backward recomputes the logits, or scales a gradient made in the forward.
+    """Statistics of the rows of a call; the backward recomputes the logits, or scales a gradient from the forward.
 
-    With a frozen head the gradient of log π(a) by h does not depend on what comes later but for a factor a row, so it
-    is made while the tile is there: two GEMMs in all instead of three.
+    With a frozen head the gradient of log π(a) by h depends on the incoming gradient only by a factor per row, so the
+    forward computes it while each tile is in memory: two GEMMs in total instead of three.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, call: Call) -> tuple[Tensor, ...]:
         call = call._replace(rows=call.rows._replace(hidden=hidden), head=call.head._replace(weight=weight, bias=bias))
-        frozen = not any(ctx.needs_input_grad[1:3])
-        mean = torch.zeros(hidden.shape, dtype=call.head.wide, device=hidden.device) if frozen else None
-        reading = read(backend(weight), call.head, call.rows, mean=mean)
-        unit = unit_gradient(call, reading, mean) if mean is not None else None
-        logp, entropy, *moments = present(reading.stats)
-        facts = (logp, entropy, reading.log_z, reading.others, reading.total)
-        ctx.save_for_backward(hidden, weight, bias, call.rows.ids, unit, *facts)
-        # Inputs are kept by save_for_backward alone: held elsewhere they would keep their graph alive.
-        nothing = logp.new_zeros(())
+        frozen_head = not any(ctx.needs_input_grad[1:3])
+        weight_sum = torch.zeros(hidden.shape, dtype=call.head.wide, device=hidden.device) if frozen_head else None
+        row_stats = read_rows(backend(weight), call.head, call.rows, weight_sum=weight_sum)
+        logp_grad = logp_gradient(call, row_stats, weight_sum) if weight_sum is not None else None
+        logp, entropy, *moments = stats_tuple(row_stats.stats)
+        saved = (logp, entropy, row_stats.log_z, row_stats.sum_others, row_stats.sum_all)
+        ctx.save_for_backward(hidden, weight, bias, call.rows.ids, logp_grad, *saved)
+        # Only save_for_backward may store the inputs: a reference elsewhere would keep their graph alive.
+        empty = logp.new_zeros(())
         ctx.call = call._replace(
-            rows=Rows(nothing, nothing, call.rows.inv_t), head=call.head._replace(weight=nothing, bias=None)
+            rows=Rows(empty, empty, call.rows.inv_t), head=call.head._replace(weight=empty, bias=None)
         )
         ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
@@ -220,19 +228,19 @@ class _Logp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        hidden, weight, bias, ids, unit, logp, entropy, log_z, others, total = ctx.saved_tensors
+        hidden, weight, bias, ids, logp_grad, logp, entropy, log_z, sum_others, sum_all = ctx.saved_tensors
         call = ctx.call._replace(
             rows=Rows(hidden, ids, ctx.call.rows.inv_t), head=ctx.call.head._replace(weight=weight, bias=bias)
         )
-        nothing = logp.new_zeros(())
-        reading = Reading(TokenStats(logp, entropy), log_z, nothing, others, total, nothing)
+        empty = logp.new_zeros(())
+        row_stats = RowStats(TokenStats(logp, entropy), log_z, empty, sum_others, sum_all, empty)
         g, g_entropy = grads[:2]
-        if unit is None:
-            return *backward_gradients(call, reading, g, g_entropy, ctx.needs_input_grad[:3]), None
-        out = torch.zeros_like(unit) if g is None else unit * g.to(unit.dtype)[:, None]
+        if logp_grad is None:
+            return *backward_gradients(call, row_stats, g, g_entropy, ctx.needs_input_grad[:3]), None
+        hidden_grad = torch.zeros_like(logp_grad) if g is None else logp_grad * g.to(logp_grad.dtype)[:, None]
         if g_entropy is not None:
-            out += backward_gradients(call, reading, None, g_entropy, (True, False, False))[0]
-        return out.to(hidden.dtype), None, None, None
+            hidden_grad += backward_gradients(call, row_stats, None, g_entropy, (True, False, False))[0]
+        return hidden_grad.to(hidden.dtype), None, None, None
 
 
 def fused_logp(
@@ -248,24 +256,24 @@ def fused_logp(
     arithmetic: str = "exact",
     shard: Shard | None = None,
 ) -> TokenStats:
-    """Read the statistics of sampled tokens from the hidden states, with gradients through log π(a) and H.
+    """Compute the statistics of sampled tokens from the hidden states, with gradients through log π(a) and H.
 
-    ``∂log π(a)/∂z_v = 1[v=a] − π_v``, ``∂H/∂z_v = −π_v (log π_v + H)``; the other three carry none
+    ``∂log π(a)/∂z_v = 1[v=a] − π_v``, ``∂H/∂z_v = −π_v (log π_v + H)``; the other three have no gradient
 
-    The backward makes the logits again, tile by tile: four GEMMs in all. With a frozen head, where neither weight nor
-    bias requires a gradient (LoRA on the body), that of log π(a) is made in the forward and two GEMMs do;
-    a gradient through H then costs two more. Rows whose incoming gradient is 0 are left out of the backward.
+    The backward recomputes the logits tile by tile: four GEMMs in total. If the head is frozen, so that neither weight
+    nor bias requires a gradient (LoRA on the body), the forward computes the gradient of log π(a), and two GEMMs are
+    enough; a gradient through H then costs two more. Rows whose incoming gradient is 0 are skipped in the backward.
     Gradient products are summed in fp32.
 
     Args:
         hidden, weight, ids, temperature, mask, bias, softcap, scale, arithmetic, shard: as in :func:`token_stats`.
-            With a shard, the gradient of hidden is the whole one on every process, that of weight the shard's own.
+            With a shard, each process gets the whole gradient of hidden, and the gradient of its own weight.
 
     Returns:
-        The statistics, [...] each, in fp32, or float64 where hidden or weight is.
+        The statistics, [...] each, in fp32, or in float64 if hidden or weight is.
 
     Raises:
-        ValueError: shapes, dtypes, ids or numbers that do not fit.
+        ValueError: shapes, dtypes or ids do not match, or a number is outside its range.
 
     For a head without bias and softcap, logits are linear in h, so ``H = ⟨h, ∂log π(a)/∂h⟩ − log π(a)`` and
     ``⟨h, ∂H/∂h⟩ = −Var_π[log π]``, at any temperature (Euler's identity; derived).
@@ -279,4 +287,4 @@ def fused_logp(
     """
     call = prepare(hidden, weight, ids, temperature, mask, bias, softcap, scale, arithmetic, shard)
     head, rows = call.head, call.rows
-    return call.spread(_Logp.apply(rows.hidden, head.weight, head.bias, call))
+    return call.unflatten(_Logp.apply(rows.hidden, head.weight, head.bias, call))

@@ -16,13 +16,13 @@ from isentropic.entropy.audit import (
     audit,
     audit_rows,
     cast_effect,
+    effective_dtype,
     entropy_findings,
     fitted_temperature,
     from_logits,
     grade,
     half_ulp,
     head,
-    held_in,
     independent_bias,
     kept_tokens,
     mask_findings,
@@ -41,7 +41,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def some_logits(n=256, v=500, scale=6.0, seed=0):
+def random_logits(n=256, v=500, scale=6.0, seed=0):
     """Rows of many entropies, fp64, and a token drawn from each."""
     g = generator(seed)
     heat = torch.rand(n, 1, generator=g, dtype=torch.float64) * scale
@@ -55,11 +55,11 @@ def some_logits(n=256, v=500, scale=6.0, seed=0):
 def test_independent_rounding_has_the_bias_of_its_closed_form():
     a = half_ulp(40.0, BF16)
     assert a == 0.125
-    e = a * (2 * torch.rand(2, 400_000, generator=generator(), dtype=torch.float64) - 1)
-    found = ratio_error(e[0] - e[1], torch.zeros(400_000, dtype=torch.float64))
-    assert found.bias == pytest.approx(independent_bias(a), abs=4 * found.bias_se)
+    error = a * (2 * torch.rand(2, 400_000, generator=generator(), dtype=torch.float64) - 1)
+    result = ratio_error(error[0] - error[1], torch.zeros(400_000, dtype=torch.float64))
+    assert result.bias == pytest.approx(independent_bias(a), abs=4 * result.bias_se)
     # Var(e)/2 of two uniform errors is a²/3, and E[exp e] ≈ 1 + Var(e)/2.
-    assert found.half_var == pytest.approx(a**2 / 3, rel=0.01)
+    assert result.half_var == pytest.approx(a**2 / 3, rel=0.01)
     assert independent_bias(a) == pytest.approx(a**2 / 3, rel=0.01)
     assert independent_bias(0.0) == 0.0
 
@@ -73,7 +73,7 @@ def test_rounding_of_a_real_logit_is_uniform_within_half_an_ulp():
 
 
 def test_without_a_cast_nothing_is_wrong_and_fp32_is_near_it():
-    logits, ids = some_logits()
+    logits, ids = random_logits()
     logp, entropy = from_logits(logits, ids)
     reference = logits.log_softmax(-1)
     assert torch.equal(logp, reference.gather(1, ids[:, None])[:, 0])
@@ -99,7 +99,7 @@ def test_each_place_rounds_what_it_says():
 
 
 def test_bf16_is_coarser_than_fp16_and_logits_cost_more_than_log_probs():
-    logits, ids = some_logits(scale=12.0)
+    logits, ids = random_logits(scale=12.0)
     cost = {(p, d): cast_effect(logits, ids, p, d)[0] for p in ("logits", "logp") for d in (BF16, FP16, FP32)}
     for place in ("logits", "logp"):
         assert cost[place, BF16] == pytest.approx(8 * cost[place, FP16], rel=0.3)
@@ -124,23 +124,23 @@ def test_one_rounded_side_and_temperature():
 def test_wrong_clips_and_stuck_ratios_by_hand():
     true = torch.tensor([1.05, 1.05, 0.95, 1.3, 1.01]).double().log()
     cast = torch.tensor([1.25, 1.0, 0.85, 1.31, 1.01]).double().log()
-    found = ratio_error(cast, true)
-    assert found.wrong_high == (0.2, 0.2, 0.0)
-    assert found.wrong_low == (0.2, 0.0, 0.0)
-    assert found.stuck == 0.2
+    result = ratio_error(cast, true)
+    assert result.wrong_high == (0.2, 0.2, 0.0)
+    assert result.wrong_low == (0.2, 0.0, 0.0)
+    assert result.stuck == 0.2
     with pytest.raises(ValueError, match="at least 2"):
         ratio_error(cast[:1], true[:1])
 
 
 def test_sequences_average_their_errors():
     error = 0.02 * torch.randn(20_000, generator=generator(), dtype=torch.float64)
-    found = sequence_error(error, 400, generator=generator())
-    assert found.std == pytest.approx(0.02 / 20, rel=0.05)
+    result = sequence_error(error, 400, generator=generator())
+    assert result.std == pytest.approx(0.02 / 20, rel=0.05)
     low, high = -3e-4 / 1e-3, 4e-4 / 1e-3
     inside = 0.5 * (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2)))
-    assert found.outside == pytest.approx(1 - inside, abs=0.03)
+    assert result.outside == pytest.approx(1 - inside, abs=0.03)
     # The product of 400 ratios is log-normal with σ = 0.4.
-    assert found.mean == pytest.approx(math.exp(400 * error.mean().item() + 0.08), rel=0.05)
+    assert result.mean == pytest.approx(math.exp(400 * error.mean().item() + 0.08), rel=0.05)
     with pytest.raises(ValueError, match="length must be >= 1"):
         sequence_error(error, 0)
 
@@ -155,11 +155,11 @@ def test_grades():
 
 def test_rounding_is_seen_whatever_the_storage():
     x = torch.randn(100, generator=generator())
-    assert held_in(x) == FP32
-    assert held_in(x.bfloat16().float()) == BF16
-    assert held_in(x.half().double()) == FP16
-    assert held_in(x.double()) == torch.float64
-    assert held_in(torch.zeros(100)) == FP32
+    assert effective_dtype(x) == FP32
+    assert effective_dtype(x.bfloat16().float()) == BF16
+    assert effective_dtype(x.half().double()) == FP16
+    assert effective_dtype(x.double()) == torch.float64
+    assert effective_dtype(torch.zeros(100)) == FP32
 
 
 def test_truncation_by_hand():
@@ -180,7 +180,7 @@ def test_truncation_by_hand():
 
 def test_top_p_is_that_of_transformers():
     warpers = pytest.importorskip("transformers.generation.logits_process")
-    logits, ids = some_logits(n=50)
+    logits, ids = random_logits(n=50)
     for ours, theirs in (
         ({"top_p": 0.9}, warpers.TopPLogitsWarper(0.9)),
         ({"top_k": 7}, warpers.TopKLogitsWarper(7)),
@@ -190,7 +190,7 @@ def test_top_p_is_that_of_transformers():
 
 
 def test_a_temperature_is_fitted_and_another_difference_is_not_taken_for_one():
-    logits, ids = some_logits()
+    logits, ids = random_logits()
     exact = from_logits(logits, ids)[0]
     for t in (0.3, 0.7, 1.5):
         logp = from_logits(logits, ids, temperature=t)[0]
@@ -208,7 +208,7 @@ def test_a_temperature_is_fitted_and_another_difference_is_not_taken_for_one():
 
 
 def test_a_known_truncation_is_no_mismatch():
-    logits, _ = some_logits()
+    logits, _ = random_logits()
     kept = kept_tokens(logits, top_p=0.8)
     cut = logits.masked_fill(~kept, -math.inf)
     ids = cut.softmax(-1).multinomial(1, generator=generator())[:, 0]
@@ -242,18 +242,18 @@ def test_entropies_that_are_none_zero_wrong_or_not_finite():
 
 
 def test_masks():
-    made, entropy = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]), torch.tensor([[1.0, 1, 1, 5], [1, 1, 5, 5]])
-    assert mask_findings(made, made, 1 - made, entropy) == []
-    (finding,) = mask_findings(torch.ones(2, 4), made, 1 - made, entropy)
+    generated, entropy = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]), torch.tensor([[1.0, 1, 1, 5], [1, 1, 5, 5]])
+    assert mask_findings(generated, generated, 1 - generated, entropy) == []
+    (finding,) = mask_findings(torch.ones(2, 4), generated, 1 - generated, entropy)
     assert (finding.code, finding.severity) == ("padding_counted", "serious")
     assert "3 of 8 positions" in finding.effect
     assert finding.nats == pytest.approx((5 * 1 + 3 * 5) / 8 - 1)
-    dropped = made.clone()
+    dropped = generated.clone()
     dropped[0, 0] = 0
-    assert mask_findings(dropped, made, 1 - made, entropy)[0].code == "wrong_mask"
-    extra = made.clone()
+    assert mask_findings(dropped, generated, 1 - generated, entropy)[0].code == "wrong_mask"
+    extra = generated.clone()
     extra[1, 2] = 1
-    assert mask_findings(extra, made, torch.zeros(2, 4), entropy)[0].code == "wrong_mask"
+    assert mask_findings(extra, generated, torch.zeros(2, 4), entropy)[0].code == "wrong_mask"
 
 
 def test_a_report_in_text_and_json():
@@ -435,17 +435,17 @@ def test_rows_of_a_forward_pass_are_audited_without_another_one():
     torch.manual_seed(0)
     logits = 4 * torch.randn(256, 40)
     ids, scored = scored_rows(logits)
-    none = {"head": torch.float32, "autocast": None, "output": None}
-    found, figures = audit_rows(logits, ids, scored, none, logp_old=scored.logp, logp_sampler=scored.logp)
-    assert found == []
+    dtypes = {"head": torch.float32, "autocast": None, "output": None}
+    findings, figures = audit_rows(logits, ids, scored, dtypes, logp_old=scored.logp, logp_sampler=scored.logp)
+    assert findings == []
     assert figures["entropy/mean"] == pytest.approx(scored.entropy.mean().item(), abs=1e-6)
     # Half an ulp of a bf16 logit between 4 and 8 is 2⁻⁶: a serious error, though nothing but the dtype gives it away.
-    low = logits.bfloat16()
-    ids, scored = scored_rows(low)
-    found, _ = audit_rows(low, ids, scored, {**none, "autocast": torch.bfloat16})
-    assert [(f.code, f.severity) for f in found] == [("logits_dtype", "serious")]
-    assert 1e-3 < found[0].nats < 2**-6
-    assert "under autocast to bfloat16" in found[0].where
+    rounded_logits = logits.bfloat16()
+    ids, scored = scored_rows(rounded_logits)
+    findings, _ = audit_rows(rounded_logits, ids, scored, {**dtypes, "autocast": torch.bfloat16})
+    assert [(f.code, f.severity) for f in findings] == [("logits_dtype", "serious")]
+    assert 1e-3 < findings[0].nats < 2**-6
+    assert "under autocast to bfloat16" in findings[0].where
 
 
 def test_rows_whose_scores_are_off_say_by_how_much():
@@ -454,13 +454,13 @@ def test_rows_whose_scores_are_off_say_by_how_much():
     ids, scored = scored_rows(logits)
     dtypes = {"head": torch.float32, "autocast": None, "output": None}
     shifted = {"logp_old": scored.logp - 0.01, "logp_sampler": scored.logp + 0.02 * torch.randn(256)}
-    found, figures = audit_rows(logits, ids, scored, dtypes, **shifted)
-    assert {f.code for f in found} == {"stale_logp", "sampler_mismatch"}
+    findings, figures = audit_rows(logits, ids, scored, dtypes, **shifted)
+    assert {f.code for f in findings} == {"stale_logp", "sampler_mismatch"}
     assert figures["ratio_error"] == pytest.approx(0.01, rel=1e-3)
     assert figures["sampler_error"] == pytest.approx(0.02, rel=0.1)
-    (found,) = audit_rows(logits, ids, scored._replace(entropy=torch.zeros(256)), dtypes)[0]
-    assert found.code == "entropy_zero"
+    (findings,) = audit_rows(logits, ids, scored._replace(entropy=torch.zeros(256)), dtypes)[0]
+    assert findings.code == "entropy_zero"
     cold = Scored((logits / 0.7).log_softmax(-1).gather(1, ids[:, None])[:, 0], scored.entropy)
-    (found,) = audit_rows(logits, ids, cold, dtypes)[0]
-    assert found.code == "temperature"
-    assert found.what == "tokens are scored at temperature 0.7 and sampled at 1"
+    (findings,) = audit_rows(logits, ids, cold, dtypes)[0]
+    assert findings.code == "temperature"
+    assert findings.what == "tokens are scored at temperature 0.7 and sampled at 1"

@@ -1,0 +1,325 @@
+"""A contract test for each name of verl that is touched: what a new version breaks fails here by name."""
+
+import ast
+import inspect
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, fields
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+try:
+    version("verl")  # not by import: this directory would be found as a package of that name
+except PackageNotFoundError:
+    pytest.skip("verl has an environment of its own: make test-verl", allow_module_level=True)
+
+os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda", "VERL_ENGINE_VENDOR": "nvidia"}
+import cpu_platform  # noqa: F401
+from tensordict import TensorDict
+from verl import DataProto
+from verl.single_controller.base.decorator import MAGIC_ATTR
+from verl.trainer.ppo import core_algos
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import ActorConfig
+from verl.workers.engine import EngineRegistry
+from verl.workers.engine.utils import prepare_micro_batches
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils import losses
+from verl.workers.utils.padding import left_right_2_no_padding
+
+import isentropic.engines.verl.engine as ours
+from isentropic.engines.verl import compat, groups
+from isentropic.engines.verl.compat import Keys
+from isentropic.engines.verl.plugin import AGG_MODES, ESTIMATOR_MODULE
+
+HERE = Path(ours.__file__).parent
+WRAPPED = [EngineRegistry.get_engine_cls(compat.MODEL_TYPE, backend) for backend in compat.BACKENDS]
+
+
+def parameters(function):
+    return list(inspect.signature(function).parameters)
+
+
+def actor(**changes):
+    return ActorConfig(strategy="fsdp2", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **changes)
+
+
+# Loading.
+
+
+def test_what_verl_loads_while_it_is_imported_is_light():
+    from importlib.metadata import entry_points
+
+    (place,) = [point.value for point in entry_points(group="verl.plugins") if point.name == "isentropic"]
+    assert place == "isentropic.engines.verl.register"
+    code = f"import sys, {place}; print(sorted({{'torch', 'verl'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_other_module_imports_verl():
+    for path in HERE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if path.name != "compat.py":
+                assert not [name for name in names if name.split(".")[0] == "verl"], path.name
+
+
+def test_another_version_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: "0.10.1")
+    with pytest.raises(ImportError, match=r"wraps the engine of verl 0\.9, got verl 0\.10\.1"):
+        compat._require_verl()
+
+
+def test_verl_makes_a_config_by_its_target_and_imports_what_it_is_told():
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = omega_conf_to_dataclass({"_target_": f"{ours.__name__}.PolicyLoss", "recipe": "dapo"})
+    assert isinstance(config, ours.PolicyLoss)
+    assert (HERE / f"{ESTIMATOR_MODULE.split('.')[-1]}.py").is_file()
+
+
+# The engine.
+
+
+def test_the_registry_takes_an_engine_by_device_and_vendor():
+    for backend, wrapped in zip(compat.BACKENDS, WRAPPED, strict=True):
+        known = EngineRegistry._engines[compat.MODEL_TYPE][backend]
+        assert known["cuda", "nvidia"] is wrapped
+        assert wrapped.__mro__[1:3] == (ours.EntropyControl, compat.EngineHooks)
+        assert wrapped.__mro__[3] is known["cuda"]
+        assert wrapped.__module__ == ours.__name__
+    with pytest.raises(RuntimeError, match="load the other package first"):
+        compat.install(ours.EntropyControl)
+
+
+@pytest.mark.parametrize(
+    ("name", "takes"),
+    [
+        ("train_batch", ["self", "data", "loss_function"]),
+        ("prepare_model_outputs", ["self", "output", "output_args", "micro_batch"]),
+        ("save_checkpoint", ["self", "local_path", "hdfs_path", "global_step"]),
+        ("load_checkpoint", ["self", "local_path"]),
+        ("get_data_parallel_group", ["self"]),
+        ("get_data_parallel_size", ["self"]),
+        ("is_mp_src_rank_with_outputs", ["self"]),
+    ],
+)
+def test_a_step_of_the_engine_is_called_as_we_call_it(name, takes):
+    for wrapped in WRAPPED:
+        assert parameters(getattr(wrapped.__mro__[3], name))[: len(takes)] == takes
+
+
+def test_the_engine_sets_what_the_adapter_reads():
+    source = "".join(inspect.getsource(c) for c in WRAPPED[0].__mro__[3:-1])
+    for name in [*compat.Engine.__annotations__, "ulysses_sequence_parallel_size"]:
+        assert f"self.{name} = " in source or f"self.{name}, " in source, name
+
+
+def test_a_worker_announces_its_batch_and_keeps_verls_dispatch():
+    announced = TrainingWorker.train_mini_batch
+    assert announced.__module__ == TrainingWorker.__module__
+    native = announced.__wrapped__
+    assert getattr(announced, MAGIC_ATTR) is getattr(native, MAGIC_ATTR)
+    assert parameters(inspect.unwrap(native)) == ["self", "data"]
+    seen = []
+
+    class Engine(compat.EngineHooks):
+        def batch_generated(self, data, loss_function):
+            seen.append((data, loss_function))
+
+    class Worker:
+        loss_fn = "loss"
+
+    data = TensorDict({}, batch_size=2)
+    for engine, expected in ((object(), []), (Engine(), [(data, "loss")])):
+        Worker.engine = engine
+        with pytest.raises(AssertionError):  # verl's own: nobody said how large a mini-batch is
+            announced(Worker(), data=data)
+        assert seen == expected
+
+
+# The loss.
+
+
+def test_the_loss_is_bound_to_the_actors_config():
+    assert parameters(losses.ppo_loss) == ["config", "model_output", "data", "dp_group"]
+    config, other = actor(), actor(clip_ratio_high=0.4)
+    loss = partial(losses.ppo_loss, config=config)
+    assert compat.actor_config(loss) is config
+    assert compat.actor_config(losses.ppo_loss) is None
+    assert compat.actor_config(compat.with_config(loss, other)) is other
+
+
+def test_the_losses_that_recipes_use_are_registered():
+    takes = ["old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"]
+    for mode in ("vanilla", "cispo", "isentropic"):
+        assert parameters(compat.get_policy_loss_fn(mode))[: len(takes)] == takes
+    assert "isentropic" in core_algos.POLICY_LOSS_REGISTRY
+
+
+def test_estimators_are_registered():
+    import isentropic.engines.verl.estimator as estimator
+
+    assert core_algos.ADV_ESTIMATOR_REGISTRY["isentropic"] is estimator.estimate
+
+
+def test_every_reduction_by_hand():
+    """Two answers of two tokens and one, of a batch of three tokens and two answers; the longest answer has 4."""
+    values, mask = torch.tensor([[1.0, 2.0], [5.0, 9.0]]), torch.tensor([[1, 1], [1, 0]])
+    wanted = {"token": 8 / 3, "sequence": (1.5 + 5) / 2, "constant": 8 / (2 * 4)}
+    for name, mode in AGG_MODES.items():
+        config = actor(loss_agg_mode=mode)
+        info = {"dp_size": 1, "batch_num_tokens": 3, "global_batch_size": 2, "loss_scale_factor": 4}
+        config.global_batch_info.update(info)
+        assert compat.aggregated(values, mask, config).item() == pytest.approx(wanted[name]), name
+
+
+def test_configs_are_frozen_and_copied():
+    config = actor()
+    with pytest.raises(FrozenInstanceError):
+        config.clip_ratio_high = 0.5
+    assert compat.replaced(config, clip_ratio_high=0.5).clip_ratio_high == 0.5
+    assert config.clip_ratio_high != 0.5
+    assert {"loss_mode"} <= {f.name for f in fields(compat.PolicyLossConfig)}
+    assert {"ppo_mini_batch_size", "ppo_epochs", "policy_loss", "optim"} <= {f.name for f in fields(ActorConfig)}
+    changed = {"clip_ratio_low", "clip_ratio_high", "loss_agg_mode", "entropy_coeff", "global_batch_info"}
+    assert changed <= {f.name for f in fields(ActorConfig)}
+
+
+# Data.
+
+
+def batch(uids, rewards, key="token_level_scores"):
+    """Two prompt tokens and up to three of an answer, as verl's trainer sends them; the reward is at the last one."""
+    lengths = torch.arange(len(uids)) % 3 + 1
+    mask = (torch.arange(3) < lengths[:, None]).long()
+    attention = torch.cat([torch.ones(len(uids), 2, dtype=torch.long), mask], 1)
+    ids = torch.arange(attention.numel()).reshape(attention.shape)
+    scores = torch.zeros(mask.shape)
+    scores[torch.arange(len(uids)), lengths - 1] = torch.tensor(rewards)
+    tensors = {
+        "input_ids": ids,
+        "prompts": ids[:, :2],
+        "responses": ids[:, 2:],
+        "attention_mask": attention,
+        "position_ids": attention.cumsum(1) - 1,
+        "response_mask": mask,
+        key: scores,
+        "uid": np.array(uids, dtype=object),
+    }
+    return left_right_2_no_padding(DataProto.from_single_dict(tensors).to_tensordict())
+
+
+def test_settings_that_travel_with_the_data():
+    data = batch(["a", "b"], [1.0, 0.0])
+    assert (compat.temperature_of(data), compat.ends_batch(data)) == (1.0, True)
+    tu.assign_non_tensor(data, temperature=0.7, update_lr_scheduler=False)
+    compat.ask_for_entropy(data)
+    assert (compat.temperature_of(data), compat.ends_batch(data)) == (0.7, False)
+    assert tu.get(data, "calculate_entropy") is True
+
+
+def test_answers_are_cut_out_of_packed_rows_and_put_back():
+    data = batch(["a", "b", "c"], [1.0, 0.0, 0.0])
+    # Rows of 3, 4 and 5 tokens; the row of a token is that of the token before it.
+    answers = compat.answers_of(torch.arange(12.0), data)
+    assert answers.tolist() == [[1, 0, 0], [4, 5, 0], [8, 9, 10]]
+    lengths = data["response_mask"].sum(1).tolist()
+    jagged = torch.nested.as_nested_tensor([torch.ones(n) for n in lengths], layout=torch.jagged)
+    assert compat.aligned(jagged, 4).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
+    data["response_mask"] = torch.nested.as_nested_tensor(
+        [torch.ones(n, dtype=torch.long) for n in lengths], layout=torch.jagged
+    )
+    again = compat.in_layout_of(jagged, answers, data)
+    assert again.is_nested
+    assert torch.equal(compat.aligned(again, 3), answers)
+    assert compat.in_layout_of(torch.zeros(1, dtype=torch.float16), answers, data).dtype == torch.float16
+
+
+@pytest.mark.parametrize("uids", [["a", "b", "a"], ["a", "a", "a"]], ids="".join)
+def test_groups_are_told_by_their_names(uids):
+    """Also if all are alike, which a TensorDict keeps in another way."""
+    assert compat.groups_of(batch(uids, [0.0, 0.0, 0.0])) == uids
+    assert compat.groups_of(tu.get_tensordict({"uid": uids, "x": torch.zeros(3)})) == uids
+
+
+def test_figures_are_logged_as_lists():
+    output = {"metrics": {"loss": [1.0]}}
+    compat.log_row(output, {"entropy/mean": 2.0})
+    assert output["metrics"] == {"loss": [1.0], "entropy/mean": [2.0]}
+
+
+class Ranks:
+    """An engine of several ranks, of which this process is one, and the others' shares are known."""
+
+    def __init__(self, monkeypatch, others):
+        self.calls = 0
+        self.others = others
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 1 + len(others))
+        monkeypatch.setattr(torch.distributed, "all_gather_object", self.gather)
+
+    def get_data_parallel_group(self):
+        return "ranks"
+
+    def gather(self, shares, mine, group):
+        assert group == "ranks"
+        self.calls += 1
+        shares[:] = [mine, *self.others]
+
+
+@pytest.mark.parametrize("key", Keys.REWARDS)
+@pytest.mark.parametrize("jagged", [False, True], ids=["padded", "jagged"])
+def test_groups_are_put_together_over_ranks_by_one_call(monkeypatch, key, jagged):
+    """Group a: 1, 0 here and 1, 1 there; group b: 0 here alone; group c is elsewhere."""
+    data = batch(["a", "b", "a"], [1.0, 0.0, 0.0], key)
+    if jagged:
+        lengths = data["response_mask"].sum(1).tolist()
+        rows = [row[:n] for row, n in zip(data[key], lengths, strict=True)]
+        data[key] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    engine = Ranks(monkeypatch, [[("a", 1.0), ("c", 1.0)], [("a", 1.0)]])
+    groups.attach_groups(engine, data)
+    assert data[Keys.REWARD].tolist() == [1.0, 0.0, 0.0]
+    assert data[Keys.GROUP_RATE].tolist() == [0.75, 0.0, 0.75]
+    assert engine.calls == 1
+
+
+def test_rates_of_graded_rewards_by_hand():
+    """(mean − min)/(max − min) of each group, whatever its size; a sample that was not scored does not count."""
+    samples = [("a", 3.0), ("b", 2.0), ("a", 1.0), ("a", 2.5), ("b", float("nan")), ("b", 6.0), ("c", -1.0)]
+    assert groups.rates(samples) == pytest.approx({"a": (6.5 / 3 - 1) / 2, "b": 0.5, "c": 0.0})
+
+
+@pytest.mark.parametrize("missing", ["uid", "token_level_scores"])
+def test_nothing_is_attached_if_the_data_does_not_say(monkeypatch, missing):
+    data = batch(["a", "b", "a"], [1.0, 0.0, 0.0])
+    del data[missing]
+    engine = Ranks(monkeypatch, [])
+    groups.attach_groups(engine, data)
+    assert not compat.holds(data, Keys.REWARD)
+    assert not compat.holds(data, Keys.GROUP_RATE)
+    assert engine.calls == 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_is_attached_goes_with_its_sample_through_verls_cuts(monkeypatch, dynamic):
+    uids, rewards = list("aabbccdd"), [0.1 * i for i in range(8)]
+    data = batch(uids, rewards)
+    groups.attach_groups(Ranks(monkeypatch, []), data)
+    wanted = dict(zip(data[Keys.REWARD].tolist(), data["prompts"][:, 0].tolist(), strict=True))
+    tu.assign_non_tensor(data, use_dynamic_bsz=dynamic, max_token_len_per_gpu=12, micro_batch_size_per_gpu=2)
+    seen = {}
+    for mini_batch in tu.make_iterator(data, 4, epochs=1, seed=0, dataloader_kwargs={"shuffle": True}):
+        micro_batches, _ = prepare_micro_batches(mini_batch, same_micro_num_in_dp=False)
+        assert len(micro_batches) >= 2
+        for part in micro_batches:
+            seen |= zip(part[Keys.REWARD].tolist(), part["prompts"][:, 0].tolist(), strict=True)
+            assert part[Keys.GROUP_RATE].tolist() == pytest.approx([0.5] * len(part))
+    assert seen == wanted
