@@ -116,7 +116,7 @@ def test_the_row_by_hand():
 
 
 def test_the_first_refused_reading_raises():
-    with pytest.raises(ValueError, match=r"the first entropy reading is refused: .*nothing was trained on it"):
+    with pytest.raises(ValueError, match=r"the first entropy reading is refused: .*no checkpoint was written"):
         ControlLoop(HELD).regulate(BROKEN, act=True)
 
 

@@ -129,7 +129,7 @@ def reduce(sums: Sums, over_ranks: Callable[[Tensor], Tensor]) -> Sums:
 class ControlLoop:
     """The controller of one process; every rank holds the same state, for it sees the same reduced readings.
 
-    A refused reading never moves the knob. The first one of a run raises, for nothing has been trained on it yet; ten
+    A refused reading never moves the knob. The first one of a run raises at once, before anything is saved; ten
     in a row end the run by ``save_and_stop``. Without a knob under control a refused reading is a warning.
 
     Args:
@@ -200,7 +200,7 @@ class ControlLoop:
                 logger.warning("entropy reading refused: %s", problem)
             return
         if problem and self.state.readings == 0 and self.state.refused == 0:
-            raise ValueError(f"the first entropy reading is refused: {problem}; nothing was trained on it")
+            raise ValueError(f"the first entropy reading is refused: {problem}; no checkpoint was written")
         self.state = self.thermostat.update(self.state, reading, act=act)
         if problem:
             logger.warning("entropy reading refused (%s in a row), the knob is held: %s", self.refused, problem)
