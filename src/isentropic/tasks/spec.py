@@ -25,12 +25,14 @@ def split(text: str) -> tuple[list[str], dict[str, Any]]:
     """
     words: list[str] = []
     options: dict[str, Any] = {}
-    for part in text.split(":") if text else []:
-        name, equals, value = part.partition("=")
+    for word in text.split(":") if text else []:
+        name, equals, value = word.partition("=")
         if not equals and options:
-            raise ValueError(f"option {part!r} of {text!r} has no value, must be NAME=VALUE; a value holds no colon")
+            raise ValueError(
+                f"option {word!r} of {text!r} has no value, must be NAME=VALUE; a value cannot contain a colon"
+            )
         if not equals:
-            words.append(part)
+            words.append(word)
             continue
         if name in options:
             raise ValueError(f"option {name!r} of {text!r} is set twice; leave one out")
