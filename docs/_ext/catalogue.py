@@ -132,13 +132,15 @@ def targets():
 
 
 def settings():
-    """Every setting of `isentropic train`."""
+    """Every setting of `isentropic train`, by group."""
     rows = []
     for setting in fields(RunConfig):
-        default = "–" if setting.default is None or not isinstance(setting.default, str | int | float) else ""
-        shown = default or f"`{setting.default}`"
-        rows.append([f"`{setting.name}`", setting.metadata["help"].replace("%%", "%"), shown])
-    return _table(["key", "meaning", "default"], rows)
+        plain = setting.default is not None and isinstance(setting.default, str | int | float)
+        meaning = setting.metadata["help"]
+        if choices := setting.metadata.get("choices"):
+            meaning = f"{meaning}: {', '.join(choices)}"
+        rows.append([setting.metadata["group"], f"`{setting.name}`", meaning, f"`{setting.default}`" if plain else "–"])
+    return _table(["group", "key", "meaning", "default"], rows)
 
 
 def recipe_fields():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from isentropic.runs.record import SCHEMA, Record, plain, write_json
+from isentropic.runs.record import SCHEMA, Record, append_row, plain, read_rows, write_json
 
 
 def test_numbers_that_json_cannot_hold_become_null():
@@ -62,3 +62,23 @@ def test_writing_is_whole_or_not_at_all(tmp_path):
         write_json(path, circular)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_row_that_a_kill_cut_short_costs_no_other(tmp_path, name):
+    path = tmp_path / name
+    for i in range(3):
+        append_row(path, {"i": i, "text": "é" * 50})
+    whole = path.read_bytes()
+    for cut in range(2, 40, 3):
+        path.write_bytes(whole[:-cut])
+        assert [row["i"] for row in read_rows(path)] == [0, 1]
+        append_row(path, {"i": 9, "text": "é"})
+        assert [row["i"] for row in read_rows(path)] == [0, 1, 9]
+
+
+def test_a_row_that_lacks_its_line_break_alone_is_kept(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"i": 0}\n{"i": 1}')
+    append_row(path, {"i": 2})
+    assert path.read_text() == '{"i": 0}\n{"i": 1}\n{"i": 2}\n'

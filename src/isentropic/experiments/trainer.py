@@ -71,7 +71,14 @@ def build_trainer(
 def _training_task(config: RunConfig, tasks: Sequence[Task]) -> tuple[Task, list[dict[str, Any]]]:
     """The task that judges, and the rows to train on, without those that are held out."""
     if len(tasks) == 1:
-        return tasks[0], training_rows(tasks[0], config.seed)
+        rows = training_rows(tasks[0], config.seed)
+        if len(rows) < config.prompts:
+            # TRL drops a batch that is not full, and would take no step.
+            raise ConfigError(
+                f"prompts: got {config.prompts}, and task {tasks[0].name!r} has {len(rows)} training rows; "
+                f"set prompts to {len(rows)} or less, or give it more rows"
+            )
+        return tasks[0], rows
     num_first, num_all = (n // config.updates * config.prompts for n in (config.steps, total_steps(config)))
     sequence = in_order(tasks[0], tasks[1], num_first, num_all - num_first)
     return sequence, sequence.train(config.seed)

@@ -10,7 +10,12 @@ import os
 from importlib import import_module
 from pathlib import Path
 
+from .. import lazy
 from ..control.names import suggest
+
+__getattr__, _ = lazy(
+    __name__, {"generation": ("encode", "sample"), "episodes": ("play",), "loading": ("load_model", "load_tokenizer")}
+)
 
 MODELS: dict[str, str] = {
     "tiny": "isentropic.models.tiny:tiny_model",

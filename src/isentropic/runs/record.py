@@ -87,12 +87,14 @@ is right), ``truncated_frac`` (share of completions that reached the limit of to
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import math
 import os
 import platform
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Iterator
 from datetime import UTC
 from importlib.metadata import PackageNotFoundError, version
@@ -145,20 +147,43 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.exists():
         return
+    if path.suffix == ".gz":
+        yield from _rows(io.StringIO(_whole_members(path.read_bytes())[0].decode(errors="replace")))
+        return
     # A write may end inside a character too.
-    text: dict[str, Any] = {"mode": "rt", "encoding": "utf-8", "errors": "replace"}
-    with gzip.open(path, **text) if path.suffix == ".gz" else path.open(**text) as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict):
-                yield row
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        yield from _rows(lines)
+
+
+def _rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            yield row
+
+
+def _whole_members(content: bytes) -> tuple[bytes, int]:
+    """What the whole gzip members of a file hold, and where the last of them ends: a kill may cut a member short."""
+    text, end = b"", 0
+    while end < len(content):
+        member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        try:
+            part = member.decompress(content[end:])
+        except zlib.error:
+            break
+        if not member.eof:
+            break
+        text, end = text + part, len(content) - len(member.unused_data)
+    return text, end
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Append a row to a JSONL file, compressed as a gzip member of its own if the name ends in ``.gz``.
+
+    A last line or member that a kill cut short is dropped first.
 
     Example:
         >>> import tempfile
@@ -170,8 +195,19 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """
     line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(gzip.compress(line, mtime=0) if path.suffix == ".gz" else line)
+    with path.open("a+b") as file:
+        file.seek(0)
+        content = file.read()
+        if path.suffix == ".gz":
+            file.truncate(_whole_members(content)[1])
+            file.write(gzip.compress(line, mtime=0))
+            return
+        last = content[content.rfind(b"\n") + 1 :].decode(errors="replace")
+        if last and list(_rows([last])):
+            line = b"\n" + line  # a row that lacks its line break alone
+        else:
+            file.truncate(len(content) - len(content[content.rfind(b"\n") + 1 :]))
+        file.write(line)
 
 
 def versions() -> dict[str, str]:

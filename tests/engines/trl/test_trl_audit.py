@@ -1,6 +1,7 @@
 """The audit of a TRL trainer finds each planted fault and nothing else. Also a script for torchrun: FSDP2 on gloo."""
 
 import json
+import os
 import logging
 import subprocess
 import sys
@@ -182,7 +183,8 @@ def test_the_command_line(tmp_path, capsys):
 
 def test_fsdp2_output_dtype_is_found_and_its_cure_is_seen(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "helpers")}
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "found.json").read_text())
     output = [f for f in found["accelerate"]["findings"] if f["code"] == "fsdp_output_dtype"]

@@ -121,7 +121,7 @@ def test_a_killed_run_resumes_and_ends_where_the_uninterrupted_one_does(uninterr
         assert 16 in saved
     else:
         assert process.returncode == 130
-        assert "go on with: isentropic train --out" in errors
+        assert "resume with: isentropic train --out" in errors
         # Saved at the end of the generated batch it was in, not at the multiple of 8 before it.
         assert saved[-1] % 4 == 0
         assert saved[-1] >= 20
