@@ -22,9 +22,7 @@ PAGES = {
     ],
     "entropy": ["entropy.statistics", "entropy.prediction", "entropy.kernels", "entropy.audit"],
     "control": [f"control.{name}" for name in ("controllers", "targets", "thermostat", "guard", "names")],
-    "recipes": [
-        f"recipes.{name}" for name in ("recipe", "stages", "catalogue", "knobs", "compose", "custom", "apply")
-    ],
+    "recipes": [f"recipes.{name}" for name in ("recipe", "stages", "catalogue", "knobs", "compose", "custom", "apply")],
     "runs": [
         f"runs.{name}"
         for name in ("record", "statistics", "summary", "calibration", "explain", "frames", "labels", "clock")

@@ -1,8 +1,8 @@
 """The audit of a TRL trainer finds each planted fault and nothing else. Also a script for torchrun: FSDP2 on gloo."""
 
 import json
-import os
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
