@@ -141,6 +141,7 @@ class ControlLoop:
     Attributes:
         state: the thermostat's, or None if nothing is under control.
         refused: readings refused in a row.
+        masked_by: the setting of the engine that may mask every token, for messages.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class ControlLoop:
         self.thermostat = build_thermostat(recipe, steps)
         self.state: ThermostatState | None = self.thermostat.init() if self.thermostat else None
         self.refused = 0
+        self.masked_by = ""
         self._sums: Any = None
 
     def extend_to(self, steps: int) -> None:
@@ -194,6 +196,8 @@ class ControlLoop:
             EntropyReadingError: ten in a row were, if the engine ends the run at once.
         """
         problem = reading.problem()
+        if problem and not reading.count > 0 and self.masked_by:
+            problem = f"{problem} ({self.masked_by})"
         self.refused = self.refused + 1 if problem else 0
         if self.thermostat is None or self.state is None:
             if self.refused == 1:

@@ -4,7 +4,8 @@ Tokens are only ever appended. What the policy wrote stays the very ids that it 
 once and appended to them, so the log-probs of a turn belong to the prefix that training scores. ``Episode.mask`` is 1
 for sampled tokens and 0 for the environment's.
 
-Episodes that have not ended act together, with the model's own ``generate``, on one growing batch with one cache.
+Episodes that have not ended act together, with the model's own ``generate``, on one growing batch with one cache. How
+they sample is said by the caller alone: the model's generation_config.json has no say, except for its end tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .generation import OnProgress, end_tokens, line_break_tokens
+from .generation import OnProgress, check_lengths, context_limit, end_tokens, generate, line_break_tokens
 
 
 @dataclass
@@ -52,8 +53,18 @@ class Episode:
         self.logp += [0.0] * len(ids)
 
 
+# What a line of an episode is made of: its log-probs and its end depend on them.
+_OWN = frozenset(
+    {"max_new_tokens", "max_length", "eos_token_id", "pad_token_id", "num_beams", "num_return_sequences"}
+    | {"use_cache", "past_key_values", "return_dict_in_generate", "output_scores"}
+)
+
+
 class Sampling(NamedTuple):
-    """How actions are sampled: temperature (0 is greedy), and further arguments of ``generate``."""
+    """How actions are sampled: temperature (0 is greedy), and further fields of a generation config.
+
+    Nothing else has an effect: what is not named here is neutral, and not the model's own setting.
+    """
 
     temperature: float = 1.0
     generation_kwargs: dict[str, Any] = {}  # noqa: RUF012  (read only)
@@ -83,19 +94,12 @@ class _LiveBatch:
     def act(self, limit: int, stop: list[int], sampling: Sampling) -> list[tuple[list[int], list[float]]]:
         """A line for each episode: its ids, and their log-probs."""
         temperature = sampling.temperature
-        draw = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
-        out = self.model.generate(
-            input_ids=self.ids,
-            attention_mask=self.real,
-            past_key_values=self.cache,
-            max_new_tokens=limit,
-            eos_token_id=stop,
-            pad_token_id=self.pad,
-            do_sample=bool(temperature),
-            return_dict_in_generate=True,
-            output_scores=True,
-            **draw | sampling.generation_kwargs,
-        )
+        settings = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        settings |= sampling.generation_kwargs
+        settings |= {"max_new_tokens": limit, "eos_token_id": stop, "pad_token_id": self.pad}
+        settings |= {"return_dict_in_generate": True, "output_scores": True}
+        inputs = {"input_ids": self.ids, "attention_mask": self.real, "past_key_values": self.cache}
+        out = generate(self.model, settings, **inputs)
         new = out.sequences[:, self.ids.shape[1] :]
         scores = torch.stack(out.scores, 1).float()
         logp = scores.log_softmax(-1).gather(-1, new[..., None])[..., 0]
@@ -133,6 +137,8 @@ def play(
 ) -> list[Episode]:
     """Play one episode for each row.
 
+    An episode is cut short where turns, the task's token limit, or the model's context run out.
+
     Args:
         model: a causal language model with ``generate``.
         tokenizer: its tokenizer; it needs a pad token.
@@ -142,8 +148,14 @@ def play(
         pool: environments to reuse; more are created, and added, as they are needed.
 
     Raises:
-        ValueError: a prompt that is a conversation.
+        ValueError: a prompt that is a conversation, or that leaves no room for a line in the model's context; a
+            setting of ``sampling`` that episodes make themselves.
     """
+    if own := sorted(_OWN & sampling.generation_kwargs.keys()):
+        raise ValueError(
+            f"generation_kwargs: got {', '.join(own)}, which an episode sets itself; leave it out, and set the tokens of "
+            "a line by the task's max_action_tokens"
+        )
     pool = [] if pool is None else pool
     at_once = task.parallel or len(rows)
     stop, episodes = [*end_tokens(tokenizer, model), *line_break_tokens(tokenizer)], []
@@ -169,6 +181,8 @@ def _play(
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     episodes = [Episode(_opening(tokenizer, task, row, env)) for row, env in zip(rows, pool, strict=False)]
+    context = context_limit(model)
+    check_lengths([e.prompt_ids for e in episodes], context, room=task.max_action_tokens)
     batch, alive = _LiveBatch(model, [e.prompt_ids for e in episodes], tokenizer.pad_token_id), list(range(len(rows)))
     for turn in range(task.max_turns):
         lines = batch.act(task.max_action_tokens, stop, sampling)
@@ -186,7 +200,9 @@ def _play(
                 episode.append_observation([tokenizer.eos_token_id])
                 continue
             reply = tokens(("" if "\n" in text else "\n") + task.reply(observation))
-            left = task.max_completion_length - len(episode.ids) - len(reply)
+            room = task.max_completion_length
+            room = room if context is None else min(room, context - len(episode.prompt_ids))
+            left = room - len(episode.ids) - len(reply)
             if turn + 1 < task.max_turns and left >= task.max_action_tokens + 1:
                 episode.append_observation(reply)
                 kept, replies, still_alive = [*kept, place], [*replies, reply], [*still_alive, number]

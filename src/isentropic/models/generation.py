@@ -1,8 +1,13 @@
-"""Completions of a causal language model: token ids of prompts, tokens that end a completion, sampling in batches."""
+"""Completions of a causal language model: token ids of prompts, tokens that end a completion, sampling in batches.
+
+What is generated here is a measurement of a model: its own generation_config.json, with penalties, filters, beams or a
+cache that is off, has no say in it, except for the tokens with which it ends a sequence.
+"""
 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -66,14 +71,99 @@ def end_tokens(tokenizer: Any, model: Any) -> list[int]:
     return [i for i in dict.fromkeys(ids) if i is not None]
 
 
-def encode(tokenizer: Any, prompts: Sequence[Any]) -> list[list[int]]:
-    """The token ids of prompts, which are texts or conversations."""
+@contextmanager
+def without_settings(model: Any) -> Iterator[None]:
+    """Empty the generation config of a model, and of the models that it wraps, inside the block.
+
+    Without this, transformers fills every field that a call leaves open from the model's own config.
+    """
+    from transformers import GenerationConfig
+
+    owners = [module for module in model.modules() if "generation_config" in vars(module)]
+    configs = [module.generation_config for module in owners]
+    try:
+        for module in owners:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, config in zip(owners, configs, strict=True):
+            module.generation_config = config
+
+
+def generate(model: Any, settings: dict[str, Any], **inputs: Any) -> Any:
+    """What ``model.generate`` returns under these settings alone, whatever the model's own are.
+
+    Args:
+        model: causal.
+        settings: fields of transformers' ``GenerationConfig``; one that is not given has its neutral value.
+        inputs: all other arguments of ``generate``.
+    """
+    from transformers import GenerationConfig
+
+    # top_k has the only default that is not neutral; it is set where there is sampling.
+    neutral = {"use_cache": True, **({"top_k": 0, "top_p": 1.0} if settings.get("do_sample") else {})}
+    with without_settings(model):
+        return model.generate(generation_config=GenerationConfig(**neutral | settings), **inputs)
+
+
+def context_limit(model: Any) -> int | None:
+    """The number of positions that a model can tell apart, by its config; None if the config names no limit.
+
+    A factor by which rotary positions are stretched counts.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_kind = [rope, *(values for values in rope.values() if isinstance(values, dict))]
+    stretched = [(r.get("original_max_position_embeddings") or limit) * (r.get("factor") or 1) for r in by_kind]
+    return int(max(limit, *stretched))
+
+
+def check_lengths(ids: Sequence[Sequence[int]], limit: int | None, room: int = 1) -> None:
+    """Refuse prompts that leave too little of the model's context.
+
+    Args:
+        ids: token ids of the prompts.
+        limit: of :func:`context_limit`.
+        room: tokens that must fit after a prompt.
+
+    Raises:
+        ValueError: a prompt that is too long.
+
+    Example:
+        >>> check_lengths([[5, 6, 7]], 4)
+    """
+    lengths = [len(prompt) for prompt in ids]
+    if limit is not None and lengths and max(lengths) + room > limit:
+        raise ValueError(
+            f"prompt {lengths.index(max(lengths)) + 1} of {len(ids)} has {max(lengths)} tokens, and the model's context "
+            f"is {limit} (max_position_embeddings), with room for {room} more; shorten the prompt, leave it out, or "
+            "name a model with a longer context"
+        )
+
+
+def encode(tokenizer: Any, prompts: Sequence[Any], limit: int | None = None) -> list[list[int]]:
+    """The token ids of prompts.
+
+    Args:
+        tokenizer: of the model.
+        prompts: texts or conversations.
+        limit: the model's context, :func:`context_limit`; None checks nothing.
+
+    Raises:
+        ValueError: a prompt that fills the context.
+    """
     if prompts and not isinstance(prompts[0], str):
         encoded = tokenizer.apply_chat_template(
             list(prompts), add_generation_prompt=True, tokenize=True, return_dict=True
         )
-        return encoded["input_ids"]
-    return tokenizer(list(prompts))["input_ids"]
+        ids = encoded["input_ids"]
+    else:
+        ids = tokenizer(list(prompts))["input_ids"]
+    check_lengths(ids, limit)
+    return ids
 
 
 @torch.no_grad()
@@ -89,6 +179,9 @@ def sample(
 ) -> Completions:
     """``num`` completions of each prompt, in batches small enough for a machine without a GPU.
 
+    The model's own generation settings have no effect but for its end tokens. A completion that may outgrow the
+    model's context warns.
+
     Args:
         model: causal, on its device.
         tokenizer: its tokenizer.
@@ -98,27 +191,27 @@ def sample(
         temperature: of sampling; None is greedy.
         stop: ids of tokens that end a completion, besides the end of the sequence.
         progress: called after every batch.
+
+    Raises:
+        ValueError: a prompt that fills the model's context.
     """
-    ids = [prompt for prompt in encode(tokenizer, prompts) for _ in range(num)]
+    limit = context_limit(model)
+    encoded_prompts = encode(tokenizer, prompts, limit)
+    _warn_of_length(encoded_prompts, max_tokens, limit)
+    ids = [prompt for prompt in encoded_prompts for _ in range(num)]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     end = list(dict.fromkeys([*end_tokens(tokenizer, model), *stop]))
-    draw = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    settings: dict[str, Any] = {"max_new_tokens": max_tokens, "eos_token_id": end}
+    settings |= {"pad_token_id": tokenizer.pad_token_id, "do_sample": temperature is not None}
+    settings |= {} if temperature is None else {"temperature": temperature}
     texts, truncated, num_tokens, done = [""] * len(ids), [False] * len(ids), 0, 0
     stopping = torch.tensor(end, device=model.device)
     while done < len(order):
         batch = order[done : done + _batch_size(model, ids, order, done, max_tokens, num)]
         encoded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, padding_side="left", return_tensors="pt")
         encoded = encoded.to(model.device)
-        out = model.generate(
-            **encoded,
-            **_prompt_cache(model, encoded, [i // num for i in batch]),
-            top_k=0 if temperature is not None else None,
-            top_p=1.0 if temperature is not None else None,
-            max_new_tokens=max_tokens,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-            **draw,
-        )[:, encoded["input_ids"].shape[1] :]
+        cache = _prompt_cache(model, encoded, [i // num for i in batch])
+        out = generate(model, settings, **encoded, **cache)[:, encoded["input_ids"].shape[1] :]
         ended = torch.isin(out, stopping)
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, out.shape[1])
         num_tokens += int(lengths.sum())
@@ -130,6 +223,16 @@ def sample(
             progress(done, len(order), num_tokens)
     groups = range(0, len(texts), num)
     return Completions([texts[i : i + num] for i in groups], [truncated[i : i + num] for i in groups], num_tokens)
+
+
+def _warn_of_length(ids: list[list[int]], max_tokens: int, limit: int | None) -> None:
+    longest = max(map(len, ids), default=0)
+    if limit is not None and longest + max_tokens > limit:
+        warnings.warn(
+            f"a prompt of {longest} tokens and a completion of {max_tokens} exceed the model's context of {limit} "
+            f"(max_position_embeddings), where it knows no positions; allow {limit - longest} tokens, or shorten prompts",
+            stacklevel=3,
+        )
 
 
 def _prompt_cache(model: Any, encoded: dict[str, Any], prompt_of: list[int]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import json
 from html import escape
 from typing import Any
 
+from ..runs.text import visible
+
 
 class Html(str):
     """Text that is markup; any other string is escaped when it becomes part of an element."""
@@ -54,30 +56,6 @@ def join(children: Any) -> Html:
     if isinstance(children, list | tuple):
         return Html("".join(join(child) for child in children))
     return Html(escape(visible(str(children))))
-
-
-def visible(text: str) -> str:
-    """Text with pictures of the characters that would control a page or a terminal; tab and newline stay.
-
-    Example:
-        >>> visible("a\\x1b[31mb\\n"), visible("\\u202eabc")
-        ('a␛[31mb\\n', '⟦U+202E⟧abc')
-    """
-    return "".join(_picture(c) for c in text) if any(not c.isprintable() for c in text) else text
-
-
-# Marks that change the direction of the text around them.
-_DIRECTIONS = {0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2066, 0x206A)}
-
-
-def _picture(char: str) -> str:
-    code = ord(char)
-    if code < 32 and char not in "\t\n":
-        return chr(0x2400 + code)
-    if code in _DIRECTIONS:
-        return f"⟦U+{code:04X}⟧"
-    # A lone half of a surrogate pair cannot be written as UTF-8.
-    return "\ufffd" if 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 else char
 
 
 def data(value: Any) -> Html:

@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from ..control.names import suggest
 from ..runs.clock import duration
 from ..runs.record import Record, is_number
+from ..runs.text import one_line, visible
 from .figures import shade
-from .html import visible
 from .runs import planned_steps, read_audit
 
 HOST = "127.0.0.1"
@@ -221,7 +221,7 @@ def frame(now: Snapshot, width: int) -> Any:
     from rich.text import Text
 
     if not now.started:
-        return Panel(Text(f"waiting for {now.path} to begin"), title="isentropic", subtitle="q quits")
+        return Panel(Text(f"waiting for {one_line(now.path)} to begin"), title="isentropic", subtitle="q quits")
     width = max(width, _MIN_WIDTH)
     config = now.header.get("config") or {}
     name = f"{config.get('recipe', 'run')} on {now.header.get('task', 'a task')}, seed {now.header.get('seed')}"
@@ -237,7 +237,7 @@ def frame(now: Snapshot, width: int) -> Any:
             lines.append(line)
     lines += _warnings(now)
     lines += _texts(now)
-    return Panel(Group(*lines), title=Text(visible(name)), subtitle=Text(visible(f"{now.path}   q quits")))
+    return Panel(Group(*lines), title=Text(one_line(name)), subtitle=Text(f"{one_line(now.path)}   q quits"))
 
 
 def _progress(now: Snapshot, width: int) -> Any:
@@ -290,7 +290,7 @@ def _warnings(now: Snapshot) -> list[Any]:
     lines = []
     for finding in now.findings[:4]:
         severity = str(finding.get("severity", "note"))
-        line = Text().append(f"{severity}: ", style=_STYLES.get(severity, "yellow"))
+        line = Text().append(f"{one_line(severity)}: ", style=_STYLES.get(severity, "yellow"))
         line.append(visible(" ".join(str(finding.get(key) or "") for key in ("what", "where"))))
         remedy = finding.get("remedy")
         if remedy:
@@ -307,22 +307,18 @@ def _texts(now: Snapshot) -> list[Any]:
     lines = []
     for row in now.samples:
         reward = row.get("reward")
-        head = f"step {row.get('step')}  reward {reward:.3g}  " if is_number(reward) else f"step {row.get('step')}  "
-        line = Text().append(head, style="dim")
-        line.append(_one_line(row.get("prompt"))[-100:], style="bold")
+        head = f"step {row.get('step')}  " + (f"reward {reward:.3g}  " if is_number(reward) else "")
+        line = Text().append(one_line(head), style="dim")
+        line.append(one_line(row.get("prompt"))[-100:], style="bold")
         tokens, surprisal = row.get("tokens"), row.get("surprisal")
         if isinstance(tokens, list) and isinstance(surprisal, list) and len(tokens) == len(surprisal):
             for token, nats in list(zip(tokens, surprisal, strict=True))[:100]:
                 red = shade(nats) if is_number(nats) else 0.0
-                line.append(_one_line(token), style=f"on rgb({round(40 + 150 * red)},40,40)" if red > 0.2 else "")
+                line.append(one_line(token), style=f"on rgb({round(40 + 150 * red)},40,40)" if red > 0.2 else "")
         else:
-            line.append(_one_line(row.get("completion"))[:300])
+            line.append(one_line(row.get("completion"))[:300])
         lines.append(line)
     return [Text(""), *lines] if lines else []
-
-
-def _one_line(value: Any) -> str:
-    return visible(str(value if value is not None else "")).replace("\n", "↵").replace("\t", "⇥")
 
 
 @contextmanager

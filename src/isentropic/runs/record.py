@@ -99,7 +99,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 SCHEMA = 1
 CHECKPOINT_FILE = "isentropic.json"
@@ -134,9 +134,17 @@ def plain(value: Any) -> Any:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
+    _write_whole(path, json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(json.dumps(plain(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(text, encoding="utf-8", errors="replace")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -210,6 +218,19 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(line)
 
 
+def _end_of_rows(file: BinaryIO) -> int:
+    """Where the last line break of a file of rows is, at most a row before its end; its size in bytes up to there."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - 65536)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
     numbers = {"python": platform.python_version()}
@@ -271,7 +292,12 @@ class Record:
             raise ValueError(
                 f"{self.path} is not a run directory: it has no run.json; name the directory of `train --out`"
             )
-        header = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            header = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not the JSON of a run: {error}; name another run directory") from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path} is not the JSON of a run: it holds no object; name another run directory")
         if header.get("schema") != SCHEMA:
             raise ValueError(
                 f"{path} has schema {header.get('schema')}, this version reads {SCHEMA}; update isentropic"
@@ -279,10 +305,18 @@ class Record:
         return header
 
     def append(self, name: str, *rows: dict[str, Any]) -> None:
-        """Add rows to NAME.jsonl."""
+        """Add rows to NAME.jsonl, all or none; a last line that a kill cut short is dropped first."""
         text = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
-        with (self.path / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(text)
+        path = self.path / f"{name}.jsonl"
+        with path.open("a+b") as file:
+            whole = _end_of_rows(file)
+            try:
+                file.truncate(whole)
+                file.write(text.encode(errors="replace"))
+                file.flush()
+            except OSError:  # the disk is full: the rows before these stay whole
+                os.truncate(path, whole)
+                raise
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """All rows of NAME.jsonl."""
@@ -293,10 +327,8 @@ class Record:
         for name in ("metrics", "samples", "evaluations"):
             path = self.path / f"{name}.jsonl"
             if path.exists():
-                kept: Iterable[dict[str, Any]] = [row for row in read_rows(path) if row.get("step", 0) <= step]
-                draft = path.with_name(f".{path.name}.{os.getpid()}")
-                draft.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
-                draft.replace(path)
+                kept = [row for row in read_rows(path) if not is_number(row.get("step")) or row["step"] <= step]
+                _write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Step and path of complete checkpoints, oldest first: those with an isentropic.json, which is written last."""

@@ -88,8 +88,9 @@ class TrainerHooks(_Base):
     model: Any
     processing_class: Any
 
-    def rewards_calculated(self, rewards: torch.Tensor, completion_ids: Any) -> None:
-        """The rewards ``[all samples, functions]`` of a generated batch are there."""
+    def rewards_calculated(self, rewards: torch.Tensor, completion_ids: Any) -> torch.Tensor:
+        """Take the rewards ``[all samples, functions]`` of a generated batch, and return those that TRL shall use."""
+        return rewards
 
     def generate_batch(self, native: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
         """Generate and score a batch."""
@@ -113,9 +114,14 @@ class TrainerHooks(_Base):
         """A checkpoint was loaded."""
 
     def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self.rewards_calculated(rewards, completion_ids_list)
-        return rewards
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except (TypeError, ValueError) as error:  # reward functions are the user's
+            raise ValueError(
+                f"the rewards of a batch cannot be read: {error}; a reward function returns a number for each "
+                "completion, or None for one that it cannot score"
+            ) from error
+        return self.rewards_calculated(rewards, completion_ids_list)
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         return self.generate_batch(super()._generate_and_score_completions, inputs)
@@ -155,6 +161,13 @@ def scored_tokens(trainer: Any, model: Any, ids: torch.Tensor, attention_mask: t
 def generated_batch(trainer: Any, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch that is generated and scored as in training."""
     return trainer._generate_and_score_completions(rows)
+
+
+def scores_old_logps(trainer: Any) -> bool:
+    """Whether TRL computes the old log-probs of a generated batch, which it then does in its first scoring call."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations
+    corrected = trainer.use_vllm and trainer.vllm_importance_sampling_correction
+    return trainer.args.gradient_accumulation_steps % every != 0 or corrected
 
 
 def opens_batch(trainer: Any) -> bool:

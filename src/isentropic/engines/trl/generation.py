@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +12,9 @@ from torch.nn.functional import pad
 
 from ...losses.advantages import group_rate, informative_groups, overlong_penalty
 from ...recipes.apply import advantages
-from .compat import Trainer
+from .compat import Trainer, scores_old_logps
 
+logger = logging.getLogger("isentropic")
 MAX_ROUNDS = 10
 _NATIVE_BASELINES = ("mean", "mean_std")
 _LEFT_PADDED = ("prompt_ids", "prompt_mask")
@@ -27,6 +29,7 @@ class GeneratedBatches:
         rows: of the batch that is being generated: TRL gives a ``rollout_func`` their prompts alone.
         num_generated: completions so far.
         scoring: whether the batch under way is being generated, so that scores are of its sampling time.
+        num_unscored: completions of the latest batch without a finite reward, on all processes.
     """
 
     def __init__(self, trainer: Trainer):
@@ -34,12 +37,22 @@ class GeneratedBatches:
         self.rows: list[dict[str, Any]] | None = None
         self.num_generated = 0
         self.scoring = False
+        self.num_unscored = 0
         self._rewards: torch.Tensor | None = None
         self._entropies: torch.Tensor | None = None
+        self._keeps_entropies = False
 
-    def rewarded(self, per_function: torch.Tensor, completion_ids: Any) -> None:
-        """Keep the rewards of all processes' samples, as TRL adds them up, with the overlong penalty."""
+    def rewarded(self, per_function: torch.Tensor, completion_ids: Any) -> torch.Tensor:
+        """Keep the rewards of all processes' samples, as TRL adds them up, with the overlong penalty.
+
+        An infinite reward counts as none: it would make an advantage, and then every weight, NaN.
+
+        Returns:
+            The rewards for TRL, ``[samples, functions]``, NaN if one is not finite.
+        """
         trainer = self.trainer
+        infinite = per_function.isinf()
+        per_function = per_function.masked_fill(infinite, torch.nan)
         rewards = (per_function * trainer.reward_weights.to(per_function.device)).nansum(dim=1)
         rewards[torch.isnan(per_function).all(dim=1)] = torch.nan
         if trainer.recipe.overlong_buffer:
@@ -47,6 +60,18 @@ class GeneratedBatches:
             limit, buffer = int(trainer.args.max_completion_length), trainer.recipe.overlong_buffer
             rewards = rewards + overlong_penalty(trainer.accelerator.gather(lengths), limit, buffer)
         self._rewards = rewards
+        unscored = rewards.isnan()
+        before, self.num_unscored = self.num_unscored, int(unscored.sum())
+        if self.num_unscored and not before:
+            what = "an infinite reward" if bool(infinite.any()) else "no reward"
+            logger.warning(
+                "%s of %s completions are not scored, the first with %s: they get no advantage; reward/unscored counts "
+                "them",
+                self.num_unscored,
+                len(rewards),
+                what,
+            )
+        return per_function
 
     def generate(self, native: Generate, inputs: list[Any]) -> dict[str, Any]:
         """A batch that is trained on: generated again in part if the recipe asks for dynamic sampling.
@@ -62,7 +87,7 @@ class GeneratedBatches:
 
     def score(self, native: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's scoring of a new batch: its first call is the policy's, whose entropies TRL would not compute."""
-        if self._entropies is not None:
+        if not self._keeps_entropies or self._entropies is not None:
             return native(*args, **kwargs)
         scores = native(*args, **{**kwargs, "compute_entropy": True})
         self._entropies = scores[1]
@@ -71,6 +96,8 @@ class GeneratedBatches:
     def _roll_out(self, native: Generate, inputs: Any) -> dict[str, Any]:
         """TRL's generation with rewards, group rates, our baselines, and entropies beside the old log-probs."""
         self.rows, self.scoring, self._entropies = inputs, True, None
+        # Without old log-probs the first score is the reference model's, whose head may have no entropies.
+        self._keeps_entropies = scores_old_logps(self.trainer)
         try:
             output = native(inputs)
             if output.get("old_per_token_logps") is not None:

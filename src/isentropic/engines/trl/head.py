@@ -18,6 +18,8 @@ from .compat import log_prob_function, replaceable_head
 
 # The outputs that this head can return, of those that TRL may ask for.
 KNOWN_OUTPUTS = {"log_probs", "entropy", "log_sum_sq_probs"}
+# On CUDA the kernels are Triton's if it is installed, and else the same plain torch as on the CPU.
+DEVICES = ("cpu", "cuda")
 
 
 class _Head:
@@ -79,16 +81,21 @@ def _models(target: Any) -> list[Any]:
     return [_base(unwrap(model)) for model in (policy, reference) if model is not None]
 
 
-def _replaceable(model: Any, anywhere: bool) -> bool:
+def device_type(x: torch.Tensor) -> str:
+    """The kind of device that a tensor is on."""
+    return x.device.type
+
+
+def _replaceable(model: Any) -> bool:
     """Whether TRL has given this model its fused head, and the head is a plain linear layer held here whole."""
     find = getattr(model, "get_output_embeddings", None)
     head = find() if find is not None else None
     if type(head) is not torch.nn.Linear or hasattr(head.weight, "ds_id") or not replaceable_head(model):
         return False
-    return head.weight.device.type in (("cpu", "cuda") if anywhere else ("cpu",))
+    return device_type(head.weight) in DEVICES
 
 
-def install(target: Any, anywhere: bool = False) -> bool:
+def install(target: Any) -> bool:
     """Have TRL score tokens by :func:`isentropic.entropy.kernels.fused_logp`, in all models of a trainer or in none.
 
     Call it once the trainer is made. Log-probabilities and entropies then come from fp32 logits whatever the dtype of
@@ -97,14 +104,13 @@ def install(target: Any, anywhere: bool = False) -> bool:
 
     Args:
         target: a GRPOTrainer, or a causal language model that went through ``trl``'s ``add_fused_lm_head``.
-        anywhere: also on CUDA devices, where it has not been measured; without it, on CPUs, where it is faster.
 
     Returns:
         False, with nothing changed, if a head is not known here: not a plain ``nn.Linear`` (quantised, or carrying
         an adapter), partitioned by DeepSpeed ZeRO-3, on another device, or without TRL's own fused head.
     """
     models = _models(target)
-    if not all(_replaceable(model, anywhere) for model in models):
+    if not all(_replaceable(model) for model in models):
         return False
     for model in models:
         if "_isentropic_head" not in model.__dict__:

@@ -174,10 +174,12 @@ class RunLog:
         known = {"steps": steps, "recipe": name, "out": args.output_dir}
         record.start({**changed, **known}, trainer.recipe.as_dict(), args.seed)
 
-    def batch_generated(self) -> None:
-        """Take the figures that TRL logs of a generated batch."""
-        seen = metrics(self.trainer)
-        self.of_batch = {ours: seen[name][-1] for name, ours in FROM_TRL.items() if seen.get(name)}
+    def batch_generated(self, num_unscored: int = 0) -> None:
+        """Take the figures that TRL logs of a generated batch, and the number of completions without a reward."""
+        logged = metrics(self.trainer)
+        self.of_batch = {ours: logged[name][-1] for name, ours in FROM_TRL.items() if logged.get(name)}
+        if num_unscored:
+            self.of_batch["reward/unscored"] = num_unscored
         self.samples.clear()
 
     def step_done(self, step: int, row: dict[str, Any], loss: float, generated: int) -> None:

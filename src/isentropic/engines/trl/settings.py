@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -82,7 +83,7 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
     name = getattr(args, "recipe", None)
     if name is not None:
         recipe = compose(name, **changes, **options)
-        _check_general(args, recipe)
+        _check_effects(args, recipe)
         return recipe, settings(recipe)
     fixed = {"baseline", "objective", "reduction", "bounds", "on_policy"} & set(options)
     if fixed:
@@ -92,15 +93,63 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
     return compose(_as_recipe(args), **changes, **options), {}
 
 
-def _check_general(args: Any, recipe: Recipe) -> None:
+def _general(args: Any, recipe: Recipe) -> bool:
     """On the general path TRL's loss sees a ratio of 1: what TRL computes from the ratio beside it would be lost."""
-    if native_objective(recipe):
-        return
-    lost = {"delta": args.delta is not None, "use_bias_correction_kl": bool(args.beta and args.use_bias_correction_kl)}
-    for name in (name for name, on in lost.items() if on):
+    return not native_objective(recipe)
+
+
+def _hides_old_logps(args: Any, recipe: Recipe) -> bool:
+    """The old log-probs that TRL's loss reads are not those of sampling time."""
+    return _general(args, recipe) or (recipe.objective == "sequence_clipped" and not recipe.plain)
+
+
+def _replaces_advantages(args: Any, recipe: Recipe) -> bool:
+    return recipe.baseline not in ("mean", "mean_std") or recipe.overlong_buffer > 0
+
+
+def _always(args: Any, recipe: Recipe) -> bool:
+    return True
+
+
+_TAU = "set tau_positive and tau_negative in recipe_options"
+_VESPO = "leave the recipe out to train with TRL's vespo"
+# Fields of TRL that a recipe would leave without effect: when, why, and the remedy. A field at its default is no claim.
+WITHOUT_EFFECT: dict[str, tuple[Callable[[Any, Recipe], bool], str, str]] = {
+    "delta": (_general, "objective {objective} with bounds {bounds}, which TRL's loss does not have", "switch it off"),
+    "off_policy_mask_threshold": (
+        _hides_old_logps,
+        "objective {objective}, which TRL's loss gets by its gradient",
+        "switch it off",
+    ),
+    "multi_objective_aggregation": (
+        _replaces_advantages,
+        "baseline {baseline}, which makes advantages of the summed rewards",
+        "leave it out, or take the baseline mean or mean_std",
+    ),
+    "sapo_temperature_pos": (_always, "a recipe, which sets the loss", _TAU),
+    "sapo_temperature_neg": (_always, "a recipe, which sets the loss", _TAU),
+    **{
+        f"vespo_{name}": (_always, "a recipe, which sets the loss", _VESPO)
+        for name in ("k_pos", "k_neg", "lambda_pos", "lambda_neg")
+    },
+}
+
+
+def _check_effects(args: Any, recipe: Recipe) -> None:
+    """Refuse fields of TRL that were set and would have no effect.
+
+    Raises:
+        ValueError: the field, why it has no effect, and the remedy.
+    """
+    default = {f.name: f.default for f in fields(args)}
+    for name, (when, reason, remedy) in WITHOUT_EFFECT.items():
+        if getattr(args, name, default.get(name)) != default.get(name) and when(args, recipe):
+            why = reason.format(objective=recipe.objective, bounds=recipe.bounds, baseline=recipe.baseline)
+            raise ValueError(f"{name}={getattr(args, name)!r} has no effect on {why}; {remedy}")
+    if _general(args, recipe) and args.beta and args.use_bias_correction_kl:
         raise ValueError(
-            f"{name} has no effect on objective {recipe.objective} with bounds {recipe.bounds}, which TRL's loss does "
-            f"not have; switch {name} off"
+            f"use_bias_correction_kl has no effect on objective {recipe.objective} with bounds {recipe.bounds}, which "
+            "TRL's loss does not have; set use_bias_correction_kl=False beside TRL's KL coefficient, its field beta"
         )
 
 
@@ -183,3 +232,22 @@ def refuse_two_bonuses(args: Any, recipe: Recipe) -> None:
 
 def _recipe_name(recipe: str | Recipe) -> str:
     return recipe if isinstance(recipe, str) else recipe.formula
+
+
+def check_context(model: Any, prompt: int, completion: int) -> None:
+    """Refuse prompts that leave no room for a completion in the model's context.
+
+    Args:
+        model: whose config may name ``max_position_embeddings``.
+        prompt: tokens of the longest prompt.
+        completion: tokens of a completion at most.
+
+    Raises:
+        ValueError: the lengths, the context, the remedy.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt + completion > context:
+        raise ValueError(
+            f"a prompt of {prompt} tokens and max_completion_length={completion} exceed the model's context of "
+            f"{context} tokens (max_position_embeddings); shorten the prompts, or lower max_completion_length"
+        )

@@ -37,6 +37,7 @@ from .loss import add_terms, native_facts, native_ratio, rewrite_for_trl
 from .settings import (
     adopt,
     boundary,
+    check_context,
     clip_settings,
     is_native,
     refuse_two_bonuses,
@@ -156,21 +157,25 @@ class EntropyControlMixin(TrainerHooks):
         self._stop = StopRequest()
         self._failure: str | None = None
         if self.args.mask_truncated_completions:
+            self.loop.masked_by = (
+                "mask_truncated_completions masks what max_completion_length cuts: raise the length, or leave it out"
+            )
             logger.warning(
                 "mask_truncated_completions: TRL does not score truncated completions, so entropy omits them"
             )
 
     # Generation.
 
-    def rewards_calculated(self, rewards: torch.Tensor, completion_ids: Any) -> None:
-        self.batches.rewarded(rewards, completion_ids)
+    def rewards_calculated(self, rewards: torch.Tensor, completion_ids: Any) -> torch.Tensor:
+        return self.batches.rewarded(rewards, completion_ids)
 
     def generate_batch(self, native: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
         self.batches.rows = inputs
         if not self.model.training:
             return native(inputs)
         output = self.batches.generate(native, inputs)
-        self.run_log.batch_generated()
+        check_context(self.model, output["prompt_ids"].shape[1], int(self.args.max_completion_length))
+        self.run_log.batch_generated(self.batches.num_unscored)
         return output
 
     # The loss.
