@@ -6,7 +6,7 @@ VERL := .venv-verl/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-verl lint types docs clean
+.PHONY: help env train test test-heads test-verl lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -18,6 +18,10 @@ train: $(STAMP) ## train with entropy under control: make train ARGS="..."
 
 test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-heads: $(STAMP) ## the TRL engine's tests under TRL's head, heads that cannot be replaced, and rare explanations
+	for variant in trl fixed explain-2 explain-10; do echo "variant $$variant"; TRL_VARIANT=$$variant \
+	  $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile tests/engines/trl $(ARGS) || exit 1; done
 
 test-verl: $(VERL) ## run the tests of the verl engine, in .venv-verl
 	HF_HUB_OFFLINE=1 .venv-verl/bin/python -m pytest -n auto --maxprocesses 2 --dist loadfile tests/engines/verl $(ARGS)

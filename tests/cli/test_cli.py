@@ -42,7 +42,10 @@ BAD_FLAGS = {
     "head": (["--head", "liger"], ["liger", "auto, trl"]),
     "audit": (["--audit", "maybe"], ["maybe", "on, off"]),
     "no such file": (["missing.toml"], ["missing.toml: no such file"]),
-    "resume nothing": (["--resume", "--out", "nowhere"], ["nowhere is not a run directory"]),
+    "resume a file": (["--resume", "--out", __file__], ["is a file", "new or empty"]),
+    "resume in a directory of other things": (["--resume", "--out", "/"], ["/ holds no run", "new or empty"]),
+    "out in a directory of other things": (["--out", "/"], ["/ holds no run", "new or empty"]),
+    "cuda without cuda": (["--device", "cuda"], ["got cuda", "use --device cpu or auto"]),
 }
 BAD_FILES = {
     "unknown key": ("stepps = 3", ["unknown key 'stepps'", "did you mean steps?"]),
@@ -100,7 +103,7 @@ def test_a_run_directory_is_never_overwritten(capsys, tmp_path):
     assert "already holds a run" in refused(capsys, ["train", "--out", str(tmp_path)])
 
 
-def test_resume_and_a_file_exclude_one_another(capsys, tmp_path):
+def test_resume_with_a_file_needs_the_directory(capsys, tmp_path):
     (tmp_path / "a.toml").write_text("")
     assert "leave the file out" in refused(capsys, ["train", str(tmp_path / "a.toml"), "--resume"])
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from isentropic.control.controllers import (
     CONTROLLERS,
-    Forecast,
     Range,
     double_halve,
     gated_step,
@@ -21,6 +20,7 @@ from isentropic.control.controllers import (
     sign_step,
     switch,
 )
+from isentropic.control.predictive import Forecast
 
 WIDE = Range(start=0.1, low=-1.0, high=1.0, least=0.01)
 BELOW, ABOVE, TARGET = 0.5, 2.0, 1.0
@@ -72,6 +72,16 @@ def test_gated_step_is_off_above_the_target():
     assert run(gated_step(Range(0.01, 0.0, 0.1), 0.01), BELOW, ABOVE, BELOW) == pytest.approx([0.02, 0.0, 0.02])
 
 
+def test_gated_step_is_on_below_and_off_at_the_target_whatever_the_sign():
+    # Below, the knob is its coefficient; at and above, it is at rest, while the coefficient goes on by itself.
+    for sign, rest in ((1, 0.0), (-1, 0.1)):
+        gated = gated_step(Range(0.05, 0.0, 0.1, 1e-3, sign), 0.01)
+        state = gated.update(gated.init(), BELOW, TARGET)
+        assert state == pytest.approx((0.05 + 0.01 * sign, 0.05 + 0.01 * sign))
+        assert gated.update(state, TARGET, TARGET) == pytest.approx((rest, 0.05 + 0.01 * sign))
+        assert gated.update(state, ABOVE, TARGET) == pytest.approx((rest, 0.05))
+
+
 def test_gated_step_rests_where_the_knob_does_nothing():
     # STARE: W from 1.1 by 0.01 while entropy is below its target, else out of force at 1.
     stare = gated_step(Range(1.1, 1.0, 1.5, 1.0, rest=1.0), 0.01)
@@ -110,6 +120,20 @@ def test_schedules_by_hand():
 def test_pi_by_hand():
     # span 2; e = 0.5: value = 0.1 + 2 (0.2·0.5 + 0.1·0.5) = 0.4; again: 0.1 + 2 (0.1 + 0.1·1.0) = 0.5.
     assert run(pi(WIDE, 0.2, 0.1), BELOW, BELOW) == pytest.approx([0.4, 0.5])
+
+
+def test_pi_goes_softer_the_more_readings_it_waited_for():
+    # gain 0.5 and 101 readings: f = 1 + 0.06·0.5·100 = 4, the sum gets 101·0.1/(4·7/4) = 1.442857.
+    controller = pi(Range(0.0, -1.0, 1.0), 0.5, 0.01)
+    state = controller.update(controller.init(), 0.9, TARGET, 101)
+    assert state == pytest.approx((2 * (0.125 * 0.1 + 0.01 * 10.1 / 7), 10.1 / 7))
+    # One reading, or none counted: the gains as they are.
+    assert controller.update(state, 0.9, TARGET, 1) == controller.update(state, 0.9, TARGET)
+    assert controller.counts
+    assert not controller.forecasts
+    # A delay of 100 steps softens one reading as much.
+    late = pi(Range(0.0, -1.0, 1.0), 0.5, 0.01, delay=100)
+    assert late.update(late.init(), 0.9, TARGET) == pytest.approx((2 * (0.125 * 0.1 + 0.01 * 0.1 / 7), 0.1 / 7))
 
 
 def test_pi_does_not_wind_up():
@@ -171,6 +195,76 @@ def test_predictive_solves_for_the_knob_without_noise():
     assert state.value == pytest.approx((0.001 / 8 + 0.001) / 0.0005)
 
 
+def test_predictive_counts_the_steps_of_an_update_in_what_it_wants():
+    # Four steps at a time: Ĥ = 1 − 0.004; the change wanted over the next four is 0.004·4/8 against the target and
+    # 4·0.001 against the fall, and they turn the knob for 4·0.0005 each.
+    controller = predictive(Range(0.0, -10.0, 10.0))
+    state = controller.update(controller.init(), 1.0, TARGET, Forecast(-0.004, 0.002, 4, 4))
+    assert (state.entropy, state.base, state.gain) == pytest.approx((0.996, -0.001, 0.0005))
+    assert state.value == pytest.approx((0.004 * 4 / 8 + 4 * 0.001) / (4 * 0.0005))
+    # More than the horizon: all of the error is to be gone.
+    state = controller.update(controller.init(), 1.0, TARGET, Forecast(-0.016, 0.008, 16, 16))
+    assert state.value == pytest.approx((0.016 + 16 * 0.001) / (16 * 0.0005))
+
+
+def test_predictive_counts_the_steps_in_the_drift_that_it_found():
+    controller = predictive(Range(0.0, -10.0, 10.0))
+    state = controller.init()
+    for entropy in (1.0, 0.99, 0.98):  # and nothing but the knob is predicted to move it
+        state = controller.update(state, entropy, TARGET, Forecast(0.002 * state.value, 0.002, 4, 4))
+    assert state.base == pytest.approx(0.0)
+    assert state.drift < -1e-4
+    assert state.value < 10.0
+    wanted = (TARGET - state.entropy) * 4 / 8 - 4 * state.drift
+    assert state.value == pytest.approx(wanted / (4 * state.slope * 0.0005))
+
+
+def test_predictive_advances_its_covariance_by_hand():
+    # After the first reading the knob is at 0.5: a step is predicted to do x = −0.001 + 0.004·0.5 = 0.001, four 0.004.
+    knob = Range(0.5, -1.0, 1.0)
+    controller = predictive(knob)
+    state = controller.update(controller.init(), 1.0, TARGET, Forecast(0.004, 0.016, 4, 4))
+    unit, n, x = 0.01 / (0.004 * 2), 4, 0.004
+    slope_var, drift_var, noise = unit**2, 2e-3**2, 0.05**2
+    # P ← F P Fᵀ + Q with F = [[1, x, n], [0, 1, 0], [0, 0, 1]] and P diagonal.
+    assert state.entropy_slope_cov == pytest.approx(x * slope_var)
+    assert state.entropy_drift_cov == pytest.approx(n * drift_var)
+    assert state.entropy_var == pytest.approx(noise + x**2 * slope_var + n**2 * drift_var + n * 1e-2**2)
+    assert state.slope_var == pytest.approx(slope_var + n * (0.02 * unit) ** 2)
+    assert state.drift_var == pytest.approx(drift_var + n * 2e-4**2)
+    assert state.slope_drift_cov == 0.0
+
+
+def test_predictive_covariance_is_that_of_the_matrices():
+    import numpy as np
+
+    def matrix(s):
+        return np.array(
+            [
+                [s.entropy_var, s.entropy_slope_cov, s.entropy_drift_cov],
+                [s.entropy_slope_cov, s.slope_var, s.slope_drift_cov],
+                [s.entropy_drift_cov, s.slope_drift_cov, s.drift_var],
+            ]
+        )
+
+    rng, controller = random.Random(0), predictive(Range(0.2, -1.0, 1.0))
+    state = controller.update(controller.init(), 1.0, TARGET, Forecast(-0.002, 0.01, 2, 2))
+    for n in (1, 3, 1, 8, 2):
+        before, covariance = state, matrix(state)
+        seen = state.entropy + 0.02 * rng.gauss(0, 1)
+        state = controller.update(state, seen, TARGET, Forecast(-0.001 * n, 0.005 * n, n, n))
+        row = covariance[0]
+        covariance = covariance - np.outer(row, row) / (covariance[0, 0] + before.noise)
+        estimate = np.array([before.entropy, before.slope, before.drift])
+        estimate = estimate + row / (row[0] + before.noise) * (seen - before.entropy)
+        x = n * (state.base + state.gain * before.value)
+        move = np.array([[1.0, x, n], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        wander = 0.02 * max(abs(estimate[1]), 0.1 * state.unit)
+        spread = np.diag([n * 1e-2**2, n * wander**2, n * 2e-4**2])
+        assert matrix(state) == pytest.approx(move @ covariance @ move.T + spread, rel=1e-9)
+        assert (state.entropy, state.slope, state.drift) == pytest.approx(tuple(move @ estimate))
+
+
 def test_predictive_restarts_after_a_jump():
     controller = predictive(Range(0.0, -1.0, 1.0))
     _, state = plant(controller, 200)
@@ -179,12 +273,41 @@ def test_predictive_restarts_after_a_jump():
     assert jumped.slope == pytest.approx(state.slope)
 
 
-def test_predictive_refuses_readings_without_a_prediction_but_bridges_a_gap():
+def test_predictive_holds_its_estimate_where_a_forecast_is_missing():
     controller = predictive(Range(0.0, -1.0, 1.0))
-    with pytest.raises(ValueError, match="carry a predicted change"):
-        controller.update(controller.init(), 1.0, TARGET, Forecast(0.0, 0.0, 0, 1))
     state = controller.update(controller.init(), 1.0, TARGET, Forecast(-1e-3, 5e-3, 1, 1))
-    assert controller.update(state, 1.0, TARGET, Forecast(0.0, 0.0, 0, 1)).gain == state.gain
+    after = controller.update(state, 1.0, TARGET, Forecast(0.0, 0.0, 0, 1))
+    assert (after.base, after.gain, after.unit) == (state.base, state.gain, state.unit)
+
+
+def test_predictive_without_any_forecast_goes_by_sign_and_first_guess():
+    # g = sign · 0.01 · H* / 2 and p₀ = 0: the error of 0.01 is to be gone in 8 steps.
+    none = Forecast(0.0, 0.0, 0, 1)
+    for sign in (1, -1):
+        controller = predictive(Range(0.0, -1.0, 1.0, sign=sign))
+        state = controller.update(controller.init(), 0.99, TARGET, none)
+        assert state.value == pytest.approx(sign * 0.01 / 8 / 0.005)
+        assert (state.updates, state.slope) == (0, 1.0)
+        # The whole range does four times as much as was guessed, which the filter finds from readings alone.
+        state, entropy = controller.init(), 0.8
+        for step in range(200):
+            state = controller.update(state, entropy, TARGET, none)
+            entropy += 0.02 * sign * state.value + (0.005 if step % 50 < 25 else -0.005)
+        assert state.slope > 1.4
+
+
+def test_the_first_forecast_restarts_the_filter_on_its_own_scale():
+    controller = predictive(Range(0.0, -1.0, 1.0))
+    state = controller.init()
+    for _ in range(9):
+        state = controller.update(state, 0.9, TARGET, Forecast(0.0, 0.0, 0, 1))
+    assert state.updates == 0
+    told = Forecast(-1e-3, 5e-5, 1, 1)
+    first = controller.update(state, 0.9, TARGET, told)
+    fresh = controller.update(controller.init()._replace(value=state.value), 0.9, TARGET, told)
+    assert first == pytest.approx(fresh)
+    # The mean is over forecasts, not over updates: the tenth reading is the first of them.
+    assert first.gain == pytest.approx(5e-5)
 
 
 @pytest.mark.parametrize("name", CONTROLLERS)
@@ -217,17 +340,54 @@ def test_states_are_plain_numbers_and_values_stay_inside(name, entropies):
         ("p", "controller must be one of"),
         ("pi:gian=1", "got 'gian'"),
         ("pi:gain=x", "must be a number"),
+        ("pi:gain", "must be a number"),
+        ("pi:gain=nan", "gain must be a finite number, got 'nan'"),
+        ("pi:integral_gain=inf", "integral_gain must be a finite number, got 'inf'"),
+        ("pi:gain=-1", "gains must be >= 0, finite and not both 0, got -1.0"),
+        ("pi:gain=0:integral_gain=0", "not both 0"),
+        ("pi:gain=1:gain=2", "given twice"),
         ("sign_step:step=-1", "step must be > 0"),
+        ("sign_step:step=1e999", "must be a finite number"),
+        ("gated_step:step=-inf", "must be a finite number"),
         ("multiplicative:rate=0", "rate must be > 0"),
+        ("switch:width=-1", "width must be >= 0"),
+        ("schedule:steps=-5", "steps must be >= 1"),
     ],
 )
 def test_bad_controllers_are_named(text, says):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=says) as refused:
         parse_controller(text, WIDE)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_numbers_from_python_are_checked_too(bad):
+    makers = (
+        pi,
+        lambda k, x: pi(k, 1.0, x),
+        lambda k, x: pi(k, delay=x),
+        multiplicative,
+        sign_step,
+        switch,
+        lambda k, x: schedule(k, "up_down", x),
+    )
+    for make in makers:
+        with pytest.raises(ValueError, match=r"finite|>= 1"):
+            make(WIDE, bad)
 
 
 @pytest.mark.parametrize(
-    "knob", [Range(0, 1, 0), Range(2, 0, 1), Range(0.5, 0, 1, least=0), Range(0.5, 0, 1, sign=2)], ids=str
+    "knob",
+    [
+        Range(0, 1, 0),
+        Range(2, 0, 1),
+        Range(0.5, 0, 1, least=0),
+        Range(0.5, 0, 1, sign=2),
+        Range(math.nan, 0, 1),
+        Range(0, 0, math.inf),
+        Range(0, -math.inf, 1),
+    ],
+    ids=str,
 )
 def test_bad_ranges_are_refused(knob):
     with pytest.raises(ValueError, match="knob"):

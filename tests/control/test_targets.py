@@ -2,7 +2,7 @@
 
 import pytest
 
-from isentropic.control.targets import parse_target
+from isentropic.control.targets import feasible, parse_level, parse_target
 
 
 def levels(text, *entropies, first=1, steps=None):
@@ -88,11 +88,43 @@ def test_state_is_plain_numbers():
         "band:x:1",
         "inf",
         "1e400",
+        "²",
+        "anneal:1:2:²",
+        "anneal:1:2:" + "9" * 5000,
     ],
 )
 def test_bad_targets_are_refused(text):
     with pytest.raises(ValueError, match=r"got|>="):
         parse_target(text)
+
+
+@pytest.mark.parametrize("form", ["{}", "anneal:1:{}:10", "anneal:{}:1:10", "band:0.1:{}"])
+@pytest.mark.parametrize(
+    ("level", "says"),
+    [
+        ("80", "at most 20 nats a token in any vocabulary, got 80; did you mean 80%?"),
+        ("200", "got 200; did you mean 200%?"),
+        ("1000", "got 1000; 0.2 to 2 nats are usual"),
+        ("300%", "at most 200% of the initial entropy, got '300%'"),
+        ("3.5", "below log of the vocabulary, 3.466 nats for 32 tokens, got 3.5; lower it"),
+    ],
+)
+def test_a_level_that_cannot_be_had_is_refused_wherever_it_stands(form, level, says):
+    with pytest.raises(ValueError, match="entropy") as refused:
+        parse_target(form.format(level), vocabulary=32)
+    assert says in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_levels_that_can_be_had():
+    assert parse_level("19.9").amount == 19.9
+    assert parse_level("200%").amount == 2.0
+    assert parse_level("3.4", vocabulary=32).amount == 3.4
+    assert feasible(1.6, 5) == 1.6  # log 5 = 1.609
+    with pytest.raises(ValueError, match=r"1.609 nats for 5 tokens, got 1.61"):
+        feasible(1.61, 5)
+    with pytest.raises(ValueError, match="finite"):
+        feasible(float("nan"))
 
 
 def test_first_must_be_positive():

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from isentropic.control.controllers import Range, sign_step
+from isentropic.control.controllers import CONTROLLERS, Controller, Range, fixed, pi, predictive, sign_step
+from isentropic.control.predictive import Forecast
 from isentropic.control.targets import parse_target
 from isentropic.control.thermostat import thermostat, to_json
 from isentropic.types import EntropyReading
@@ -35,6 +36,85 @@ def test_every_counts_readings_and_ignores_the_caller():
         state = t.update(state, reading(0.5), act=False)
         values.append(round(state.value, 6))
     assert values == [0.0, 0.0, 0.1, 0.1, 0.1, 0.2]
+
+
+def recorder(forecasts=True, counts=True):
+    """A controller that moves nothing and writes down what it is told."""
+    told = []
+
+    def update(state, *what):
+        told.append(what)
+        return state
+
+    return Controller(fixed(KNOB).init, update, forecasts, counts), told
+
+
+def test_each_update_is_told_what_came_since_the_one_before_and_no_more():
+    controller, told = recorder()
+    t = thermostat(controller, parse_target("1.0"), every=2)
+    state = t.init()
+    readings = [(0.5, -0.1, 0.01, 1), (0.7, -0.3, 0.03, 1), (0.9, -0.5, 0.05, 1), (0.9, 9.0, 9.0, 0)]
+    for mean, predicted, gain, steps in readings:
+        state = t.update(state, reading(mean)._replace(predicted=predicted, gain=gain, steps=steps))
+    (first, second) = told
+    assert first[:2] == pytest.approx((0.6, 1.0))
+    assert first[2] == pytest.approx(Forecast(-0.4, 0.04, 2, 2))
+    assert first[3] == 2
+    # The mean of the last two alone, and their predictions alone: 8.5 and 9.05 are theirs, 1 step of the two had one.
+    assert second[:2] == pytest.approx((0.9, 1.0))
+    assert second[2] == pytest.approx(Forecast(8.5, 9.05, 1, 2))
+    assert second[3] == 2
+    assert (state.sum, state.count, state.waited, state.predicted, state.gain, state.steps) == (0, 0, 0, 0, 0, 0)
+    assert state.readings == 4
+
+
+def test_what_was_read_while_the_start_was_measured_is_not_kept():
+    controller, told = recorder()
+    t = thermostat(controller, parse_target("initial"))
+    state = t.update(t.init(), reading(1.0)._replace(predicted=-0.1, gain=0.1, steps=1))
+    assert not told
+    t.update(state, reading(0.8)._replace(predicted=-0.2, gain=0.2, steps=1))
+    assert told == [(pytest.approx(0.8), 1.0, Forecast(-0.2, 0.2, 1, 1), 1)]
+
+
+def test_a_controller_is_told_only_what_it_takes():
+    for forecasts in (False, True):
+        for counts in (False, True):
+            controller, told = recorder(forecasts, counts)
+            t = thermostat(controller, parse_target("1.0"))
+            t.update(t.init(), reading(0.5))
+            assert len(told[0]) == 2 + forecasts + counts
+
+
+def test_pi_hears_how_many_readings_it_waited_for():
+    t = thermostat(pi(KNOB), parse_target("1.0"), every=3)
+    state = t.init()
+    for _ in range(3):
+        state = t.update(state, reading(0.99))
+    alone = pi(KNOB)
+    assert state.controller == pytest.approx(alone.update(alone.init(), 0.99, 1.0, 3))
+    assert state.value < alone.update(alone.init(), 0.99, 1.0).value
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_prediction_that_is_not_finite_is_left_out(bad):
+    t = thermostat(predictive(KNOB), parse_target("1.0"))
+    good = reading(0.9)._replace(predicted=-1e-3, gain=5e-3, steps=1)
+    before = t.update(t.init(), good)
+    without = t.update(before, reading(0.9))
+    assert t.update(before, good._replace(predicted=bad)) == without
+    assert t.update(before, good._replace(gain=bad)) == without
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_whether_the_knob_follows_readings(name):
+    t = thermostat(CONTROLLERS[name](Range(0.1, 0.0, 1.0)), parse_target("initial"))
+    state = t.init()
+    assert not t.steers(state)
+    state = t.update(t.update(state, reading(1.0)), reading(0.9))
+    assert t.steers(state) == (name not in ("fixed", "schedule"))
+    band = thermostat(CONTROLLERS[name](Range(0.1, 0.0, 1.0)), parse_target("band:0.5:1.5"))
+    assert not band.steers(band.update(band.init(), reading(1.0)))
 
 
 @pytest.mark.parametrize(

@@ -201,3 +201,58 @@ def test_a_target_over_the_whole_run_learns_its_length():
         loop.regulate(GOOD, act=True)
         targets.append(loop.thermostat.level(loop.state))
     assert targets == [2.0, 1.75, 1.5, 1.25, 1.0]
+
+
+def readings(loop, *values):
+    for value in values:
+        loop.regulate(EntropyReading(10 * value, 10.0), act=True)
+
+
+def test_a_knob_at_its_bound_for_fifty_steps_is_a_warning(caplog):
+    loop = ControlLoop(compose(HELD, controller="sign_step:step=1.0"))
+    readings(loop, *[0.5] * 50)
+    assert not caplog.records
+    readings(loop, *[0.5] * 2)
+    assert ["knob zeta has been at its upper bound 1 for 50" in r.getMessage() for r in caplog.records] == [True]
+
+
+def test_the_count_of_steps_at_a_bound_is_saved(caplog):
+    loop, second = (ControlLoop(compose(HELD, controller="sign_step:step=1.0")) for _ in range(2))
+    readings(loop, *[0.5] * 30)
+    second.restore(json.loads(json.dumps(loop.as_dict())))
+    assert second.watched == loop.watched
+    readings(second, *[0.5] * 22)
+    assert "for 50 optimizer steps" in caplog.text
+
+
+def test_a_target_above_log_of_the_vocabulary(caplog):
+    with pytest.raises(ValueError, match=r"below log of the vocabulary, 2.079 nats for 8 tokens, got 2.5"):
+        ControlLoop(compose(HELD, target="2.5"), vocabulary=8)
+    loop = ControlLoop(compose(HELD, target="150%", initial_readings=2), vocabulary=8)
+    readings(loop, 1.5, 1.5)
+    assert "target 150% of the measured start cannot be had" in caplog.text
+    assert "got 2.25" in caplog.text
+
+
+def test_a_controller_outside_the_range_is_clipped_and_one_without_a_number_is_refused():
+    loop = ControlLoop(HELD)
+    loop.state = loop.state._replace(controller=loop.state.controller._replace(value=9.0))
+    assert (loop.value, loop.recipe_now.number("zeta")) == (1.0, 1.0)
+    loop.state = loop.state._replace(controller=loop.state.controller._replace(value=float("nan")))
+    with pytest.raises(ValueError, match="controller of zeta asks for nan"):
+        loop.value  # noqa: B018
+
+
+def test_what_a_checkpoint_may_hold(caplog):
+    loop = ControlLoop(HELD)
+    readings(loop, 0.5)
+    saved = json.loads(json.dumps(loop.as_dict()))
+    narrow = ControlLoop(compose(HELD, knob_low=-0.05, knob_high=0.05))
+    narrow.restore({**saved, "refused": 10})
+    assert (narrow.value, narrow.refused) == (0.05, 0)
+    with pytest.raises(
+        ValueError, match=r"no state that controller sign_step:step=0.1 can continue from .*start a new"
+    ):
+        ControlLoop(HELD).restore({**saved, "state": {**saved["state"], "controller": {"integral": 1.0}}})
+    ControlLoop(HELD).restore({**saved, "state": None})
+    assert "saved without control: the controller starts afresh" in caplog.text

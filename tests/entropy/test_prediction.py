@@ -269,6 +269,17 @@ def test_what_the_clip_removed_by_hand():
         clip_gain(weights, stats, adv, facts, torch.ones_like(ratio), bound=1.28, width=0.0)
 
 
+def test_a_clip_bound_moves_only_the_tokens_of_its_side():
+    # Weights r·A/10, π = 1/e, L = 1. At 1.28 only A > 0 is clipped, at 0.8 only A < 0; A = 0 moves nothing.
+    stats = TokenStats(double(*[-1.0] * 5), double(*[2.0] * 5))
+    ratio, adv = double(1.25, 1.25, 0.8, 0.8, 1.25), double(1.0, -2.0, 3.0, -4.0, 0.0)
+    no = torch.zeros_like(ratio).bool()
+    weights, facts = Weights(ratio * adv / 10, torch.zeros_like(ratio)), TokenFacts(ratio, no, no)
+    high, low = (clip_gain(weights, stats, adv, facts, torch.ones_like(ratio), x, width=0.2) for x in (1.28, 0.8))
+    assert high.item() == pytest.approx(-0.125 / math.e / 0.2)
+    assert low.item() == pytest.approx(0.32 / math.e / 0.2)
+
+
 def test_splits_add_over_micro_batches_and_ignore_what_is_masked():
     logits, ids, adv, mask, old = policy()
     total, facts, logp, entropy, stats = objective("dapo", logits, ids, adv, mask, old)

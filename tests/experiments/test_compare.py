@@ -7,7 +7,6 @@ import pytest
 
 from isentropic.experiments.compare import compare, fingerprint, line_of, name_cells, render, write
 from isentropic.runs.record import Record, write_json
-from isentropic.runs.statistics import interquartile_mean, probability_of_improvement, stratified_interval
 
 
 def line(cell, seed, task="expr", settings=None, **figures):
@@ -73,22 +72,6 @@ def test_fingerprint_ignores_the_place_and_hears_the_rest():
     assert fingerprint({"steps": 1}, {}) != fingerprint({"steps": 2}, {})
     assert fingerprint({}, {"clip_high": 0.2}) != fingerprint({}, {"clip_high": 0.3})
     assert fingerprint({}, {"source": "one paper"}) == fingerprint({}, {"source": "another"})
-
-
-def test_interquartile_mean_drops_a_quarter_at_each_end():
-    assert interquartile_mean([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
-    assert interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)
-    with pytest.raises(ValueError, match="at least one"):
-        interquartile_mean([])
-
-
-def test_probability_of_improvement_is_a_half_of_itself_and_symmetric():
-    x, y = [[0.1, 0.5, 0.9]], [[0.2, 0.4, 0.5, 0.6]]
-    assert probability_of_improvement(x, x) == pytest.approx(0.5)
-    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="1 and 2 tasks"):
-        probability_of_improvement(x, [[1.0], [2.0]])
-    assert stratified_interval(probability_of_improvement, x, [[0.0, 1.0]]) is None
 
 
 def run_directory(path, entropies=(1.0, 0.5), spent=(1.0, 2.0), **summary):

@@ -1,6 +1,7 @@
 """What the TRL tests share: a random tiny model, a task, and a trainer in one call. Also a script for torchrun."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -22,6 +23,26 @@ BASE = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
+# `make test-heads` runs the suite under each of these: TRL's head, one that cannot be replaced, rare explanations.
+VARIANTS = {
+    "trl": {"head": "trl"},
+    "fixed": {},
+    "explain-2": {"explain_every": 2},
+    "explain-10": {"explain_every": 10},
+}
+VARIANT = os.environ.get("TRL_VARIANT", "")
+OTHER_HEAD = VARIANT in ("trl", "fixed")
+
+
+def _of_variant(config, settings):
+    """The settings of the variant under test, for a config of ours that does not set them itself."""
+    from isentropic.engines.trl import EntropyControlConfig
+    from isentropic.engines.trl import head as module
+
+    if VARIANT == "fixed":
+        module.replaceable_head = lambda model: False
+    ours = issubclass(config, EntropyControlConfig)
+    return {**VARIANTS.get(VARIANT, {}), **settings} if ours else settings
 
 
 def parts(seed=0):
@@ -69,7 +90,7 @@ def make(trainer, config, out, steps=8, model=None, reward=share_of_digits, peft
     from transformers import PrinterCallback
 
     fresh, tokenizer = parts()
-    args = config(output_dir=str(out), max_steps=steps, **{**BASE, **settings})
+    args = config(output_dir=str(out), max_steps=steps, **{**BASE, **_of_variant(config, settings)})
     rows = Dataset.from_list([{"prompt": f"{i % 90 + 10}>"} for i in range(64)])
     made = trainer(
         model or fresh, reward, args=args, train_dataset=rows, processing_class=tokenizer, peft_config=peft_config

@@ -85,6 +85,25 @@ def test_balanced_against_a_walk_along_the_path():
         assert [x.item() for x in got] == pytest.approx([lower, upper], abs=1e-5)
 
 
+def test_balanced_allows_for_rounding_and_no_more():
+    # 0.3 of 0.3 + 2.7 is the share 0.1 exactly, but 0.1·3.0 = 0.30000000000000004 > 0.3.
+    assert 0.1 * (0.3 + 2.7) > 0.3
+    start = pytest.approx((0.6, 1.2))
+    at_share = balanced(0.4, 0.2, facts([1.0, 1.0], [0.3, -2.7]), **{**STEPS, "positive_share": 0.1})
+    assert tuple(x.item() for x in at_share) == start
+    # A hundred-thousandth below the share is below it: nothing on the path helps, and it goes to its end.
+    below = balanced(0.4, 0.2, facts([1.0, 1.0], [0.3 * (1 - 1e-5), -2.7]), **{**STEPS, "positive_share": 0.1})
+    assert tuple(x.item() for x in below) == pytest.approx(PATH[-1])
+    above = balanced(0.4, 0.2, facts([1.0, 1.0], [0.3 * (1 + 1e-5), -2.7]), **{**STEPS, "positive_share": 0.1})
+    assert tuple(x.item() for x in above) == start
+
+
+@pytest.mark.parametrize("step", [0.395, 0.4, 0.27, 5.0])
+def test_balanced_ends_at_the_end_of_its_path_whatever_the_step(step):
+    got = balanced(0.4, 0.2, facts([3.0, 1.0], [1.0, -9.0]), **{**STEPS, "upper_step": step, "lower_step": step / 4})
+    assert [x.item() for x in got] == pytest.approx([0.8, 2.0])
+
+
 def test_a_rule_bounds_the_clip():
     # π_old = ½, ratio 1.3: with ε_high 0.28 clipped by 1.28 − 0.2·½ = 1.18.
     logp_old = torch.tensor([[0.5]]).log()

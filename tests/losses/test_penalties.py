@@ -6,6 +6,9 @@ import pytest
 import torch
 from defaults import default, table
 
+from isentropic import TokenBatch, compose
+from isentropic.recipes import loss
+
 aent = default("penalty", "aent")
 kl_cov = default("penalty", "kl_cov")
 lp_reg = default("penalty", "lp_reg")
@@ -30,6 +33,44 @@ def test_kl_cov_by_hand():
     # What is masked may hold anything.
     masked = kl_cov(logp, torch.full_like(old, math.nan), adv, torch.zeros(1, 4), kl_share=0.5)
     close(masked.detach(), torch.zeros(1, 4))
+
+
+def test_kl_cov_holds_the_policy_and_never_the_one_that_sampled():
+    # An engine may hand over log-probs that still have a graph, or the current ones themselves.
+    adv, mask = torch.tensor([[1.0, 0.0]]), torch.ones(1, 2)
+    logp = torch.tensor([[-0.5, -2.0]], requires_grad=True)
+    old = torch.tensor([[-1.0, -2.5]], requires_grad=True)
+    slopes = torch.autograd.grad(kl_cov(logp, old, adv, mask).sum(), [logp, old], allow_unused=True)
+    close(slopes[0], [[1.0, 0.0]])
+    assert slopes[1] is None
+    # |logp − (2·logp + 1)| at −0.5 has the slope −1 if the past is fixed, and +1 if it is not.
+    (slope,) = torch.autograd.grad(kl_cov(logp, 2 * logp + 1, adv, mask).sum(), logp)
+    close(slope, [[-1.0, 0.0]])
+
+
+def test_a_penalty_sees_the_advantages_before_shaping_and_selection():
+    # Covariances of A = (1, −1, 1, −1) with log π − (−2) = (1.5, 1, −0.5, −2): 1.5, −1, −0.5, 2; the fourth is largest.
+    adv = torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    logp = torch.tensor([[-0.5, -1.0, -2.5, -4.0]], requires_grad=True)
+    old = torch.tensor([[-1.0, -1.5, -2.75, -3.0]])
+    batch = TokenBatch(logp, old, adv, torch.ones(1, 4), torch.full((1, 4), 1.0))
+    seen = []
+
+    def flipped(adv):
+        seen.append(adv)
+        return -adv
+
+    def first_only(adv):
+        return torch.tensor([[1.0, 0.0, 0.0, 0.0]])
+
+    penalised = {"penalty": "kl_cov", "penalty_coef": 0.5, "kl_share": 0.25}
+    for changes in ({}, {"shaping": flipped}, {"selection": first_only}, {"shaping": "repo_r", "zeta": 5.0}):
+        plain, held = (loss(compose("dapo", **changes, **more), batch)[0].sum for more in ({}, penalised))
+        close((held - plain).detach(), 0.5 * abs(-4.0 + 3.0))  # the fourth token's |log r|
+        (slope,) = torch.autograd.grad(held - plain, logp)
+        close(slope, [[0.0, 0.0, 0.0, -0.5]])
+    assert seen
+    close(kl_cov(logp, old, -adv, torch.ones(1, 4), kl_share=0.25).detach(), [[0.0, 0.5, 0.0, 0.0]])  # if it did not
 
 
 def rows_of(*rows):

@@ -76,6 +76,15 @@ def test_erc_by_hand():
     assert erc(now, None, torch.ones(1, 6)).all()
 
 
+def test_erc_is_relative_to_the_entropy_before():
+    # |1.052 − 1| > 0.05·1, but < 0.05·1.052; |0.951 − 1| < 0.05·1, but > 0.05·0.951.
+    now, before = torch.tensor([[1.052, 0.951]]), torch.ones(1, 2)
+    assert erc(now, before, torch.ones(1, 2), erc_width=0.05).tolist() == [[0, 1]]
+    # In place of an absolute width: 0.2 ± 5 % holds 0.209 and not 0.24; 20 ± 5 % holds 20.9.
+    now, before = torch.tensor([[0.209, 0.24, 20.9, 21.1]]), torch.tensor([[0.2, 0.2, 20.0, 20.0]])
+    assert erc(now, before, torch.ones(1, 4), erc_width=0.05).tolist() == [[1, 0, 1, 0]]
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.floats(0.01, 1.0), st.integers(0, 99))
 def test_padding_changes_no_factor_and_counts_are_exact(n, share, seed):

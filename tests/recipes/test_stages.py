@@ -65,6 +65,21 @@ def test_the_start_of_a_knob_is_the_recipes_own_number_or_the_knobs():
     assert knob_range(RECIPES["isentropic"])[:3] == (0.0, -1.0, 1.0)
 
 
+def test_zeta_turns_round_at_its_smallest_step():
+    """The published range of raw ζ is ±[1e-4, 0.05]: halved below 1e-4 it changes sign, and never rests at 0."""
+    for recipe, least in (
+        (compose("repo-r-loop"), 1e-4),
+        (RECIPES["isentropic"], 1e-3),
+        (compose("repo-d-loop"), 0.01),
+    ):
+        assert knob_range(recipe).least == least
+    loop = build_thermostat(compose("repo-r-loop", every=1, target="1.0", zeta=1.5e-4), None)
+    state = loop.init()
+    values = [(state := loop.update(state, EntropyReading(2.0, 1.0))).value for _ in range(10)]
+    assert values[:2] == [pytest.approx(-1e-4), pytest.approx(-2e-4)]
+    assert values[-1] == -0.05
+
+
 def test_a_new_shaping_is_a_function_and_an_entry(monkeypatch):
     """A shaping with a constant and a knob of its own: nothing else is told of it."""
 

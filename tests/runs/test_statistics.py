@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from isentropic.runs.statistics import (
     Interval,
     bootstrap_interval,
+    interquartile_mean,
     majority_vote,
     pass_at_k,
+    probability_of_improvement,
     rms_relative_error,
+    stratified_interval,
 )
 
 
@@ -124,3 +127,23 @@ def test_rms_relative_error():
         rms_relative_error([], 1.0)
     with pytest.raises(ValueError, match="targets must not be 0"):
         rms_relative_error([1.0], 0.0)
+
+
+def test_interquartile_mean_drops_a_quarter_at_each_end():
+    assert interquartile_mean([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0]) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    # Twelve numbers: 3 of them at each end, which no other share of 12 and of 8 gives.
+    assert interquartile_mean([0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 9.0, 50.0, 60.0, 70.0]) == pytest.approx(4.0)
+    assert interquartile_mean([1.0, 2.0, 6.0]) == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="at least one"):
+        interquartile_mean([])
+
+
+def test_probability_of_improvement_is_a_half_of_itself_and_symmetric():
+    x, y = [[0.1, 0.5, 0.9]], [[0.2, 0.4, 0.5, 0.6]]
+    # 0.1 beats none of y, 0.5 two and ties one, 0.9 all four.
+    assert probability_of_improvement(x, y) == pytest.approx((0 + 2.5 + 4) / 12)
+    assert probability_of_improvement(x, x) == pytest.approx(0.5)
+    assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="1 and 2 tasks"):
+        probability_of_improvement(x, [[1.0], [2.0]])
+    assert stratified_interval(probability_of_improvement, x, [[0.0, 1.0]]) is None

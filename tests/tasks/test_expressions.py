@@ -232,7 +232,7 @@ def test_a_task_of_ones_own_loads(tmp_path, monkeypatch):
         load_task("my_tasks:number")
     with pytest.raises(ValueError, match=r"got no such attribute \(did you mean short\?\); Tasks in my_tasks"):
         load_task("my_tasks:shrot")
-    with pytest.raises(ModuleNotFoundError, match="a_module_that_is_missing"):
+    with pytest.raises(ValueError, match=r"cannot be loaded: ModuleNotFoundError: .*'a_module_that_is_missing'"):
         load_task("broken_tasks:short")
 
 

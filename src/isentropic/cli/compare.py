@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..experiments.config import ConfigError, config_errors, total_steps
-from ..runs.record import Record, plain
+from ..runs.record import Record
+from ..runs.text import as_json, visible
+from .failures import check_file, make_folder
 from .parser import add_command
 
 _MAX_RUNS_ON_PAGE = 8
@@ -71,9 +72,9 @@ def compare(args: dict[str, Any]) -> int:
         if not args["only_table"]:
             _write_report(results.runs, results.folder / "report.html")
     if args["json"]:
-        print(json.dumps(plain(comparison.as_json()), indent=2, ensure_ascii=False))
+        print(as_json(comparison.as_json()))
     else:
-        print(comparisons.render(comparison, args["markdown"]))
+        print(visible(comparisons.render(comparison, args["markdown"])))
     return 1 if results.failed else 0
 
 
@@ -86,6 +87,8 @@ def _of_runs(args: dict[str, Any]) -> _Results:
         raise ConfigError(f"--{unused[0]} belongs to a grid, got run directories; leave one of them out")
     runs = _run_directories(args["paths"])
     lines = name_cells(line_of(Record(path)) for path in runs)
+    if args["out"]:
+        make_folder("--out", args["out"])
     return _Results(lines, runs, Path(args["out"]) if args["out"] else None, args["baseline"], [])
 
 
@@ -99,7 +102,9 @@ def _of_grid(args: dict[str, Any]) -> _Results | None:
     if args["dry_run"]:
         _print_cells(grid)
         return None
-    failed = [] if args["only_table"] else run(grid, say=lambda text: print(text, file=sys.stderr, flush=True))
+    check_file("--results", grid.results)
+    make_folder("--out", grid.out)
+    failed = [] if args["only_table"] else run(grid, say=_say)
     lines = grid.lines()
     first_runs = {cell.name: cell.folder(grid.out) for cell in reversed(grid.cells)}
     runs = [path for path in first_runs.values() if (path / "summary.json").exists()][::-1]
@@ -114,9 +119,14 @@ def _write_report(runs: Sequence[Path], out: Path) -> None:
     if not runs:
         return
     try:
-        print(f"report: {write(runs[:_MAX_RUNS_ON_PAGE], out)}", file=sys.stderr)
+        _say(f"report: {write(runs[:_MAX_RUNS_ON_PAGE], out)}")
     except Exception as error:
-        print(f"no report: {error}", file=sys.stderr)
+        _say(f"no report: {error}")
+
+
+def _say(text: str) -> None:
+    """Progress goes to stderr, so that the tables can be piped."""
+    print(visible(text), file=sys.stderr, flush=True)
 
 
 def _run_directories(paths: Sequence[str]) -> list[Path]:
@@ -133,5 +143,6 @@ def _print_cells(grid: Any) -> None:
     width = max(len(cell.name) for cell in grid.cells)
     for cell in grid.cells:
         state = "to run" if id(cell) in missing else "done"
-        print(f"{cell.name:{width}}  {cell.task}  seed {cell.seed}  {total_steps(cell.config)} steps  {state}")
+        text = f"{cell.name:{width}}  {cell.task}  seed {cell.seed}  {total_steps(cell.config)} steps  {state}"
+        print(visible(text))
     print(f"{len(missing)} of {len(grid.cells)} runs to do, {grid.jobs} at a time; results in {grid.results}")

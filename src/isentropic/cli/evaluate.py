@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from pathlib import Path
 from typing import Any
 
-from ..experiments.config import config_errors, eval_settings
+from ..experiments.config import ConfigError, config_errors, eval_settings
 from ..models.candidates import candidates
-from ..runs.record import plain
+from ..runs.checkpoints import damage
+from ..runs.text import as_json, visible
+from .failures import check_file
 from .parser import add_command, heavy
 
 
@@ -41,19 +43,24 @@ def evaluate(args: dict[str, Any]) -> int:
     """Evaluate the models, and print a table or JSON."""
     with config_errors():
         models = candidates(args["models"], args["step"], args["dtype"])
+    for model in models:
+        if model.config is not None and (problem := damage(Path(model.path))):
+            raise ConfigError(f"{model.path} is damaged: {problem}; name an earlier one by --step")
+    if args["out"]:
+        check_file("--out", args["out"])
     settings = eval_settings(args, [model.config for model in models if model.config is not None])
     experiment = heavy("experiments.evaluate")
     heavy("models.loading").quiet()
     rows = experiment.evaluate_models(settings, models, args["out"], _print_progress)
     if args["json"]:
-        print(json.dumps(plain(rows), indent=2, ensure_ascii=False))
+        print(as_json(rows))
         return 0
     from ..experiments.terminal import evaluation_table
 
-    print(evaluation_table(rows))
+    print(visible(evaluation_table(rows)))
     return 0
 
 
 def _print_progress(text: str) -> None:
     """Progress goes to stderr, so that the result can be piped."""
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

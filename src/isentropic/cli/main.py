@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from .. import __version__
 from ..experiments.config import ConfigError
 from . import catalogue, compare, evaluate, models, show, train
-from .parser import PROG, Command, Parser, fail
+from .failures import failure
+from .parser import PROG, Command, Parser, complain, fail
 
 
 def build_parser() -> Parser:
@@ -28,18 +29,24 @@ def build_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Returns 0; 1 if the result is bad (a serious finding, a failed or a stopped run); 2 for a mistake in the settings;
-    130 for Ctrl-C.
+    Returns 0; 1 if the result is bad (a serious finding, a failed or a stopped run, a full disk); 2 for a mistake in
+    the settings; 130 for Ctrl-C.
     """
     args = vars(build_parser().parse_args(argv))
     command: Command = args.pop("command")
     try:
         return command(args)
     except ConfigError as error:
-        fail(" ".join(str(error).split()))
+        fail(str(error))
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except Exception as error:
+        refused = failure(error)
+        if refused is None:
+            raise
+        complain(refused.line)
+        return refused.code

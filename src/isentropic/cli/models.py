@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from ..experiments.config import ConfigError, config_errors
-from ..models import resolve_model
+from ..models import check_saved, resolve_model
+from ..runs.text import visible
 from ..tasks import load_task
 from ..tasks.environments import EnvironmentTask
+from .failures import make_folder
 from .parser import add_command, heavy
 
 
@@ -57,21 +60,43 @@ def model(args: dict[str, Any]) -> int:
     return 0
 
 
+def _check_warmup(args: dict[str, Any]) -> None:
+    """Refuse numbers that cannot work, before anything heavy is imported."""
+    least = {"steps": 1, "batch": 1, "variants": 1, "rows": 1, "eval_k": 0, "seed": 0}
+    for name, low in least.items():
+        if args[name] is not None and args[name] < low:
+            raise ConfigError(f"--{name.replace('_', '-')}: got {args[name]}, must be at least {low}")
+    if not 0 < args["learning_rate"] < float("inf"):
+        raise ConfigError(f"--learning-rate: got {args['learning_rate']}, must be > 0 and finite")
+    if not 0 <= args["noise"] <= 1:
+        raise ConfigError(f"--noise: got {args['noise']}, must be a share from 0 to 1")
+    if args["model"] != "words":
+        with config_errors():
+            check_saved(args["model"])
+
+
 def warmup(args: dict[str, Any]) -> int:
     """Warm a model up, and print its figures."""
     task_name, out, start = args["task"], Path(args["out"]), args["model"]
     if (out / "config.json").exists():
         raise ConfigError(f"--out: {out} already holds a model; name another directory")
+    _check_warmup(args)
     with config_errors():
         task = load_task(task_name)
         if not isinstance(task, EnvironmentTask):
             raise ConfigError(f"--task: {task_name!r} is answered, not played; name an environment")
-        loading, warmup = heavy("models.loading"), heavy("models.warmup")
-        loading.quiet()
-        settings = warmup.WarmUp(**{f.name: args[f.name] for f in fields(warmup.WarmUp)})
-        pair = None if start == "words" else loading.load_model(resolve_model(start), args["dtype"])
-        figures = warmup.make(task, out, settings, pair, args["eval_k"])
+        make_folder("--out", out)
+        try:
+            loading, warmup = heavy("models.loading"), heavy("models.warmup")
+            loading.quiet()
+            settings = warmup.WarmUp(**{f.name: args[f.name] for f in fields(warmup.WarmUp)})
+            pair = None if start == "words" else loading.load_model(resolve_model(start), args["dtype"])
+            figures = warmup.make(task, out, settings, pair, args["eval_k"])
+        except Exception:
+            with suppress(OSError):  # it holds files that were there before
+                out.rmdir()
+            raise
     for name, value in figures.items():
         print(f"{name:15} {value:.3f}" if isinstance(value, float) else f"{name:15} {value}")
-    print(f"model: {out}")
+    print(visible(f"model: {out}"))
     return 0

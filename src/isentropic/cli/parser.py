@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -11,6 +12,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 from ..control.names import suggest
 from ..experiments.config import FLAGLESS, GROUPS, ConfigError, RunConfig
+from ..runs.text import visible
 
 PROG = "isentropic"
 # A command: its arguments by name -> exit code.
@@ -32,9 +34,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message: str) -> NoReturn:
-    """Print an error and exit with code 2."""
-    print(f"{PROG}: error: {message}", file=sys.stderr)
+    """Print an error in one line and exit with code 2."""
+    complain(message)
     raise SystemExit(2)
+
+
+def complain(message: str) -> None:
+    """Print an error in one line."""
+    text = re.sub(r"\S{400,}", lambda word: f"{word[0][:100]}...{word[0][-20:]}", " ".join(message.split()))
+    print(f"{PROG}: error: {visible(text)}", file=sys.stderr)
 
 
 def add_command(commands: Any, name: str, command: Command, help: str, description: str | None = None) -> Parser:

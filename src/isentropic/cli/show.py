@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ..experiments.config import ConfigError, config_errors
 from ..runs.record import Record
+from ..runs.text import as_json, visible
+from .failures import check_file
 from .parser import add_command
 
 
@@ -33,7 +34,7 @@ def explain(args: dict[str, Any]) -> int:
 
     with config_errors():
         explanation = explain(Record(args["run"]), args["steps"])
-    print(json.dumps(explanation, indent=2, ensure_ascii=False) if args["json"] else render(explanation))
+    print(as_json(explanation) if args["json"] else visible(render(explanation)))
     return 0
 
 
@@ -45,12 +46,12 @@ def report(args: dict[str, Any]) -> int:
     out = Path(args["out"] or (Path(runs[0]) / "report.html" if len(runs) == 1 else "report.html"))
     if out.is_dir():
         raise ConfigError(f"--out: {out} is a directory; name a file in it, such as {out / 'report.html'}")
+    if args["out"]:
+        check_file("--out", out)
     try:
-        print(write(runs, out))
+        print(visible(str(write(runs, out))))
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"--out: {out} cannot be written: {error.strerror}; name another file") from None
     return 0
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from ..experiments.config import ConfigError, RunConfig, as_dict, config_errors, load, recipe_of, total_steps
+from ..experiments.devices import check_device
 from ..models import resolve_model
+from ..runs.lock import held
 from ..runs.record import Record
+from ..runs.text import visible
 from ..tasks import KINDS
 from .parser import PROG, add_command, add_settings, heavy
 
@@ -36,10 +43,14 @@ def train(args: dict[str, Any]) -> int:
     path = args.pop("config")
     base = _settings_to_resume(args.get("out"), path) if resume else None
     config = load(path, args, base)
-    if not resume:
-        config = _with_out(config)
     if dry_run:
-        return _dry_run(config)
+        return _dry_run(config if resume else _with_out(config))
+    check_device(config.device)
+    with _claimed(config, resume) as config:
+        return _train(config, resume, rebuild)
+
+
+def _train(config: RunConfig, resume: bool, rebuild: bool) -> int:
     if config.model == "smollm2":
         with config_errors():  # it has to be fetched before; say so before anything heavy is imported
             resolve_model(config.model)
@@ -47,16 +58,20 @@ def train(args: dict[str, Any]) -> int:
     heavy("models.loading").quiet()
     try:
         resolve_model(config.model, rebuild=rebuild)
-        summary = experiment.train(config, resume, write_report=_write_report)
+        summary = experiment.train(config, resume, say=_print, write_report=_write_report)
     except KeyboardInterrupt:
-        if not (Path(str(config.out)) / "run.json").exists():
+        if not Record(str(config.out)).begun():
             raise
         print(f"stopped; resume with: {PROG} train --out {config.out} --resume", file=sys.stderr)
         return 130
     from ..experiments.terminal import closing_table
 
-    print(closing_table(summary, str(config.out)))
+    _print(closing_table(summary, str(config.out)))
     return 1 if summary.get("stopped") else 0
+
+
+def _print(text: str) -> None:
+    print(visible(text), flush=True)
 
 
 def _write_report(record: Record) -> Path:
@@ -72,35 +87,91 @@ def audit(args: dict[str, Any]) -> int:
     experiment = heavy("experiments.train")
     heavy("models.loading").quiet()
     report = experiment.audit(config)
-    print(report.json() if as_json else report.text())
+    print(report.json() if as_json else visible(report.text()))
     return 1 if report.serious else 0
 
 
-def _settings_to_resume(out: str | None, path: str | None) -> dict[str, Any]:
-    """The settings of a run directory, by default the latest one under runs/."""
-    if path is not None:
-        raise ConfigError(f"--resume takes the settings of the run directory, got also {path}; leave the file out")
+def _settings_to_resume(out: str | None, path: str | None) -> dict[str, Any] | None:
+    """The settings of a run directory, by default the latest one under runs/; None where nothing was begun."""
+    if path is not None and out is None:
+        raise ConfigError("--resume and a file: name the run directory too, by --out, or leave the file out")
     if out is None:
         runs = sorted(Path("runs").glob("*/run.json"), key=lambda p: p.stat().st_mtime)
         if not runs:
             raise ConfigError("--resume: no run under runs/; name its directory with --out")
         out = str(runs[-1].parent)
+    record = Record(out)
+    _refuse_strangers(record)
+    if not record.begun():
+        return None
     with config_errors("--resume: "):
-        header = Record(out).header()
-    return {**header["config"], "out": out}
+        settings = record.header().get("config")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{out} has no settings in its run.json; name another run directory")
+        return {**settings, "out": out}
+
+
+def _refuse_strangers(record: Record) -> None:
+    if record.path.exists() and not record.path.is_dir():
+        raise ConfigError(f"--out: {record.path} is a file; name a directory that is new or empty")
+    if strangers := record.strangers():
+        raise ConfigError(
+            f"--out: {record.path} holds no run, and other things are in it, such as {strangers[0]}; "
+            "name a directory that is new or empty"
+        )
+
+
+def _free(config: RunConfig) -> None:
+    """Refuse a directory that holds a run, or anything else."""
+    if Record(str(config.out)).begun():
+        raise ConfigError(f"--out: {config.out} already holds a run; continue it by --resume, or name another")
+    _refuse_strangers(Record(str(config.out)))
+
+
+@contextmanager
+def _claimed(config: RunConfig, resume: bool) -> Iterator[RunConfig]:
+    """The config with its run directory, whose lock is held from here on: two runs may start within a second."""
+    if os.environ.get("RANK", "0") != "0":  # the main process answers for the directory
+        yield config if config.out is not None else _with_out(config)
+        return
+    with ExitStack() as stack:
+        for number in count(1):
+            named = config if config.out is not None else replace(config, out=_default_out(config, number))
+            if config.out is None and not _is_free(str(named.out)):
+                continue
+            if not resume:
+                _free(named)
+            try:
+                stack.enter_context(held(str(named.out)))
+            except ValueError as error:
+                if config.out is None:
+                    continue
+                raise ConfigError(f"--out: {error}") from None
+            except OSError as error:
+                raise ConfigError(f"--out: {named.out} cannot be made: {error.strerror}; name another") from None
+            if not resume:
+                _free(named)  # the owner before may have begun, and ended, since
+            yield named
+            return
 
 
 def _with_out(config: RunConfig) -> RunConfig:
     """The config with a run directory that has no run in it."""
     if config.out is not None:
-        if (Path(config.out) / "run.json").exists():
-            raise ConfigError(f"--out: {config.out} already holds a run; continue it by --resume, or name another")
+        _free(config)
         return config
+    names = (_default_out(config, number) for number in count(1))
+    return replace(config, out=next(name for name in names if _is_free(name)))
+
+
+def _default_out(config: RunConfig, number: int) -> str:
     stem = f"runs/{short_name(config.task)}-{Path(config.recipe).name.replace(':', '-')}-s{config.seed}"
-    number = 1
-    while (Path(stem if number == 1 else f"{stem}-{number}") / "run.json").exists():
-        number += 1
-    return replace(config, out=stem if number == 1 else f"{stem}-{number}")
+    return stem if number == 1 else f"{stem}-{number}"
+
+
+def _is_free(out: str) -> bool:
+    record = Record(out)
+    return not record.begun() and not record.strangers()
 
 
 def short_name(task: str) -> str:
@@ -126,8 +197,8 @@ def _dry_run(config: RunConfig) -> int:
     recipe = recipe_of(config)
     width = max(len(key) for key in as_dict(config))
     for key, value in as_dict(config).items():
-        print(f"{key:{width}}  {value}")
-    print(f"\n{config.recipe}: {recipe.formula}")
+        print(visible(f"{key:{width}}  {value}"))
+    print(visible(f"\n{config.recipe}: {recipe.formula}"))
     print(f"knob {recipe.knob or 'none'}, controller {recipe.controller}, target {recipe.target}")
     steps = total_steps(config)
     print(

@@ -16,6 +16,7 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 from .names import suggest
+from .predictive import HORIZON, MEMORY, Forecast, PredictiveState, follow
 
 
 class Range(NamedTuple):
@@ -39,6 +40,9 @@ class Range(NamedTuple):
 
     def check(self) -> Range:
         """Return self, or raise ``ValueError`` naming the bound that is wrong."""
+        for name in ("start", "low", "high", "least"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"knob {name} must be a finite number, got {getattr(self, name)}; give one")
         if not self.low < self.high:
             raise ValueError(f"knob low must be < high, got low={self.low}, high={self.high}; swap them or widen them")
         if not self.low <= self.start <= self.high:
@@ -82,28 +86,21 @@ class IntegralState(NamedTuple):
     integral: float
 
 
-class Forecast(NamedTuple):
-    """What ``entropy.prediction`` predicted over the optimizer steps since the last update.
+class Controller(NamedTuple):
+    """A pair of pure functions, and what ``update`` takes after the state, the entropy and the target.
 
     Attributes:
-        change: Σ predicted entropy change, nats per token, with the knob as it stood.
-        gain: Σ its derivative by the knob.
-        steps: optimizer steps that carried a prediction.
-        readings: optimizer steps in all.
+        init, update: the pair.
+        forecasts: it takes a :class:`Forecast`.
+        counts: it takes, last, how many readings the entropy is the mean of: the optimizer steps since the last update.
+        steers: the knob follows the readings; one that does not is at a bound because it was put there.
     """
-
-    change: float
-    gain: float
-    steps: int
-    readings: int
-
-
-class Controller(NamedTuple):
-    """A pair of pure functions; ``update`` of one that ``forecasts`` takes a :class:`Forecast` as fourth argument."""
 
     init: Callable[[], Any]
     update: Callable[..., Any]
     forecasts: bool = False
+    counts: bool = False
+    steers: bool = True
 
 
 def relative_error(entropy: float, target: float) -> float:
@@ -130,7 +127,7 @@ def fixed(knob: Range) -> Controller:
         ValueState(value=0.2)
     """
     knob.check()
-    return Controller(lambda: ValueState(knob.start), lambda state, entropy, target: state)
+    return Controller(lambda: ValueState(knob.start), lambda state, entropy, target: state, steers=False)
 
 
 def double_halve(knob: Range) -> Controller:
@@ -174,7 +171,7 @@ def multiplicative(knob: Range, rate: float = 0.05) -> Controller:
     Reference: the direction is ADAPO's (arXiv:2603.11682) [paper]; rate and bounds are unknown there and [ours].
 
     Raises:
-        ValueError: ``rate`` not positive, or a range without positive values.
+        ValueError: ``rate`` not positive or not finite, or a range without positive values.
 
     Example:
         >>> c = multiplicative(Range(0.28, 0.1, 1.0), rate=0.1)
@@ -182,8 +179,8 @@ def multiplicative(knob: Range, rate: float = 0.05) -> Controller:
         (0.308, 0.2545)
     """
     knob.check()
-    if not rate > 0:
-        raise ValueError(f"rate must be > 0, got {rate}; 0.05 means 5 % an update")
+    if not 0 < rate < math.inf:
+        raise ValueError(f"rate must be > 0 and finite, got {rate}; 0.05 means 5 % an update")
     low = max(knob.low, knob.least)
     knob = knob._replace(low=low, start=max(knob.start, low))
 
@@ -201,7 +198,7 @@ def sign_step(knob: Range, step: float | None = None) -> Controller:
     Reference: the rule of MAI-Thinking-1's clip (report, 2026-06) and of Skywork-OR1's coefficient (arXiv:2505.22312).
 
     Raises:
-        ValueError: ``step`` not positive.
+        ValueError: ``step`` not positive or not finite.
 
     Example:
         >>> c = sign_step(Range(0.0, 0.0, 0.005), step=1e-4)
@@ -210,8 +207,8 @@ def sign_step(knob: Range, step: float | None = None) -> Controller:
     """
     knob.check()
     size = (knob.high - knob.low) / 50 if step is None else step
-    if not size > 0:
-        raise ValueError(f"step must be > 0, got {step}; it is in units of the knob")
+    if not 0 < size < math.inf:
+        raise ValueError(f"step must be > 0 and finite, got {step}; it is in units of the knob")
 
     def update(state: ValueState, entropy: float, target: float) -> ValueState:
         error = relative_error(entropy, target) * knob.sign
@@ -259,7 +256,7 @@ def switch(knob: Range, width: float = 0.05) -> Controller:
     Reference: Entrocraft's choice of rollouts (arXiv:2604.26326); its band is unknown (?), 5 % is [ours].
 
     Raises:
-        ValueError: ``width`` negative.
+        ValueError: ``width`` negative or not finite.
 
     Example:
         >>> c = switch(Range(0.0, -1.0, 1.0), width=0.1)
@@ -267,8 +264,8 @@ def switch(knob: Range, width: float = 0.05) -> Controller:
         [1.0, 0.0, -1.0]
     """
     knob.check()
-    if not width >= 0:
-        raise ValueError(f"width must be >= 0, got {width}; 0.05 is a band of 5 % to either side of the target")
+    if not 0 <= width < math.inf:
+        raise ValueError(f"width must be >= 0 and finite, got {width}; 0.05 is a band of 5 % either side of the target")
 
     def update(state: ValueState, entropy: float, target: float) -> ValueState:
         error = relative_error(entropy, target)
@@ -304,7 +301,7 @@ def schedule(knob: Range, shape: str = "up_down", steps: float = 800) -> Control
     the curves are [ours].
 
     Raises:
-        ValueError: an unknown shape; fewer steps than 1.
+        ValueError: an unknown shape; fewer steps than 1, or no end of them.
 
     Example:
         >>> c = schedule(Range(0.3, 0.1, 0.5), "up_down", steps=4)
@@ -317,8 +314,8 @@ def schedule(knob: Range, shape: str = "up_down", steps: float = 800) -> Control
     knob.check()
     if shape not in SHAPES:
         raise ValueError(f"shape must be one of {', '.join(SHAPES)}, got {shape!r}{suggest(shape, SHAPES)}")
-    if not steps >= 1:
-        raise ValueError(f"steps must be >= 1, got {steps}; count the updates of the controller")
+    if not 1 <= steps < math.inf:
+        raise ValueError(f"steps must be >= 1 and finite, got {steps}; count the updates of the controller")
 
     def update(state: ScheduleState, entropy: float, target: float) -> ScheduleState:
         updates = state.updates + 1
@@ -326,83 +323,67 @@ def schedule(knob: Range, shape: str = "up_down", steps: float = 800) -> Control
         reach = knob.high - knob.start if height > 0 else knob.start - knob.low
         return ScheduleState(knob.clip(knob.start + height * reach), updates)
 
-    return Controller(lambda: ScheduleState(knob.start), update)
+    return Controller(lambda: ScheduleState(knob.start), update, steers=False)
 
 
-def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05) -> Controller:
-    """``knob = start + span · (gain · e + integral_gain · Σe)``, e the relative error, span = high − low.
+# Over many readings an update of pi removes a/REACH of the error, a what its whole range moves in a step.
+REACH = 0.06
 
-    Anti-windup: the sum does not grow while the output is held at the bound that the error pushes against. Gains are
-    per unit of relative error and in spans, so that one pair serves every knob. Entropy integrates the knob, so a large
-    gain and a small integral gain settle without ringing.
+
+def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05, delay: float = 0.0) -> Controller:
+    """``knob = start + span·(gain·e/f + integral_gain·Σ n·e/(f·(3 + f)/4))``, ``f = 1 + 0.06·gain·(n − 1 + delay)``.
+
+    e is the relative error of the mean of the n readings since the last update, span = high − low. Gains are per unit
+    of relative error and in spans, so that one pair serves every knob. Entropy integrates the knob, so a large gain and
+    a small integral gain settle without ringing.
+
+    f is 1 if the controller acts at every step. Over n steps a knob moves entropy n times as far, and the mean that it
+    answers is old by half as many. If the whole range moves entropy by a share a of its target in a step, an update
+    removes ``a·n·gain/f`` of the error: below 0.34 it comes back without a swing, from 2 on it rings from bound to
+    bound. f keeps it below ``a/0.06`` for any n, 0.67 at 4 % a step; the loop is then f times as slow, and the sum
+    (3 + f)/4 times, so that its swings stay damped. ``delay`` is what the readings do not show: optimizer steps from a
+    knob to its effect, as momentum or an engine that samples ahead makes them.
+
+    Anti-windup: the sum does not grow while the output is held at the bound that the error pushes against.
 
     Reference: [ours]; EntroPIC (arXiv:2511.15248) steers sample weights by PI, its gains are unknown.
 
     Raises:
-        ValueError: a negative gain, or both zero.
+        ValueError: a gain or delay that is negative or not finite, or both gains zero.
 
     Example:
         >>> c = pi(Range(0.0, -1.0, 1.0), gain=0.5, integral_gain=0.1)
         >>> state = c.update(c.init(), 0.9, 1.0)
         >>> round(state.value, 3), round(state.integral, 3)
         (0.12, 0.1)
+        >>> round(c.update(c.init(), 0.9, 1.0, readings=101).value, 3)  # f = 4: 2 (0.5 · 0.1/4 + 0.1 · 101 · 0.1/7)
+        0.314
     """
     knob.check()
-    if gain < 0 or integral_gain < 0 or gain + integral_gain == 0:
+    if not (gain >= 0 and integral_gain >= 0 and 0 < gain + integral_gain < math.inf):
         raise ValueError(
-            f"gains must be >= 0 and not both 0, got {gain} and {integral_gain}; 4 and 0.05 are the defaults"
+            f"gains must be >= 0, finite and not both 0, got {gain} and {integral_gain}; 4 and 0.05 are the defaults"
         )
+    if not 0 <= delay < math.inf:
+        raise ValueError(f"delay must be >= 0 and finite, got {delay}; count optimizer steps")
     span = knob.high - knob.low
 
-    def update(state: IntegralState, entropy: float, target: float) -> IntegralState:
+    def update(state: IntegralState, entropy: float, target: float, readings: int = 1) -> IntegralState:
         error = relative_error(entropy, target) * knob.sign
-        integral = state.integral + error
-        value = knob.start + span * (gain * error + integral_gain * integral)
+        slower = 1 + REACH * gain * (readings - 1 + delay)
+        integral = state.integral + error * (readings / (slower * (3 + slower) / 4))
+        value = knob.start + span * (gain / slower * error + integral_gain * integral)
         pushing = (value > knob.high and error > 0) or (value < knob.low and error < 0)
         return IntegralState(knob.clip(value), state.integral if pushing else integral)
 
-    return Controller(lambda: IntegralState(knob.start, 0.0), update)
-
-
-class PredictiveState(NamedTuple):
-    """State of the predictive controller.
-
-    Attributes:
-        value: the knob.
-        updates: how often it was updated.
-        entropy, slope, drift: estimates: nats; measured per predicted change; nats a step that no prediction explains.
-        entropy_var, entropy_slope_cov, entropy_drift_cov, slope_var, slope_drift_cov, drift_var: their covariance.
-        noise: variance of a reading, nats².
-        base, gain: running means of the prediction of one step with the knob at 0, and of its derivative by the knob.
-        unit: the slope at which the whole range of the knob moves entropy by ``AUTHORITY`` of the target a step.
-    """
-
-    value: float
-    updates: int = 0
-    entropy: float = 0.0
-    slope: float = 0.0
-    drift: float = 0.0
-    entropy_var: float = 0.0
-    entropy_slope_cov: float = 0.0
-    entropy_drift_cov: float = 0.0
-    slope_var: float = 0.0
-    slope_drift_cov: float = 0.0
-    drift_var: float = 0.0
-    noise: float = 0.0
-    base: float = 0.0
-    gain: float = 0.0
-    unit: float = 0.0
-
-
-HORIZON = 8.0  # steps in which an error is to be gone: the filtered entropy, not the reading, so it may be short
-MEMORY = 20  # readings over which predictions are averaged
-AUTHORITY = 0.01  # first guess: what the whole range of the knob moves in a step, as a share of the target
+    return Controller(lambda: IntegralState(knob.start, 0.0), update, counts=True)
 
 
 def predictive(knob: Range) -> Controller:
     """Solve for the knob whose predicted change is the wanted drift, corrected by the measured slope; no gain to tune.
 
-    ``knob = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, p₀ the predicted change of a step with the knob at 0, g its derivative
+    ``knob = ((H* − Ĥ)·min(1/n, 1/τ) − d − s·p₀) / (s·g)``, n the readings since the last update, p₀ the predicted
+    change of a step with the knob at 0, g its derivative by the knob, τ = 8 steps
 
     A Kalman filter of three numbers holds what a prediction lacks: the entropy Ĥ behind noisy readings, the slope s of
     measured on predicted change, and the drift d that no prediction explains; from one reading to the next
@@ -411,29 +392,29 @@ def predictive(knob: Range) -> Controller:
     five deviations off restarts Ĥ. If the prediction gives the knob no effect (g of the wrong sign, or 0), it drifts
     to the bound that its ``sign`` names. All constants are relative to the target.
 
+    A forecast is optional. An update without one keeps the means p₀ and g of those before it, and the filter goes on.
+    Before the first one, or if none ever comes, p₀ = 0 and g is a guess, ``g = sign · 0.01 · H* / (high − low)``: the
+    whole range of the knob moves entropy by a hundredth of its target in a step. The filter then learns from readings
+    alone how far from this guess the knob is. The first forecast restarts it on the scale of the predictions.
+
     Reference: [ours]; the predicted change is Theorem 1 of arXiv:2603.11682.
 
     Raises:
-        ValueError: at the first update, readings that carry no prediction.
+        ValueError: a range that is wrong; at an update, a target that is not positive.
 
     Example:
         >>> c = predictive(Range(0.0, -1.0, 1.0))
         >>> state = c.update(c.init(), 0.9, 1.0, Forecast(change=-0.001, gain=0.005, steps=1, readings=1))
         >>> round(state.slope, 3), round(state.drift, 3), round(state.value, 3)  # at its bound
         (1.0, 0.0, 1.0)
+        >>> c.update(c.init(), 0.99, 1.0, Forecast(change=0.0, gain=0.0, steps=0, readings=1)).value  # none: by sign
+        0.25
     """
     knob.check()
 
     def update(state: PredictiveState, entropy: float, target: float, forecast: Forecast) -> PredictiveState:
         relative_error(entropy, target)
-        if forecast.steps == 0 and state.updates == 0:
-            raise ValueError(
-                "controller predictive needs readings that carry a predicted change, got none; "
-                "give EntropyReading its predicted, gain and steps, or choose pi"
-            )
-        state = _learn(state, forecast, target, knob)
-        state = _correct(state, entropy, target) if state.updates > 1 else _start(state, entropy, target)
-        state = _advance(state, forecast.readings, target)
+        state = follow(state, entropy, target, forecast, knob.high - knob.low, knob.sign)
         n, slope = forecast.readings, max(state.slope, 0.1 * state.unit)
         wanted = (target - state.entropy) * min(1.0, n / HORIZON) - n * (state.drift + slope * state.base)
         hold = n * slope * state.gain
@@ -443,73 +424,6 @@ def predictive(knob: Range) -> Controller:
         return state._replace(value=knob.clip(state.value + (bound - state.value) / MEMORY))
 
     return Controller(lambda: PredictiveState(knob.start), update, forecasts=True)
-
-
-def _learn(state: PredictiveState, forecast: Forecast, target: float, knob: Range) -> PredictiveState:
-    """Average the predictions of one step, and put the first guess of the slope on their scale."""
-    state = state._replace(updates=state.updates + 1)
-    if forecast.steps:
-        share = 1 / min(state.updates, MEMORY)
-        gain = forecast.gain / forecast.steps
-        base = forecast.change / forecast.steps - gain * state.value
-        state = state._replace(
-            base=state.base + share * (base - state.base), gain=state.gain + share * (gain - state.gain)
-        )
-    reach = abs(state.gain) * (knob.high - knob.low)
-    return state._replace(unit=AUTHORITY * target / reach if reach else state.unit)
-
-
-def _start(state: PredictiveState, entropy: float, target: float) -> PredictiveState:
-    noise = (0.05 * target) ** 2
-    return state._replace(
-        entropy=entropy,
-        slope=state.unit,
-        noise=noise,
-        entropy_var=noise,
-        slope_var=state.unit**2,
-        drift_var=(2e-3 * target) ** 2,
-    )
-
-
-def _correct(state: PredictiveState, entropy: float, target: float) -> PredictiveState:
-    """Take in a reading."""
-    off, variance = entropy - state.entropy, state.entropy_var + state.noise
-    if off * off > 25 * variance:
-        return state._replace(entropy=entropy, entropy_var=state.noise, entropy_slope_cov=0.0, entropy_drift_cov=0.0)
-    share = 1 / min(state.updates + 20, 100)
-    noise = state.noise + share * (max(off * off - state.entropy_var, 0.1 * state.noise) - state.noise)
-    h, s, d = state.entropy_var / variance, state.entropy_slope_cov / variance, state.entropy_drift_cov / variance
-    return state._replace(
-        entropy=state.entropy + h * off,
-        slope=state.slope + s * off,
-        drift=state.drift + d * off,
-        noise=max(noise, (1e-4 * target) ** 2),
-        entropy_var=state.entropy_var - h * state.entropy_var,
-        entropy_slope_cov=state.entropy_slope_cov - h * state.entropy_slope_cov,
-        entropy_drift_cov=state.entropy_drift_cov - h * state.entropy_drift_cov,
-        slope_var=state.slope_var - s * state.entropy_slope_cov,
-        slope_drift_cov=state.slope_drift_cov - s * state.entropy_drift_cov,
-        drift_var=state.drift_var - d * state.entropy_drift_cov,
-    )
-
-
-def _advance(state: PredictiveState, n: int, target: float) -> PredictiveState:
-    """Move the estimates over the n steps just taken, with the knob that was in force."""
-    x = n * (state.base + state.gain * state.value)
-    entropy_slope_cov = state.entropy_slope_cov + x * state.slope_var + n * state.slope_drift_cov
-    entropy_drift_cov = state.entropy_drift_cov + x * state.slope_drift_cov + n * state.drift_var
-    wander = 0.02 * max(abs(state.slope), 0.1 * state.unit)
-    return state._replace(
-        entropy=state.entropy + state.slope * x + n * state.drift,
-        entropy_var=state.entropy_var
-        + x * (state.entropy_slope_cov + entropy_slope_cov)
-        + n * (state.entropy_drift_cov + entropy_drift_cov)
-        + n * (1e-2 * target) ** 2,
-        entropy_slope_cov=entropy_slope_cov,
-        entropy_drift_cov=entropy_drift_cov,
-        slope_var=state.slope_var + n * wander**2,
-        drift_var=state.drift_var + n * (2e-4 * target) ** 2,
-    )
 
 
 CONTROLLERS: dict[str, Callable[..., Controller]] = {
@@ -529,7 +443,7 @@ def parse_controller(text: str, knob: Range) -> Controller:
     """A controller from its text form: a name, and options after colons, as in ``pi:gain=0.5:integral_gain=0.02``.
 
     Raises:
-        ValueError: an unknown name or option, or a value that should be a number and is none.
+        ValueError: an unknown name or option, an option given twice, or a value that should be a finite number.
 
     Example:
         >>> c = parse_controller("sign_step:step=0.1", Range(0.0, -1.0, 1.0))
@@ -548,13 +462,17 @@ def parse_controller(text: str, knob: Range) -> Controller:
         key, _, value = pair.partition("=")
         if key not in allowed:
             raise ValueError(f"controller {name} takes {', '.join(allowed) or 'no options'}; got {key!r}")
-        if isinstance(takes[key].default, str):
-            options[key] = value
-            continue
-        try:
-            options[key] = float(value)
-        except ValueError:
-            raise ValueError(
-                f"controller option {key} must be a number, got {value!r}; write {name}:{key}=0.1"
-            ) from None
+        if key in options:
+            raise ValueError(f"controller option {key} is given twice, got {text!r}; keep one")
+        options[key] = value if isinstance(takes[key].default, str) else _number(name, key, value)
     return CONTROLLERS[name](knob, **options)
+
+
+def _number(name: str, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"controller option {key} must be a number, got {text!r}; write {name}:{key}=0.1") from None
+    if not math.isfinite(value):
+        raise ValueError(f"controller option {key} must be a finite number, got {text!r}; write {name}:{key}=0.1")
+    return value

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 PATIENCE = 20  # optimizer steps in a row
 USUAL_BOUND = 3.0
+NEARLY_UNIFORM = 0.9  # share of log of the vocabulary
 
 
 class GuardState(NamedTuple):
@@ -29,9 +30,13 @@ class Guard(NamedTuple):
     The reference is the larger of the target in force and the entropy of the first step, so that a run which is led
     down to a low target is not mistaken for one that explodes.
 
+    No policy exceeds log of the vocabulary, so a bound above that would never be. Where it is known, as ``ceiling``,
+    the limit is at most nine tenths of it, unless the reference is itself as high: such a policy is uniform already.
+
     Attributes:
         bound: times the reference; 0 never.
         patience: optimizer steps in a row.
+        ceiling: log of the vocabulary, nats; None if it is not known.
 
     Example:
         >>> guard, state = Guard(bound=2.0, patience=2), GuardState()
@@ -39,10 +44,18 @@ class Guard(NamedTuple):
         ...     state = guard.update(state, entropy, target=0.6)
         >>> state.above, guard.exceeded(state)
         (2, True)
+        >>> Guard(3.0).limit(1.5), Guard(3.0, ceiling=math.log(32)).limit(1.5)
+        (4.5, 3.12)
     """
 
     bound: float
     patience: int = PATIENCE
+    ceiling: float | None = None
+
+    def limit(self, reference: float) -> float:
+        """Nats per token above which a step counts."""
+        high = math.inf if self.ceiling is None else NEARLY_UNIFORM * self.ceiling
+        return min(self.bound * reference, high) if reference < high else self.bound * reference
 
     def update(self, state: GuardState, entropy: float | None, target: float | None) -> GuardState:
         """Take in the reading of a step; one that is not a number changes nothing."""
@@ -50,7 +63,7 @@ class Guard(NamedTuple):
             return state
         start = entropy if state.start is None else state.start
         reference = max(start, target or 0.0)
-        return GuardState(start, state.above + 1 if entropy > self.bound * reference else 0, reference)
+        return GuardState(start, state.above + 1 if entropy > self.limit(reference) else 0, reference)
 
     def exceeded(self, state: GuardState) -> bool:
         """Whether the run should stop."""

@@ -6,6 +6,7 @@ measured; ``hold(state)`` is true if the knob must not move although a reading c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,15 +48,68 @@ class Level(NamedTuple):
         return self.amount * (state.sum / state.count if self.of_initial else 1.0)
 
 
-def parse_level(text: str) -> Level:
-    """``"0.8"`` is 0.8 nats a token; ``"80%"`` is a share of the initial entropy.
+MAX_NATS = 20.0  # log of a vocabulary of 485 million tokens
+MAX_SHARE = 2.0
+
+
+def feasible(nats: float, vocabulary: int | None = None) -> float:
+    """A level that a policy over a vocabulary can have, ``0 < H* < log v``.
+
+    Args:
+        nats: the level, nats per token.
+        vocabulary: number of tokens that the model chooses from, v; None if it is not known.
+
+    Returns:
+        ``nats``.
 
     Raises:
-        ValueError: anything else, or a level that is not positive.
+        ValueError: a level that is not positive, above log v, or above 20 nats, log of any vocabulary.
+
+    Example:
+        >>> feasible(0.8, vocabulary=32)
+        0.8
+        >>> feasible(4.0, vocabulary=32)
+        Traceback (most recent call last):
+        ...
+        ValueError: an entropy target must be below log of the vocabulary, 3.466 nats for 32 tokens, got 4; lower it
+
+    [ours]
+    """
+    if not 0 < nats < math.inf:
+        raise ValueError(f"an entropy level must be > 0 and finite, got {nats:g} nats; sampling cannot reach it")
+    if nats > MAX_NATS:
+        share = f"; did you mean {nats:g}%?" if nats <= 100 * MAX_SHARE else "; 0.2 to 2 nats are usual"
+        raise ValueError(
+            f"an entropy level is at most {MAX_NATS:g} nats a token in any vocabulary, got {nats:g}{share}"
+        )
+    if vocabulary is not None and nats >= math.log(vocabulary):
+        raise ValueError(
+            f"an entropy target must be below log of the vocabulary, {math.log(vocabulary):.4g} nats for "
+            f"{vocabulary} tokens, got {nats:.4g}; lower it"
+        )
+    return nats
+
+
+def parse_level(text: str, vocabulary: int | None = None) -> Level:
+    """``"0.8"`` is 0.8 nats a token; ``"80%"`` is a share of the initial entropy.
+
+    A share may be up to 200 %: entropy can rise, but training lowers it, so that a target above the start is held
+    against the reward, and at three times the start the guard stops a run. More than that can be written in nats.
+
+    Args:
+        text: the form.
+        vocabulary: number of tokens that the model chooses from, if known: a level in nats must be below its log.
+
+    Raises:
+        ValueError: anything else; a level that is not positive, or cannot be had.
 
     Example:
         >>> parse_level("80%")
         Level(amount=0.8, of_initial=True)
+        >>> parse_level("80")
+        Traceback (most recent call last):
+        ...
+        ValueError: an entropy level is at most 20 nats a token in any vocabulary, got 80; did you mean 80%?
     """
     share = text.strip().endswith("%")
     try:
@@ -64,9 +118,16 @@ def parse_level(text: str) -> Level:
         raise ValueError(
             f"an entropy level must be nats (0.8) or a share of the initial entropy (80%), got {text!r}"
         ) from None
-    if not 0 < amount < float("inf"):
+    if not 0 < amount < math.inf:
         raise ValueError(f"an entropy level must be > 0 and finite, got {text!r}; sampling cannot reach it")
-    return Level(amount, share)
+    if not share:
+        return Level(feasible(amount, vocabulary), False)
+    if amount > MAX_SHARE:
+        raise ValueError(
+            f"an entropy level may be at most {MAX_SHARE:.0%} of the initial entropy, got {text!r}: training lowers "
+            "entropy, and few knobs raise it so far; take a lower share, or write the level in nats"
+        )
+    return Level(amount, True)
 
 
 def _measure(first: int, state: TargetState, entropy: float, tokens: float) -> TargetState:
@@ -188,16 +249,18 @@ TARGETS: dict[str, str] = {
 }
 
 
-def parse_target(text: str, first: int = 1, steps: int | None = None) -> Target:
+def parse_target(text: str, first: int = 1, steps: int | None = None, vocabulary: int | None = None) -> Target:
     """A target from its text form, as the command line and config files write it (see :data:`TARGETS`).
 
     Args:
         text: the form.
         first: readings that the initial entropy is the mean of.
         steps: optimizer steps of the whole run, for a target that goes over it.
+        vocabulary: number of tokens that the model chooses from, if known. A level in nats is checked against it here;
+            one that is a share is nats only once the start is measured, and :func:`feasible` checks it then.
 
     Raises:
-        ValueError: with what was got and the forms that are allowed.
+        ValueError: with what was got and the forms that are allowed; a level that cannot be had.
 
     Example:
         >>> t = parse_target("anneal:100%:50%:10")
@@ -205,18 +268,23 @@ def parse_target(text: str, first: int = 1, steps: int | None = None) -> Target:
         2.0
     """
     kind, *parts = str(text).strip().split(":")
-    if kind == "anneal" and (len(parts) == 2 or (len(parts) == 3 and parts[2].isdigit())):
+    if kind == "anneal" and (len(parts) == 2 or (len(parts) == 3 and _is_count(parts[2]))):
         over = int(parts[2]) if len(parts) == 3 else steps
         if over is None:
             raise ValueError(
                 f"target {text!r} goes over a whole run, and its optimizer steps are not known here, got steps=None; "
                 f"pass steps, or write {text}:STEPS"
             )
-        return anneal(parse_level(parts[0]), parse_level(parts[1]), over, first)
+        return anneal(parse_level(parts[0], vocabulary), parse_level(parts[1], vocabulary), over, first)
     if kind == "band" and len(parts) == 2:
-        return band(parse_level(parts[0]), parse_level(parts[1]), first)
+        return band(parse_level(parts[0], vocabulary), parse_level(parts[1], vocabulary), first)
     if not parts and kind == "initial":
         return constant(Level(1.0, True), first)
     if not parts and kind[:1].isdigit():
-        return constant(parse_level(kind), first)
+        return constant(parse_level(kind, vocabulary), first)
     raise ValueError(f"target must be one of {', '.join(TARGETS)}; got {text!r}")
+
+
+def _is_count(text: str) -> bool:
+    """Whether a text is a number of steps: decimal digits, and no more of them than a run could have."""
+    return text.isascii() and text.isdigit() and len(text) <= 12

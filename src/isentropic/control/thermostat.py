@@ -6,11 +6,13 @@ An engine, or a hand-written loop, hands in one :class:`~isentropic.types.Entrop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..types import EntropyReading
-from .controllers import Controller, Forecast
+from .controllers import Controller
+from .predictive import Forecast
 from .targets import Target
 
 
@@ -22,7 +24,7 @@ class ThermostatState(NamedTuple):
         target: the target's state.
         sum, count: Σ H and tokens since the controller last acted.
         waited: readings since the controller last acted.
-        predicted, gain, steps: Σ of those readings' predictions, and how many readings had one.
+        predicted, gain, steps: Σ of those readings' predictions, and how many optimizer steps had one.
         refused: readings refused in a row.
         readings: readings accepted in all.
     """
@@ -45,12 +47,21 @@ class ThermostatState(NamedTuple):
 
 
 class Thermostat(NamedTuple):
-    """A pair of pure functions, the target in force, and the way back from JSON."""
+    """A pair of pure functions, the way back from JSON, and views of the state.
+
+    Attributes:
+        init, update: the pair.
+        level: the target in force, nats per token; None while the start is being measured.
+        restore: the state from what :func:`to_json` made of it.
+        steers: whether the knob follows readings at this state: not while the target holds it, and never if the
+            controller goes by none.
+    """
 
     init: Callable[[], ThermostatState]
     update: Callable[..., ThermostatState]
     level: Callable[[ThermostatState], float | None]
     restore: Callable[[dict[str, Any]], ThermostatState]
+    steers: Callable[[ThermostatState], bool]
 
 
 def thermostat(controller: Controller, target: Target, every: int | None = None) -> Thermostat:
@@ -63,7 +74,8 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
             caller says ``act=True``, which engines do at the end of a generation batch (REPO's published rule).
 
     Returns:
-        ``update(state, reading, act=True)``. The target hears every accepted reading.
+        ``update(state, reading, act=True)``. The target hears every accepted reading. A controller that counts is told
+        how many the mean is of, one that forecasts gets their predictions; one that is not finite is left out.
 
     Raises:
         ValueError: ``every`` below 1.
@@ -87,23 +99,13 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
     def update(state: ThermostatState, reading: EntropyReading, act: bool = True) -> ThermostatState:
         if reading.problem():
             return state._replace(refused=state.refused + 1)
-        state = state._replace(
-            target=target.update(state.target, reading.mean, reading.count),
-            sum=state.sum + reading.sum,
-            count=state.count + reading.count,
-            waited=state.waited + 1,
-            refused=0,
-            predicted=state.predicted + reading.predicted,
-            gain=state.gain + reading.gain,
-            steps=state.steps + reading.steps,
-            readings=state.readings + 1,
-        )
+        heard = target.update(state.target, reading.mean, reading.count)
+        state = _added(state, reading)._replace(target=heard)
         if not (act if every is None else state.waited >= every):
             return state
         level = target.level(state.target)
         if level is not None and not target.hold(state.target):
-            more = (Forecast(state.predicted, state.gain, state.steps, state.waited),) if controller.forecasts else ()
-            updated = controller.update(state.controller, state.sum / state.count, level, *more)
+            updated = controller.update(state.controller, state.sum / state.count, level, *_told(controller, state))
             state = state._replace(controller=updated)
         return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0)
 
@@ -113,7 +115,34 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
         fields: dict[str, Any] = {**saved, "controller": controller, "target": target}
         return blank._replace(**fields)
 
-    return Thermostat(init, update, lambda state: target.level(state.target), restore)
+    def steers(state: ThermostatState) -> bool:
+        return controller.steers and target.level(state.target) is not None and not target.hold(state.target)
+
+    return Thermostat(init, update, lambda state: target.level(state.target), restore, steers)
+
+
+def _added(state: ThermostatState, reading: EntropyReading) -> ThermostatState:
+    """The sums with a reading more; a prediction that is not finite is none."""
+    if not (math.isfinite(reading.predicted) and math.isfinite(reading.gain)):
+        reading = reading._replace(predicted=0.0, gain=0.0, steps=0)
+    return state._replace(
+        sum=state.sum + reading.sum,
+        count=state.count + reading.count,
+        waited=state.waited + 1,
+        refused=0,
+        predicted=state.predicted + reading.predicted,
+        gain=state.gain + reading.gain,
+        steps=state.steps + reading.steps,
+        readings=state.readings + 1,
+    )
+
+
+def _told(controller: Controller, state: ThermostatState) -> tuple[Any, ...]:
+    """What a controller takes beside the entropy and the target."""
+    told: tuple[Any, ...] = ()
+    if controller.forecasts:
+        told += (Forecast(state.predicted, state.gain, state.steps, state.waited),)
+    return (*told, state.waited) if controller.counts else told
 
 
 def to_json(state: ThermostatState) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -17,7 +18,9 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
+from ..control.targets import feasible
 from ..control.thermostat import ThermostatState, to_json
+from ..control.watchdog import Watchdog, WatchdogState
 from ..losses.reduce import SumCount  # noqa: F401  (for an example below)
 from ..recipes import Recipe, build_thermostat, knob_range, with_knob
 from ..recipes.apply import per_token
@@ -137,32 +140,55 @@ class ControlLoop:
         steps: optimizer steps of the whole run, if known.
         save_and_stop: saves what the engine can save and ends the run with an :class:`EntropyReadingError`, at once or
             as soon as a checkpoint is written; the default raises unsaved.
+        vocabulary: number of tokens that the model chooses from, if known; its log bounds every target.
+
+    Raises:
+        ValueError: a target in nats above log of the vocabulary.
 
     Attributes:
         state: the thermostat's, or None if nothing is under control.
         refused: readings refused in a row.
+        watched: how long the knob has been at a bound, and what entropy did meanwhile.
         masked_by: the setting of the engine that may mask every token, for messages.
     """
 
     def __init__(
-        self, recipe: Recipe, steps: int | None = None, save_and_stop: Callable[[str], None] | None = None
+        self,
+        recipe: Recipe,
+        steps: int | None = None,
+        save_and_stop: Callable[[str], None] | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        self.recipe = recipe
+        self.recipe, self.vocabulary = recipe, vocabulary
         self.save_and_stop = save_and_stop or stop_unsaved
-        self.thermostat = build_thermostat(recipe, steps)
+        self.thermostat = build_thermostat(recipe, steps, vocabulary)
         self.state: ThermostatState | None = self.thermostat.init() if self.thermostat else None
+        self.range = knob_range(recipe) if self.thermostat else None
+        self.watchdog = Watchdog(recipe.knob or "", self.range) if self.range else None
+        self.watched = WatchdogState()
         self.refused = 0
         self.masked_by = ""
         self._sums: Any = None
 
     def extend_to(self, steps: int) -> None:
         """Tell a target that covers the whole run its length, in optimizer steps."""
-        self.thermostat = build_thermostat(self.recipe, steps)
+        self.thermostat = build_thermostat(self.recipe, steps, self.vocabulary)
 
     @property
     def value(self) -> float | None:
         """The knob in force, or None."""
-        return None if self.state is None else self.state.value
+        return None if self.state is None else self._within(self.state.value)
+
+    def _within(self, value: float) -> float:
+        """A value that a controller, maybe one of the user's, asks for, within the knob's range.
+
+        Raises:
+            ValueError: one that is not a finite number.
+        """
+        assert self.range is not None
+        if not math.isfinite(value):
+            raise ValueError(f"controller of {self.recipe.knob} asks for {value}, not a finite number; mend it")
+        return self.range.clip(float(value))
 
     @property
     def recipe_now(self) -> Recipe:
@@ -205,11 +231,29 @@ class ControlLoop:
             return
         if problem and self.state.readings == 0 and self.state.refused == 0:
             raise ValueError(f"the first entropy reading is refused: {problem}; no checkpoint was written")
-        self.state = self.thermostat.update(self.state, reading, act=act)
+        before = self.state
+        self.state = self.thermostat.update(before, reading, act=act)
+        self._watch(before, reading)
         if problem:
             logger.warning("entropy reading refused (%s in a row), the knob is held: %s", self.refused, problem)
         if self.refused >= MAX_REFUSED:
             self.save_and_stop(f"{self.refused} entropy readings in a row were refused: {problem}")
+
+    def _watch(self, before: ThermostatState, reading: EntropyReading) -> None:
+        """Warn of a knob that stands at its bound, and of a target that turned out to be above any entropy."""
+        assert self.thermostat is not None
+        assert self.watchdog is not None
+        assert self.state is not None
+        target = self.thermostat.level(before) if self.thermostat.steers(before) else None
+        self.watched = self.watchdog.update(self.watched, reading, target, self._within(before.value))
+        if message := self.watchdog.message(self.watched):
+            logger.warning("%s", message)
+        level = self.thermostat.level(self.state)
+        if level is not None and self.thermostat.level(before) is None:
+            try:
+                feasible(level, self.vocabulary)
+            except ValueError as error:
+                logger.warning("target %s of the measured start cannot be had: %s", self.recipe.target, error)
 
     def row(self, sums: TokenSums, reading: EntropyReading, before: ThermostatState | None) -> dict[str, Any]:
         """The row of a step for metrics.jsonl, as far as sums and the controller make it.
@@ -237,29 +281,48 @@ class ControlLoop:
         return row | {
             "entropy/target": target,
             "entropy/error": None if target is None else (reading.mean - target) / target,
-            "knob/value": before.value,
-            "knob/saturated": int(knob_range(self.recipe).saturated(before.value)),
+            "knob/value": self._within(before.value),
+            "knob/saturated": int(knob_range(self.recipe).saturated(self._within(before.value))),
         }
 
     def as_dict(self) -> dict[str, Any]:
         """What goes into a checkpoint."""
         state = None if self.state is None else to_json(self.state)
-        return {"recipe": self.recipe.as_dict(), "state": state, "refused": self.refused}
+        return {
+            "recipe": self.recipe.as_dict(),
+            "state": state,
+            "watched": self.watched._asdict(),
+            "refused": self.refused,
+        }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint; start afresh, with a warning, if it controlled something else."""
-        self.refused = saved["refused"]
+        """Continue from a checkpoint; start afresh, with a warning, if it controlled nothing or something else.
+
+        Raises:
+            ValueError: a checkpoint that holds no state of this controller.
+        """
+        # A run that ten refusals ended is given ten more.
+        self.refused = saved["refused"] if saved["refused"] < MAX_REFUSED else 0
         if self.thermostat is None:
             return
         self.state = self.thermostat.init()
         if saved["state"] is None:
+            logger.warning("the checkpoint was saved without control: the controller starts afresh")
             return
         now = self.recipe.as_dict()
         changed = [name for name in ("knob", "controller", "target") if saved["recipe"][name] != now[name]]
         if changed:
             logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
             return
-        self.state = self.thermostat.restore(saved["state"])
+        try:
+            self.state = self.thermostat.restore(saved["state"])
+            self.watched = WatchdogState(**saved.get("watched", {}))
+            self._within(self.state.value)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"the checkpoint holds no state that controller {now['controller']} can continue from ({error}); "
+                "resume with the controller that wrote it, or start a new run"
+            ) from None
 
 
 def stop_unsaved(reason: str) -> NoReturn:

@@ -73,7 +73,8 @@ def across_knob(recipe: Recipe, value: float, quantity: Callable[[Recipe], Tenso
     """The difference of a quantity across the knob under control, centred on its value.
 
     Clip bounds free tokens one by one, which are counted over half the width of the clip; everything else is smooth in
-    its knob, and a thousandth of the range to either side will do.
+    its knob, and a thousandth of the range to either side will do. Neither side leaves the range: the knob's formula
+    need not be defined there.
 
     Args:
         recipe: with the knob under control.
@@ -82,8 +83,9 @@ def across_knob(recipe: Recipe, value: float, quantity: Callable[[Recipe], Tenso
     """
     span = knob_range(recipe)
     step = value / 4 if recipe.knob in CLIP_KNOBS else 1e-3 * (span.high - span.low)
-    up, down = (quantity(with_knob(recipe, value + x)) for x in (step, -step))
-    return Difference(up - down, 2 * step)
+    above, below = span.clip(value + step), span.clip(value - step)
+    up, down = (quantity(with_knob(recipe, x)) for x in (above, below))
+    return Difference(up - down, above - below)
 
 
 def lower_width(recipe: Recipe) -> float:

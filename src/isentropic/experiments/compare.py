@@ -21,7 +21,8 @@ import numpy as np
 
 from ..control.names import choose
 from ..recipes import Recipe
-from ..runs.record import Record, plain, versions, write_json
+from ..runs.explain import readable
+from ..runs.record import Record, is_number, plain, versions, write_json
 from ..runs.statistics import (
     MIN_VALUES,
     Interval,
@@ -101,22 +102,24 @@ def line_of(record: Record, name: str | None = None) -> dict[str, Any]:
         name: of the cell; by default the recipe's.
 
     Raises:
-        ValueError: not a run directory, or a run that has not ended.
+        ValueError: not a run directory, a run that has not ended, or one whose files are damaged.
     """
     header = record.header()
+    if not (isinstance(header.get("config"), dict) and isinstance(header.get("recipe"), dict)):
+        raise ValueError(f"{record.path / 'run.json'} holds no settings and recipe; name another run directory")
     path = record.path / "summary.json"
     if not path.is_file():
         raise ValueError(f"{record.path} has not ended: it has no summary.json; continue it by `train --resume`")
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    rows, evaluations = record.rows("metrics"), record.rows("evaluations")
+    summary = _read_summary(path)
+    rows, evaluations = readable(record.rows("metrics")), record.rows("evaluations")
     config, recipe = changed(header["config"], header["recipe"])
-    scores = summary.get("end") or summary.get("start") or {}
+    scores = {k: v for k, v in (summary.get("end") or summary.get("start") or {}).items() if is_number(v)}
     figures = {key: summary.get(key) for key in ("entropy/mean", "entropy/end", "reward/end", "steps", "samples")}
     figures |= {"entropy/error": summary.get("entropy/rms_error"), "seconds": _seconds(rows, summary)} | scores
     line = {
         "cell": name or str(header["config"].get("recipe")),
         "task": str(header.get("task")),
-        "seed": header["seed"],
+        "seed": header["seed"] if is_number(header.get("seed")) else None,
         "fingerprint": fingerprint(config, recipe),
         "figures": figures,
         "start": summary.get("start") or {},
@@ -135,14 +138,26 @@ def line_of(record: Record, name: str | None = None) -> dict[str, Any]:
     return plain(line | ({"stopped": summary["stopped"]} if summary.get("stopped") else {}))
 
 
+def _read_summary(path: Path) -> dict[str, Any]:
+    """summary.json: numbers, two evaluations, and texts; a field of another kind is left out."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}; leave this run out") from None
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path} holds no object; leave this run out")
+    kinds = {"start": dict, "end": dict, "before": dict, "stopped": str}
+    return {k: v for k, v in summary.items() if (isinstance(v, kinds[k]) if k in kinds else is_number(v))}
+
+
 def _seconds(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> float:
     """Wall clock of all processes of a run: of a resumed one, the seconds start again at 0."""
     total, last = 0.0, 0.0
-    for row in rows:
-        if row["seconds"] < last:
+    for seconds in (row["seconds"] for row in rows if "seconds" in row):
+        if seconds < last:
             total += last
-        last = row["seconds"]
-    return round(total + max(last, summary["seconds"]), 1)
+        last = seconds
+    return round(total + max(last, summary.get("seconds", 0.0)), 1)
 
 
 def _curve(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:

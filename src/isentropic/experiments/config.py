@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from ..control.controllers import CONTROLLERS
 from ..control.names import suggest
 from ..models import check_saved
-from ..recipes import Recipe, check, compose
+from ..recipes import Recipe, build_controller, check, compose
 from ..recipes.knobs import all_knobs
 from ..recipes.stages import STAGES
 from ..tasks import load_task
@@ -189,7 +189,7 @@ class RunConfig:
     )
 
     save_every: int = _setting(200, "saving", "optimizer steps between checkpoints; 0 keeps only the last", low=0)
-    keep: int = _setting(2, "saving", "checkpoints kept", low=1, trl="save_total_limit")
+    keep: int = _setting(2, "saving", "checkpoints kept", low=1)
 
     eval_k: int = _setting(16, "evaluation", "samples a prompt; 0 skips the evaluations", low=0)
     eval_rows: int = _setting(180, "evaluation", "prompts: the first so many", low=1)
@@ -294,8 +294,7 @@ def _check(config: RunConfig, path: str | None, has_updates: bool) -> RunConfig:
     _check_batch(config, where)
     if not 0 < config.vllm_memory < 1:
         raise ConfigError(f"{where}vllm_memory: got {config.vllm_memory}, must be a share above 0 and below 1")
-    predictive = isinstance(recipe.controller, str) and recipe.controller.startswith("predictive")
-    if config.explain_every == 0 and predictive:
+    if config.explain_every == 0 and recipe.knob is not None and build_controller(recipe).forecasts:
         raise ConfigError(
             f"{where}explain_every: got 0, and controller predictive needs explained steps; leave it out, or choose pi"
         )

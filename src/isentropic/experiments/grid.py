@@ -48,7 +48,8 @@ class Cell(NamedTuple):
 
     def matches(self, line: dict[str, Any]) -> bool:
         """Whether a line of the results file is this cell's."""
-        return (line["task"], line["seed"], line["fingerprint"]) == (self.task, self.seed, self.print)
+        known = (line.get("task"), line.get("seed"), line.get("fingerprint"))
+        return known == (self.task, self.seed, self.print)
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ def load_grid(path: str | None, flags: dict[str, Any]) -> Grid:
     baseline = values.get("baseline")
     if baseline is not None and baseline not in named:
         raise ConfigError(f"{where}baseline: got {baseline!r}{suggest(baseline, named)}; it must be a cell")
-    jobs = values.get("jobs") or os.cpu_count() or 1
-    if not isinstance(jobs, int) or jobs < 1:
+    jobs = values.get("jobs", os.cpu_count() or 1)
+    if type(jobs) is not int or jobs < 1:
         raise ConfigError(f"{where}jobs: got {jobs!r}, must be at least 1 process")
     out = Path(str(values.get("out") or f"runs/{Path(path).stem if path else 'compare'}"))
     cells = [

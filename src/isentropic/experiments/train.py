@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,11 +23,14 @@ from ..engines.trl.sequence import SequentialTrainer, SwitchTask
 from ..entropy.audit import Report
 from ..models import resolve_model
 from ..models.loading import load_tokenizer, load_weights, suit_threads
+from ..runs.checkpoints import choose, clear_unfinished
+from ..runs.lock import held
 from ..runs.record import Record, write_json
 from ..runs.summary import summary
 from ..tasks import Task, load_task
 from ..tasks.checks import constant_line
 from .config import RunConfig, as_dict, config_errors, recipe_of, total_steps
+from .devices import check_device
 from .evaluate import check_prompts, evaluate
 from .trainer import build_trainer
 
@@ -41,7 +45,7 @@ def train(
 
     Args:
         config: checked, with a run directory.
-        resume: continue from the last checkpoint.
+        resume: continue from the last checkpoint that is whole; a run that was not begun begins.
         say: called with lines of progress.
         write_report: called at the end, to write a page about the run; an error in it does not fail the run.
 
@@ -49,14 +53,26 @@ def train(
         ConfigError: a model, task or run directory that cannot be used.
         KeyboardInterrupt: stopped by a signal, with a checkpoint.
     """
-    started = time.monotonic()
     is_main = os.environ.get("RANK", "0") == "0"
+    with _hold(str(config.out)) if is_main else nullcontext():
+        return _train(config, resume, say, write_report, is_main)
+
+
+def _train(
+    config: RunConfig,
+    resume: bool,
+    say: Callable[[str], None],
+    write_report: Callable[[Record], Path] | None,
+    is_main: bool,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    check_device(config.device)
     record = Record(str(config.out))
     recipe = recipe_of(config)
     tasks = [load_task(name) for name in (config.task, config.then) if name]
     model, tokenizer = _load_checked(config, tasks)
-    checkpoint = _last_checkpoint(record, is_main) if resume else None
-    if is_main and not resume:
+    checkpoint = _checkpoint_to_resume(record, say, is_main) if resume else None
+    if is_main and not (resume and record.begun()):
         record.start(as_dict(config), recipe.as_dict(), config.seed, task=config.task, model=config.model)
     suit_threads(model)
     trainer = build_trainer(config, recipe, tasks, model, tokenizer, say)
@@ -157,6 +173,7 @@ def audit(config: RunConfig) -> Report:
     Raises:
         ConfigError: a model or task that cannot be used.
     """
+    check_device(config.device)
     tasks = [load_task(config.task)]
     model, tokenizer = _load_checked(config, tasks)
     with TemporaryDirectory() as out:
@@ -164,13 +181,27 @@ def audit(config: RunConfig) -> Report:
         return audit_trainer(build_trainer(config, recipe_of(config), tasks, model, tokenizer, say=print))
 
 
-def _last_checkpoint(record: Record, is_main: bool) -> Path | None:
-    checkpoints = record.checkpoints()
-    if checkpoints:
-        return checkpoints[-1][1]
+@contextmanager
+def _hold(out: str) -> Iterator[None]:
+    """Hold the lock of a run directory, whose problems are mistakes in the settings."""
+    with ExitStack() as stack:
+        with config_errors():
+            stack.enter_context(held(out))
+        yield
+
+
+def _checkpoint_to_resume(record: Record, say: Callable[[str], None], is_main: bool) -> Path | None:
+    """The last whole checkpoint, after what came later is deleted from the rows; None to begin at the first step."""
+    choice = choose(record)
     if is_main:
-        record.rewind(-1)
-    return None
+        if not record.begun():
+            say(f"--resume: nothing was begun in {record.path}; beginning with the settings of the command line")
+        elif choice.damaged:
+            taken = choice.path.name if choice.path else "step 0, as no other is whole"
+            say(f"--resume: continuing from {taken}; {'; '.join(choice.damaged)}")
+        clear_unfinished(record)
+        record.rewind(int(choice.path.name.rpartition("-")[2]) if choice.path else -1)
+    return choice.path
 
 
 def _load_checked(config: RunConfig, tasks: Sequence[Task]) -> tuple[Any, Any]:

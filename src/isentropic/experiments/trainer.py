@@ -18,6 +18,8 @@ from ..engines.trl.sequence import CompletionRules, SequentialTrainer
 from ..models.episodes import limited
 from ..models.generation import line_break_tokens
 from ..recipes import Recipe
+from ..runs.checkpoints import rotate, seal
+from ..runs.record import Record
 from ..tasks import Task
 from ..tasks.checks import training_rows
 from ..tasks.environments import EnvironmentTask
@@ -57,7 +59,7 @@ def build_trainer(
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=_lora_config(config.lora_rank),
-        callbacks=[PrintSteps(say)],
+        callbacks=[PrintSteps(say), Checkpoints(config.keep)],
         rollout_func=rules[0].rollout,
     )
     for callback in (PrinterCallback, ProgressCallback):
@@ -157,6 +159,23 @@ def _batch_fields(config: RunConfig, ranks: int) -> dict[str, Any]:
         "gradient_accumulation_steps": per_step // micro_batch,
         "steps_per_generation": config.updates * (per_step // micro_batch),
     }
+
+
+class Checkpoints(TrainerCallback):
+    """Seals every checkpoint, then deletes old ones: TRL would delete the last whole one before the new one is whole.
+
+    Args:
+        keep: whole checkpoints that stay.
+    """
+
+    def __init__(self, keep: int):
+        self.keep = keep
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            record = Record(args.output_dir)
+            seal(record.path / f"checkpoint-{state.global_step}")
+            rotate(record, self.keep)
 
 
 class PrintSteps(TrainerCallback):

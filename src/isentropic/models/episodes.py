@@ -153,8 +153,8 @@ def play(
     """
     if own := sorted(_OWN & sampling.generation_kwargs.keys()):
         raise ValueError(
-            f"generation_kwargs: got {', '.join(own)}, which an episode sets itself; leave it out, and set the tokens of "
-            "a line by the task's max_action_tokens"
+            f"generation_kwargs: got {', '.join(own)}, which an episode sets itself; leave it out, and set the "
+            "tokens of a line by the task's max_action_tokens"
         )
     pool = [] if pool is None else pool
     at_once = task.parallel or len(rows)

@@ -136,9 +136,10 @@ def check_lengths(ids: Sequence[Sequence[int]], limit: int | None, room: int = 1
         >>> check_lengths([[5, 6, 7]], 4)
     """
     lengths = [len(prompt) for prompt in ids]
-    if limit is not None and lengths and max(lengths) + room > limit:
+    longest = max(lengths, default=0)
+    if limit is not None and lengths and longest + room > limit:
         raise ValueError(
-            f"prompt {lengths.index(max(lengths)) + 1} of {len(ids)} has {max(lengths)} tokens, and the model's context "
+            f"prompt {lengths.index(longest) + 1} of {len(ids)} has {longest} tokens, and the model's context "
             f"is {limit} (max_position_embeddings), with room for {room} more; shorten the prompt, leave it out, or "
             "name a model with a longer context"
         )
@@ -230,7 +231,8 @@ def _warn_of_length(ids: list[list[int]], max_tokens: int, limit: int | None) ->
     if limit is not None and longest + max_tokens > limit:
         warnings.warn(
             f"a prompt of {longest} tokens and a completion of {max_tokens} exceed the model's context of {limit} "
-            f"(max_position_embeddings), where it knows no positions; allow {limit - longest} tokens, or shorten prompts",
+            f"(max_position_embeddings), beyond which it knows no positions; allow {limit - longest} tokens, or "
+            "shorten the prompts",
             stacklevel=3,
         )
 

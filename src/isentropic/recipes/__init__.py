@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from .. import lazy
 from .catalogue import RECIPES
 from .compose import check, compose, load_recipe
-from .knobs import build_thermostat, knob_range, with_knob
+from .knobs import build_controller, build_thermostat, knob_range, with_knob
 from .recipe import Recipe
 from .stages import Baseline, Bounds, Knob, Objective, Penalty, Selection, Shaping
 
@@ -28,6 +28,7 @@ __all__ = [
     "Selection",
     "Shaping",
     "advantages",
+    "build_controller",
     "build_thermostat",
     "check",
     "compose",

@@ -7,9 +7,8 @@ batch without gradients; objectives and penalties see it as it is.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -44,14 +43,6 @@ def weighted(adv: Tensor, factors: Tensor | None) -> Tensor:
     return adv if factors is None else per_token(adv, factors) * factors
 
 
-@lru_cache(maxsize=512)
-def _parameters(function: Callable[..., Any]) -> Mapping[str, bool]:
-    """The parameters of a function by name: whether it can do without them."""
-    parameters = inspect.signature(function).parameters.values()
-    loose = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
-    return {p.name: p.default is not inspect.Parameter.empty for p in parameters if p.kind not in loose}
-
-
 def _call(recipe: Recipe, stage: str, batch: TokenBatch) -> Any:
     """Call the component of a stage with what its parameters name."""
     component = recipe.component(stage)
@@ -62,7 +53,7 @@ def _call(recipe: Recipe, stage: str, batch: TokenBatch) -> Any:
             )
     constants = recipe.constants_of(stage)
     arguments: dict[str, Any] = dict(component.options)
-    for name in _parameters(component.function):
+    for name in component.parameters:
         if name in arguments:
             continue
         if name in constants:
@@ -73,7 +64,33 @@ def _call(recipe: Recipe, stage: str, batch: TokenBatch) -> Any:
             arguments[name] = getattr(recipe, name)
         elif name in _DERIVED:
             arguments[name] = _DERIVED[name](recipe, batch)
-    return component.function(**arguments)
+    returned = component.function(**arguments)
+    if stage == "objective":
+        return _checked_pair(recipe, returned, batch.logp)
+    if not (isinstance(returned, Tensor) and returned.shape == batch.logp.shape):
+        raise ValueError(
+            f"{stage} {_name(recipe, stage)} must return [b t] {_sized(batch.logp)}, got {_sized(returned)}"
+        )
+    return returned
+
+
+def _checked_pair(recipe: Recipe, returned: Any, logp: Tensor) -> tuple[Tensor, TokenFacts]:
+    """What an objective returned, refused if it is no loss per token with its facts."""
+    name = f"objective {_name(recipe, 'objective')}"
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], TokenFacts)):
+        raise ValueError(f"{name} must return a loss [b t] and TokenFacts, got {_sized(returned)}; return both")
+    by_token, facts = returned
+    for what, x in {"a loss": by_token, **dict(zip(TokenFacts._fields, facts, strict=True))}.items():
+        if not (isinstance(x, Tensor) and x.shape == logp.shape) and not (what == "outside" and x is None):
+            raise ValueError(f"{name} must return {what} per token, [b t] {_sized(logp)}, got {_sized(x)}")
+    return by_token, facts
+
+
+def _sized(x: Any) -> str:
+    """A tensor by its shape, anything else by its type."""
+    if isinstance(x, Tensor):
+        return str(list(x.shape))
+    return f"({', '.join(map(_sized, x))})" if isinstance(x, tuple) else type(x).__name__
 
 
 _REMEDIES = {
@@ -89,7 +106,8 @@ def _name(recipe: Recipe, stage: str) -> str:
 
 
 def _predicted(recipe: Recipe, batch: TokenBatch) -> Tensor:
-    assert batch.entropy is not None
+    if batch.entropy is None:
+        raise ValueError(f"predicted needs batch.entropy, got None; {_REMEDIES['entropy']}")
     return predicted_change(batch.adv, batch.logp, batch.entropy)
 
 
@@ -101,15 +119,25 @@ def _clipped(recipe: Recipe, batch: TokenBatch) -> Tensor:
 
 def clip_rule(recipe: Recipe) -> Callable[..., Any]:
     """The rule of the recipe's clip bounds, ``(clip_low, clip_high, facts) -> (lowest, highest ratio)``."""
-    function = recipe.component("bounds").function
-    fixed = {**recipe.component("bounds").options, **recipe.constants_of("bounds")}
-    named = [name for name in _parameters(function) if name not in fixed]
+    component = recipe.component("bounds")
+    function, fixed = component.function, {**component.options, **recipe.constants_of("bounds")}
+    named = [name for name in component.parameters if name not in fixed]
 
     def rule(clip_low: Any, clip_high: Any, facts: RatioFacts) -> Any:
         values = {"clip_low": clip_low, "clip_high": clip_high, "facts": facts, "recipe": recipe, **facts._asdict()}
-        return function(**fixed, **{name: values[name] for name in named if name in values})
+        pair = function(**fixed, **{name: values[name] for name in named if name in values})
+        if not (isinstance(pair, tuple) and len(pair) == 2 and all(_is_bound(x, facts.mask) for x in pair)):
+            raise ValueError(
+                f"bounds {_name(recipe, 'bounds')} must return the lowest and the highest ratio, each a number or "
+                f"[b t] {_sized(facts.mask)}, got {_sized(pair)}"
+            )
+        return pair
 
     return rule
+
+
+def _is_bound(x: Any, mask: Tensor) -> bool:
+    return x.shape in ((), mask.shape) if isinstance(x, Tensor) else isinstance(x, Real)
 
 
 # What a function may name that no batch holds.
@@ -125,10 +153,21 @@ _DERIVED: dict[str, Callable[[Recipe, TokenBatch], Any]] = {
 
 
 def advantages(recipe: Recipe, rewards: Tensor) -> Tensor:
-    """Rewards ``[p g]`` to advantages ``[b]`` by the recipe's baseline."""
+    """Rewards ``[p g]`` to advantages ``[b]``, prompt by prompt, by the recipe's baseline.
+
+    Raises:
+        ValueError: a baseline that returns anything else.
+    """
     baseline: Component = recipe.component("baseline")
-    more = {"recipe": recipe} if "recipe" in _parameters(baseline.function) else {}
-    return baseline.function(rewards=rewards, **baseline.options, **recipe.constants_of("baseline"), **more)
+    more = {"recipe": recipe} if "recipe" in baseline.parameters else {}
+    named = {"rewards": rewards} if "rewards" in baseline.parameters else {}
+    returned = baseline.function(**named, **baseline.options, **recipe.constants_of("baseline"), **more)
+    if not (isinstance(returned, Tensor) and returned.shape == (rewards.numel(),)):
+        raise ValueError(
+            f"baseline {_name(recipe, 'baseline')} must return [b] [{rewards.numel()}], prompt by prompt, "
+            f"got {_sized(returned)}; make [p g] of it and flatten that"
+        )
+    return returned
 
 
 def shape(recipe: Recipe, batch: TokenBatch) -> Tensor:
@@ -181,9 +220,7 @@ def token_loss(
         ValueError: a component that reads what the batch does not hold.
     """
     factors = select(recipe, batch) if factors is None else factors
-    shaped = batch._replace(adv=weighted(shape(recipe, batch), factors))
-    if not isinstance(recipe.objective, str):
-        shaped = shaped._replace(adv=per_token(shaped.adv, batch.logp))
+    shaped = batch._replace(adv=per_token(weighted(shape(recipe, batch), factors), batch.logp))
     by_token, facts = _call(recipe, "objective", shaped)
     if penalised and recipe.penalty != "none":
         by_token = by_token + recipe.penalty_coef * penalty(recipe, batch)
@@ -225,10 +262,36 @@ def token_weights(recipe: Recipe, batch: TokenBatch, factors: Tensor | None) -> 
         recipe: with its knob in force.
         batch: token facts; nothing is differentiated through them.
         factors: of :func:`select`.
+
+    Raises:
+        ValueError: an objective whose gradient is not by the log-probabilities alone: an engine would lose the rest.
     """
+    leaves = {"logp": batch.logp.detach().clone().requires_grad_()}
+    for name in _lost(recipe):
+        x = getattr(batch, name)
+        leaves |= {} if x is None else {name: x.detach().requires_grad_()}
     with torch.enable_grad():
-        leaf = batch.logp.detach().clone().requires_grad_()
-        by_token, facts = token_loss(recipe, batch._replace(logp=leaf), factors, penalised=False)
+        by_token, facts = token_loss(recipe, batch._replace(**leaves), factors, penalised=False)
         total = torch.where(batch.mask.bool(), by_token, torch.zeros_like(by_token)).sum()
-        slope = torch.autograd.grad(total, leaf)[0]
-    return -slope, facts
+        reached = total.requires_grad
+        slopes = torch.autograd.grad(total, list(leaves.values()), allow_unused=True) if reached else [None]
+    for name, slope in zip(leaves, slopes, strict=False):
+        if name != "logp" and slope is not None:
+            raise ValueError(
+                f"objective {_name(recipe, 'objective')} depends on {name}, whose gradient an engine does not carry "
+                f"through an objective; write that part as a penalty, or use {name}.detach()"
+            )
+    if slopes[0] is None:
+        raise ValueError(
+            f"objective {_name(recipe, 'objective')} must depend on logp with a gradient, got none; leave out a detach"
+        )
+    return -slopes[0], facts
+
+
+def _lost(recipe: Recipe) -> list[str]:
+    """Fields with a gradient of their own that the recipe's objective may name, by its signature."""
+    component = recipe.component("objective")
+    named = component.parameters
+    # The objectives of the package take the batch, and read neither.
+    whole = "batch" in named and not isinstance(component.at, str)
+    return [name for name in ("entropy", "logp_rows") if whole or name in named]

@@ -1,4 +1,4 @@
-"""The catalogue: published algorithms as data, each a few fields of a :class:`~isentropic.recipes.parts.Recipe`.
+"""The catalogue: published algorithms as data, each a few fields of a :class:`~isentropic.recipes.recipe.Recipe`.
 
 ``source`` names the paper, and what is not the paper's: numbers marked (?) could not be confirmed, [ours] are choices.
 """

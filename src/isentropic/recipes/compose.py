@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
+from numbers import Integral, Real
 from typing import Any
 
 from ..control.names import choose
 from ..control.targets import parse_target
 from .catalogue import RECIPES
-from .custom import Factory, load, resolve
-from .knobs import FIELD_KNOBS, all_knobs, build_thermostat, owner, readers
+from .custom import NAMES, Factory, load, resolve
+from .knobs import FIELD_KNOBS, all_knobs, build_thermostat, knob_range, owner, readers
 from .recipe import Recipe
-from .stages import OBJECTIVES, PENALTIES, REDUCTIONS, STAGES, Bounds, Component
+from .stages import NO_KNOB, OBJECTIVES, PENALTIES, REDUCTIONS, STAGES, WITHOUT_KNOB, Bounds, Component, number
+
+
+# What means nothing without a knob.
+_OF_KNOB = ("target", "every", "initial_readings", "knob_low", "knob_high", "knob_start")
+# Names that no constant may have.
+_TAKEN = frozenset(f.name for f in fields(Recipe)).union(*NAMES.values())
+_DEFAULT_COEF = Recipe("", "").penalty_coef
 
 
 def load_recipe(text: str) -> Recipe:
@@ -24,7 +33,7 @@ def load_recipe(text: str) -> Recipe:
         >>> load_recipe("dapo").clip_high
         0.28
     """
-    if ":" not in text:
+    if ":" not in text and not text.endswith(".py"):
         choose("recipe", text, RECIPES)
         return RECIPES[text]
     recipe = load(text, "recipe")
@@ -69,9 +78,14 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
     if knob is not None and knob != "none":
         recipe = _with_knob_named(recipe, str(knob), changes)
     composed = check(recipe)
-    idle = [key for key in ("target", "every", "initial_readings") if key in changes and composed.knob is None]
+    idle = [key for key in _OF_KNOB if key in changes and composed.knob is None]
     if idle and knob != "none":
         raise ValueError(f"{idle[0]} has no effect without a knob under control; name one of {', '.join(all_knobs())}")
+    cost = changes.get("penalty_coef", _DEFAULT_COEF)
+    if composed.penalty == "none" and cost != _DEFAULT_COEF:
+        raise ValueError(
+            f"penalty_coef has no effect without a penalty, got {cost}; name one of {', '.join(PENALTIES)}"
+        )
     return composed
 
 
@@ -92,15 +106,13 @@ def _with_fields(recipe: Recipe, changes: dict[str, Any], knob: Any) -> Recipe:
             if name in changes.get("constants", {}):
                 choose("a constant of this recipe", name, names or ["none, for its components have none"])
             choose("a field of a recipe, or a constant of its components,", name, [*kinds, *names])
-        if type(value) not in (int, float):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-    return replace(recipe, constants={**kept, **constants})
+    return replace(recipe, constants={**kept, **{name: number(name, value) for name, value in constants.items()}})
 
 
 def _checked(key: str, value: Any, kind: str) -> Any:
     """A change of one field as the field holds it, refused if it is of another type."""
     if key == "constants":
-        if not isinstance(value, dict) or not all(type(x) in (int, float) for x in value.values()):
+        if not isinstance(value, dict):
             raise ValueError(f"constants must be a table of numbers, got {value!r}; write {{cov_share = 1e-3}}")
         return value
     if key in STAGES or key in ("controller", "target"):
@@ -109,8 +121,10 @@ def _checked(key: str, value: Any, kind: str) -> Any:
         if not (callable(value) or isinstance(value, Component | Factory | tuple)):
             raise ValueError(f"{key} must be a name or a function of yours, got {value!r}")
         return value
-    allowed = ("int", "float") if kind == "float" else (kind,)
-    if type(value).__name__ not in allowed:
+    numbers = {"float": Real, "int": Integral}
+    if kind in numbers and isinstance(value, numbers[kind]) and not isinstance(value, bool):
+        return number(key, value)
+    if type(value).__name__ != kind:
         raise ValueError(f"{key} must be of type {kind}, got {value!r}")
     return value
 
@@ -139,9 +153,7 @@ def check(recipe: Recipe, updates: int | None = None) -> Recipe:
     components = recipe.components()
     choose("reduction", recipe.reduction, REDUCTIONS)
     _check_clip(recipe)
-    names = [name for component in components.values() for name in component.constants]
-    for name in recipe.constants:
-        choose("a constant of this recipe", name, names or ["none, for its components have none"])
+    _check_constants(recipe)
     if recipe.on_policy and updates is not None and updates != 1:
         raise ValueError(
             f"this recipe is strictly on-policy: one optimizer step a generated batch, got {updates}; "
@@ -163,6 +175,31 @@ def check(recipe: Recipe, updates: int | None = None) -> Recipe:
     if recipe.knob is not None:
         _check_knob(recipe, updates)
     return recipe
+
+
+def _check_constants(recipe: Recipe) -> None:
+    """Each constant is of one component alone, hides nothing that functions get by name, and is a number."""
+    owners: dict[str, str] = {}
+    for stage, component in recipe.components().items():
+        for name in component.constants:
+            if name in _TAKEN:
+                raise ValueError(
+                    f"constant {name} of the {stage} has the name of a field of a recipe, of a batch, or of what is made "
+                    f"of them; rename it, as in {name}_"
+                )
+            if name in owners:
+                raise ValueError(
+                    f"constant {name} must be of one component, got two, {owners[name]} and {stage}; rename one of them"
+                )
+            owners[name] = stage
+    for name, value in recipe.constants.items():
+        choose("a constant of this recipe", name, list(owners) or ["none, for its components have none"])
+        number(name, value)
+    for name in ("entropy_coef", "penalty_coef"):
+        if not math.isfinite(getattr(recipe, name)):
+            raise ValueError(f"{name} must be a finite number, got {getattr(recipe, name)}; 0 leaves its term out")
+    if recipe.overlong_buffer < 0:
+        raise ValueError(f"overlong_buffer must be >= 0 tokens, got {recipe.overlong_buffer}; 0 is off")
 
 
 def _check_clip(recipe: Recipe) -> None:
@@ -195,6 +232,8 @@ def _check_knob(recipe: Recipe, updates: int | None) -> None:
             raise ValueError(
                 f"knob {name} needs a shaping that it scales, got shaping {recipe.shaping}; leave shaping out"
             )
+        if component.stage in WITHOUT_KNOB:
+            raise ValueError(f"knob {name} is a number of the {component.stage}, which can have none: {NO_KNOB}")
         needs = component.knobs[name].needs if name in component.knobs else None
     free = ", ".join(sorted(key for key, knob in all_knobs().items() if knob.needs is None))
     if needs == "clip" and not recipe.clips:
@@ -211,4 +250,16 @@ def _check_knob(recipe: Recipe, updates: int | None) -> None:
         raise ValueError(
             f"knob {name} needs a penalty, got none; name one of {', '.join(PENALTIES)}, or a knob of {free}"
         )
+    if needs == "clip":
+        _check_clip_knob(recipe)
     build_thermostat(recipe, steps=1)
+
+
+def _check_clip_knob(recipe: Recipe) -> None:
+    span, bounds = knob_range(recipe), recipe.component("bounds")
+    if span.low < 0:
+        raise ValueError(f"knob_low of {recipe.knob} must be >= 0, got {span.low}; it is the distance from 1")
+    if recipe.knob == "clip_low" and isinstance(bounds, Bounds) and bounds.below_one and span.high >= 1:
+        raise ValueError(
+            f"knob_high of clip_low must be < 1 with {recipe.bounds} bounds, got {span.high}; a ratio is never negative"
+        )

@@ -11,16 +11,20 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import math
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from numbers import Real
 from pathlib import Path
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from ..control.controllers import CONTROLLERS, Controller
 from ..control.names import suggest
-from ..control.targets import Target
+from ..control.targets import TARGETS, Target
 from ..types import TokenBatch
 from .stages import KINDS, Component, Objective
 
@@ -38,6 +42,7 @@ NAMES: dict[str, frozenset[str]] = {
 # Fields of a batch that may be None and mean something: nothing has moved since sampling.
 OPTIONAL = frozenset({"logp_old", "entropy_old"})
 _ALWAYS = frozenset({"logp", "adv", "mask"})
+_LOOSE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def entry(stage: str, value: Any) -> Component:
@@ -58,43 +63,81 @@ def entry(stage: str, value: Any) -> Component:
         (['entropy'], {'strength': 0.5})
     """
     if isinstance(value, Component):
-        if value.stage != stage:
-            raise ValueError(f"{stage} must be a {KINDS[stage].__name__}, got a {type(value).__name__}; name it there")
-        if callable(value.at):
-            _check(stage, value.at, value.constants)
-        return value if value.written else replace(value, written=_written(value.at))
+        return _completed(stage, value)
     if not callable(value):
         raise ValueError(f"{stage} must be a name, a function or a {KINDS[stage].__name__}, got {value!r}")
-    parameters = _check(stage, value, {})
+    parameters = _check(stage, value, {}, {})
     known = NAMES[stage]
-    constants = {
-        name: p.default for name, p in parameters.items() if name not in known and type(p.default) in (int, float)
-    }
-    reads = {name for name in parameters if name in TokenBatch._fields} - _ALWAYS - OPTIONAL
+    constants = {name: p.default for name, p in parameters.items() if name not in known and _is_number(p.default)}
     more: dict[str, Any] = {"clips": True} if KINDS[stage] is Objective else {}
     written = _written(value)
-    return KINDS[stage](written.partition("@")[0], value, reads, constants, written=written, **more)
+    formula = written.partition("@")[0]
+    return _complete(KINDS[stage](formula, value, _reads(parameters), constants, written=written, **more))
 
 
-def _check(stage: str, function: Callable[..., Any], constants: Any) -> dict[str, inspect.Parameter]:
-    """The parameters of a function, each of which must be known to the stage, a constant, or have a default."""
+def _completed(stage: str, value: Component) -> Component:
+    """An entry with what its function reads, and with what is written of it."""
+    if value.stage != stage:
+        raise ValueError(f"{stage} must be a {KINDS[stage].__name__}, got a {type(value).__name__}; name it there")
+    if "completed" in vars(value):
+        return value
+    if isinstance(value.at, str) and ":" in value.at:
+        return _complete(replace(value, written=value.written or value.at))
+    if not callable(value.at):
+        raise ValueError(f"{stage} {value.formula!r} must have a function of yours, got at={value.at!r}; write at=f")
+    parameters = _check(stage, value.at, value.constants, value.options)
+    reads = value.reads | (_reads(parameters) - set(value.options))
+    return _complete(replace(value, reads=reads, written=value.written or _written(value.at)))
+
+
+def _complete(made: Component) -> Component:
+    """Mark an entry as checked: a recipe is made anew at every step of its knob."""
+    object.__setattr__(made, "completed", True)
+    return made
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _reads(parameters: Mapping[str, Any]) -> frozenset[str]:
+    """The fields of a batch that parameters name, those that ``predicted`` is made from among them."""
+    fields = {name for name in parameters if name in TokenBatch._fields}
+    return frozenset(fields | ({"entropy"} if "predicted" in parameters else set())) - _ALWAYS - OPTIONAL
+
+
+def _check(
+    stage: str, function: Callable[..., Any], constants: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, inspect.Parameter]:
+    """The parameters of a function: each known to the stage, a constant, or with a default; each constant one of them."""
     name = _written(function).partition("@")[0]
     try:
         parameters = dict(inspect.signature(function).parameters)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{stage} {name} cannot be called by name: {error}; wrap it in a function of yours") from None
-    for parameter in parameters.values():
-        named = parameter.name in NAMES[stage] or parameter.name in constants
-        loose = parameter.default is not inspect.Parameter.empty or parameter.kind in (
-            inspect.Parameter.VAR_KEYWORD,
-            inspect.Parameter.VAR_POSITIONAL,
-        )
-        if not (named or loose):
+    allowed = ", ".join(sorted(NAMES[stage]))
+    named = {key: p for key, p in parameters.items() if p.kind not in _LOOSE}
+    if not named:
+        got = ", ".join(map(str, parameters.values())) or "no parameters"
+        raise ValueError(f"{stage} {name} must name what it reads, got {got}; write a function of some of {allowed}")
+    for parameter in named.values():
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
             raise ValueError(
-                f"{stage} {name} asks for {parameter.name!r}, got no such value; it may name "
-                f"{', '.join(sorted(NAMES[stage]))}, or give {parameter.name} a default, which makes it a constant"
+                f"{stage} {name} is called by name, got {parameter.name!r} by position only; leave out the slash"
             )
-    return parameters
+        given = parameter.name in NAMES[stage] or parameter.name in constants or parameter.name in options
+        if not given and parameter.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{stage} {name} asks for {parameter.name!r}, got no such value; it may name {allowed}, "
+                f"or give {parameter.name} a default, which makes it a constant"
+            )
+    for key in (*constants, *options):
+        if key not in named:
+            raise ValueError(
+                f"{stage} {name} does not take its constant {key!r}, got parameters {', '.join(named)}"
+                f"{suggest(key, named)}; name it among them"
+            )
+    return named
 
 
 @dataclass(frozen=True)
@@ -129,23 +172,42 @@ class Factory:
         Raises:
             ValueError: the function makes no target.
         """
-        if isinstance(self.make, Target):
-            return self.make
-        named = inspect.signature(self.make).parameters
+        named = () if isinstance(self.make, Target) else inspect.signature(self.make).parameters
         return self._made(Target, **{name: value for name, value in known.items() if name in named})
 
     def _made(self, kind: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(self.make, kind):
-            return self.make
         what = kind.__name__
-        try:
-            made = self.make(*args, **kwargs)
-        except Exception as error:  # a function of the user's may raise anything
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ValueError(f"{self.written} must make a {what}, and raised {reason}") from error
+        made = self.make
+        if not isinstance(made, kind):
+            try:
+                made = self.make(*args, **kwargs)
+            except Exception as error:  # a function of the user's may raise anything
+                raise ValueError(f"{self.written} must make a {what}, and raised {_reason(error)}") from error
         if not isinstance(made, kind):
             raise ValueError(f"{self.written} must make a {what}, got {type(made).__name__}; return {what}(...)")
+        self._check_state(what, made)
         return made
+
+    def _check_state(self, what: str, made: Any) -> None:
+        """A state goes into a checkpoint as JSON, and comes back by the names of its fields."""
+        must = f"{self.written}: init() of a {what} must return a NamedTuple of plain numbers"
+        try:
+            state = made.init()
+        except Exception as error:  # as above
+            raise ValueError(f"{must}, and raised {_reason(error)}") from error
+        if not (isinstance(state, tuple) and hasattr(state, "_asdict")):
+            raise ValueError(f"{must}, got {type(state).__name__}; return ValueState(knob.start), or a tuple of yours")
+        for name, value in state._asdict().items():
+            if value is not None and not isinstance(value, int | float | str):
+                raise ValueError(f"{must}, got {name} of type {type(value).__name__}; write float({name})")
+        if what == "Controller" and not (
+            isinstance(value := getattr(state, "value", None), int | float) and math.isfinite(value)
+        ):
+            raise ValueError(f"{must} whose field value is finite, got {state!r}; it is the knob, start at knob.start")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def factory(what: str, value: Any) -> Factory:
@@ -157,9 +219,18 @@ def factory(what: str, value: Any) -> Factory:
     if isinstance(value, Factory):
         return value
     if isinstance(value, Controller | Target):
-        return Factory(value, f"{what}@{_digest(value.update)}")
+        kind = type(value).__name__
+        if kind.lower() != what:
+            raise ValueError(
+                f"{what} must be a text form, a function or a {what.capitalize()}, got a {kind}; give it as {kind.lower()}"
+            )
+        return Factory(value, f"{what}@{_digest(value.update, _facts(value))}")
     if not callable(value):
         raise ValueError(f"{what} must be a text form, a function or a {what.capitalize()}, got {value!r}")
+    try:
+        inspect.signature(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{what} {value!r} cannot be called by name: {error}; wrap it in a function") from None
     return Factory(value, _written(value))
 
 
@@ -178,10 +249,13 @@ def resolve(what: str, text: str) -> Any:
         ('pi:gain=2', 'anneal:100%:50%', 'repo')
     """
     if what in KINDS:
-        return entry(what, load(text, what)) if ":" in text else text
-    place, _, rest = text.partition(":")
+        return entry(what, load(text, what)) if ":" in text or text.endswith(".py") else text
+    head, dot_py, tail = text.rpartition(".py:")
+    place, _, rest = (f"{head}.py", ":", tail) if dot_py else text.partition(":")
     name, *pairs = rest.split(":")
-    if place in CONTROLLERS or not (place.endswith(".py") or name.isidentifier()):
+    if text.endswith(".py"):
+        place, name = text, ""
+    elif not dot_py and (not name.isidentifier() or _is_form(what, place)):
         return text
     value = load(f"{place}:{name}", what)
     options = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
@@ -195,6 +269,16 @@ def resolve(what: str, text: str) -> Any:
     return factory(what, partial(value, **numbers))
 
 
+def _is_form(what: str, place: str) -> bool:
+    """Whether a text that starts so is a text form, or is meant as one: its own parser then says what is wrong."""
+    kinds = CONTROLLERS if what == "controller" else {key.partition(":")[0] for key in TARGETS}
+    words = place.split(".")
+    if place in kinds or not all(word.isidentifier() for word in words):
+        return True
+    there = len(words) > 1 or place in sys.modules or importlib.util.find_spec(place) is not None
+    return not there and bool(suggest(place, kinds))
+
+
 def _number(what: str, key: str, text: str) -> float | str:
     try:
         return float(text)
@@ -206,33 +290,74 @@ def _number(what: str, key: str, text: str) -> float | str:
 
 def _written(function: Any) -> str:
     """The name of a function, and eight characters of the file that defines it: an edited function is another one."""
-    inner, bound = function, ""
+    inner, facts = function, _facts(function)
     while isinstance(inner, partial):
-        bound, inner = f"{bound}{inner.args}{sorted(inner.keywords.items())}", inner.func
+        inner = inner.func
     named = inner if hasattr(inner, "__qualname__") else type(inner)
-    if isinstance(inner, str):
-        return inner
-    return f"{named.__module__}.{named.__qualname__}@{_digest(named, bound)}"
+    module = re.sub(rf"^{_PRIVATE}[0-9a-f]{{8}}_", "", str(named.__module__))
+    return f"{module}.{named.__qualname__}@{_digest(named, facts)}"
 
 
 def _digest(function: Any, more: str = "") -> str:
     try:
         content = Path(str(inspect.getsourcefile(function))).read_bytes()
     except (OSError, TypeError):  # typed at a prompt, or built in
-        code = getattr(function, "__code__", None)
-        content = repr(function).encode() if code is None else code.co_code + repr(code.co_consts).encode()
+        code = getattr(function, "__code__", None) or getattr(getattr(function, "__call__", None), "__code__", None)
+        content = _facts(code or type(function).__qualname__).encode()
     return hashlib.sha256(content + more.encode()).hexdigest()[:8]
+
+
+def _facts(value: Any, depth: int = 5) -> str:
+    """What tells two functions or objects of one file apart, as text without addresses: what they hold, if plain."""
+    if value is None or isinstance(value, str | bytes | int | float | complex):
+        return repr(value)
+    if depth == 0:
+        return type(value).__qualname__
+    if isinstance(value, tuple | list):
+        held = [_facts(x, depth - 1) for x in value[:_WIDTH]]
+    elif isinstance(value, set | frozenset):
+        held = sorted(_facts(x, depth - 1) for x in value)[:_WIDTH]
+    elif isinstance(value, Mapping):
+        held = [f"{key!r}:{_facts(x, depth - 1)}" for key, x in list(value.items())[:_WIDTH] if isinstance(key, str)]
+    elif isinstance(value, CodeType):
+        held = [value.co_code.hex(), *value.co_names, *(_facts(x, depth - 1) for x in value.co_consts)]
+    elif isinstance(value, FunctionType):
+        code = value.__code__
+        where = f"{value.__qualname__}:{code.co_firstlineno}" if Path(code.co_filename).is_file() else code
+        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        held = [_facts(x, depth - 1) for x in (where, value.__defaults__, value.__kwdefaults__, cells)]
+    elif isinstance(value, MethodType):
+        held = [_facts(x, depth - 1) for x in (value.__func__, value.__self__)]
+    elif isinstance(value, partial):
+        held = [_facts(x, depth - 1) for x in (value.func, value.args, value.keywords)]
+    elif isinstance(value, type | ModuleType):
+        return value.__name__
+    else:
+        held = [_facts(getattr(value, "__dict__", None), min(depth - 1, 2))]
+    return f"{type(value).__qualname__}({', '.join(held)})"
+
+
+_PRIVATE = "_isentropic_"
+_EMPTY = CellType()
+_WIDTH = 64
 
 
 @lru_cache(maxsize=64)
 def _run(path: Path, changed: int) -> Any:
-    """A file as a module, once for each of its versions."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    """A file as a module, once for each of its versions, under a name that no other module and no other file has."""
+    name = f"{_PRIVATE}{hashlib.sha256(str(path).encode()).hexdigest()[:8]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+        raise
     return module
 
 
@@ -255,6 +380,8 @@ def load(text: str, what: str) -> Any:
         ValueError: recipe 'mine.py:LOOP': there is no file mine.py; name one that is here, or package.module:NAME
     """
     place, _, name = text.rpartition(":")
+    if not name or text.endswith(".py"):
+        raise ValueError(f"{what} {text!r} must name what is in it, got the place alone; write {text.rstrip(':')}:NAME")
     path = Path(place).expanduser()
     try:
         if place.endswith(".py"):
@@ -265,9 +392,10 @@ def load(text: str, what: str) -> Any:
             module = importlib.import_module(place)
     except ValueError as error:
         raise ValueError(f"{what} {text!r}: {error}") from None
-    except Exception as error:  # a file of the user's may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{what} {text!r}: {place} cannot be loaded: {reason}; run it alone to see where") from error
+    except (Exception, SystemExit) as error:  # a file of the user's may raise anything
+        raise ValueError(
+            f"{what} {text!r}: {place} cannot be loaded: {_reason(error)}; run it alone to see where"
+        ) from error
     if not hasattr(module, name):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ValueError(f"{what} {text!r}: {place} has no {name!r}{suggest(name, public)}; assign it there")

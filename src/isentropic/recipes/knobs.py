@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ..control.controllers import Range, parse_controller
+from ..control.controllers import Controller, Range, parse_controller
 from ..control.names import choose
 from ..control.targets import parse_target
 from ..control.thermostat import Thermostat, thermostat
 from .custom import Factory
 from .recipe import FIELD_NUMBERS, Recipe
-from .stages import STAGES, Component, Knob
+from .stages import STAGES, Bounds, Component, Knob
 
 
 def _scaled(name: str, sign: int) -> Callable[[Recipe], Range]:
@@ -20,7 +20,9 @@ def _scaled(name: str, sign: int) -> Callable[[Recipe], Range]:
 
     def range_of(recipe: Recipe) -> Range:
         start = getattr(recipe, name)
-        high = min(4 * start, 0.95) if name == "clip_low" and recipe.bounds == "additive" else 4 * start
+        bounds = recipe.component("bounds")
+        below_one = name == "clip_low" and isinstance(bounds, Bounds) and bounds.below_one
+        high = min(4 * start, 0.95) if below_one else 4 * start
         return Range(start, start / 4, high, start / 4, sign)
 
     return range_of
@@ -47,8 +49,8 @@ def all_knobs() -> dict[str, Knob]:
     """Every knob by its name, those of the tables' components included; the first entry of a name speaks for it.
 
     Example:
-        >>> list(all_knobs())
-        ['clip_high', 'clip_low', 'beta', 'zeta', 'alpha', 'reject', 'boost', 'entropy_coef', 'penalty_coef']
+        >>> all_knobs()["clip_low"].source
+        'arXiv:2509.26114: a tighter low clip raises entropy [range ours]'
     """
     knobs = {name: FIELD_KNOBS[name] for name in ("clip_high", "clip_low")}
     for table in STAGES.values():
@@ -135,15 +137,31 @@ def with_knob(recipe: Recipe, value: float | None) -> Recipe:
     return replace(recipe, constants={**recipe.constants, recipe.knob: value})
 
 
-def build_thermostat(recipe: Recipe, steps: int | None = None) -> Thermostat | None:
+def build_controller(recipe: Recipe) -> Controller:
+    """The recipe's controller over its knob.
+
+    Raises:
+        ValueError: no knob, or a controller that cannot be made.
+
+    Example:
+        >>> from isentropic.recipes import compose
+        >>> build_controller(compose("isentropic")).forecasts, build_controller(compose("adapo")).forecasts
+        (True, False)
+    """
+    controller, span = recipe.controller, knob_range(recipe)
+    return controller.controller(span) if isinstance(controller, Factory) else parse_controller(controller, span)
+
+
+def build_thermostat(recipe: Recipe, steps: int | None = None, vocabulary: int | None = None) -> Thermostat | None:
     """The recipe's controller and target, joined; ``None`` if nothing is under control.
 
     Args:
         recipe: composed and checked.
         steps: optimizer steps of the run, which a target over the whole of it needs.
+        vocabulary: number of tokens that the model chooses from, if known.
 
     Raises:
-        ValueError: such a target without ``steps``.
+        ValueError: such a target without ``steps``; a target in nats that no policy over the vocabulary has.
 
     Example:
         >>> from isentropic.recipes import compose
@@ -153,12 +171,11 @@ def build_thermostat(recipe: Recipe, steps: int | None = None) -> Thermostat | N
     """
     if recipe.knob is None:
         return None
-    controller, target = recipe.controller, recipe.target
-    span = knob_range(recipe)
+    target = recipe.target
     return thermostat(
-        controller.controller(span) if isinstance(controller, Factory) else parse_controller(controller, span),
+        build_controller(recipe),
         target.target(first=recipe.initial_readings, steps=steps)
         if isinstance(target, Factory)
-        else parse_target(target, recipe.initial_readings, steps),
+        else parse_target(target, recipe.initial_readings, steps, vocabulary),
         recipe.every,
     )

@@ -73,10 +73,11 @@ class Recipe:
     initial_readings: int = 1
 
     def __post_init__(self) -> None:
-        for stage in STAGES:
+        for stage, table in STAGES.items():
             value = getattr(self, stage)
             if not isinstance(value, str):
-                object.__setattr__(self, stage, custom.entry(stage, value))
+                name = next((key for key, listed in table.items() if listed is value), None)
+                object.__setattr__(self, stage, name or custom.entry(stage, value))
         for name in ("controller", "target"):
             value = getattr(self, name)
             if not isinstance(value, str):
@@ -155,6 +156,7 @@ class Recipe:
         for name in (*STAGES, "controller", "target"):
             if not isinstance(values[name], str):
                 values[name] = values[name].written
-        numbers = {name: self.constants.get(name, default) for name, default in _NAMED_NUMBERS.items()}
+        owned = {name: x for component in self.components().values() for name, x in component.constants.items()}
+        numbers = {name: self.constants.get(name, owned.get(name, x)) for name, x in _NAMED_NUMBERS.items()}
         rest = {name: value for name, value in self.constants.items() if name not in numbers}
         return {**values, **numbers, "constants": rest}

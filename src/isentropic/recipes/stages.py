@@ -15,16 +15,26 @@ themselves, constants of the component, ``clip_low`` and ``clip_high``, and what
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..control.controllers import Range
+from ..control.names import suggest
+from ..types import TokenBatch
 
 if TYPE_CHECKING:
     from .recipe import Recipe
+
+
+# Stages that act once a batch, before its loss: no derivative by a number of theirs is ever taken.
+WITHOUT_KNOB = ("baseline", "selection")
+NO_KNOB = "it acts once for a batch, before the loss; take a number of a shaping, bounds, objective or penalty"
 
 
 class Knob(NamedTuple):
@@ -39,6 +49,21 @@ class Knob(NamedTuple):
     range: Range | Callable[[Recipe], Range]
     source: str = "yours"
     needs: str | None = None
+
+
+def number(name: str, value: Any) -> float:
+    """A number as Python's own, NumPy's among them.
+
+    Raises:
+        ValueError: it is none, or NaN.
+
+    Example:
+        >>> number("cov_low", 2), number("cov_low", 0.5)
+        (2, 0.5)
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
+        raise ValueError(f"{name} must be a number, got {value!r}; write {name}=0.1")
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 @dataclass(frozen=True)
@@ -58,7 +83,7 @@ class Component:
     """
 
     formula: str
-    at: str | Callable[..., Any] | None
+    at: str | Callable[..., Any] | None = field(hash=False)
     reads: frozenset[str] | set[str] = frozenset()
     constants: Mapping[str, float] = field(default_factory=dict, hash=False)
     knobs: Mapping[str, Knob] = field(default_factory=dict, hash=False)
@@ -71,14 +96,26 @@ class Component:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", frozenset(self.reads))
+        object.__setattr__(self, "constants", {name: number(name, x) for name, x in self.constants.items()})
+        for name in sorted(self.reads - set(TokenBatch._fields)):
+            close = suggest(name, TokenBatch._fields)
+            raise ValueError(f"reads must name fields of a batch, {', '.join(TokenBatch._fields)}; got {name!r}{close}")
         missing = sorted(set(self.knobs) - set(self.constants))
         if missing:
             raise ValueError(f"knob {missing[0]} needs a default; add it to constants, as in {{{missing[0]!r}: 0.0}}")
+        if self.knobs and self.stage in WITHOUT_KNOB:
+            raise ValueError(f"a {self.stage} can have no knob, got {', '.join(self.knobs)}; {NO_KNOB}")
 
     @property
     def function(self) -> Callable[..., Any]:
         """The function, imported on first use."""
         return _import(self.at) if isinstance(self.at, str) else self.at  # type: ignore[return-value]
+
+    @cached_property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of what its function takes."""
+        loose = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        return tuple(p.name for p in inspect.signature(self.function).parameters.values() if p.kind not in loose)
 
     def __deepcopy__(self, memo: Any) -> Component:
         return self

@@ -96,8 +96,9 @@ class Run:
 
 def planned_steps(header: dict[str, Any]) -> int:
     """Optimizer steps that a run.json announces; 0 if it does not say."""
-    steps = (header.get("config") or {}).get("steps")
-    return steps if isinstance(steps, int) else 0
+    config = header.get("config")
+    steps = config.get("steps") if isinstance(config, dict) else None
+    return steps if is_number(steps) and isinstance(steps, int) else 0
 
 
 def read(paths: Iterable[str | Path]) -> list[Run]:

@@ -151,7 +151,7 @@ def check_path(run: str | Path, once: bool) -> Path:
     hint = suggest(path, neighbours) or "; name the directory of `train --out`"
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a run directory{hint}")
-    if path.is_dir() and any(path.iterdir()):
+    if path.is_dir() and Record(path).strangers():
         raise ValueError(f"{path} is not a run directory: it has no run.json, and other things are in it{hint}")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: no run can begin there, {path.parent} does not exist{hint}")
@@ -223,7 +223,8 @@ def frame(now: Snapshot, width: int) -> Any:
     if not now.started:
         return Panel(Text(f"waiting for {one_line(now.path)} to begin"), title="isentropic", subtitle="q quits")
     width = max(width, _MIN_WIDTH)
-    config = now.header.get("config") or {}
+    config = now.header.get("config")
+    config = config if isinstance(config, dict) else {}
     name = f"{config.get('recipe', 'run')} on {now.header.get('task', 'a task')}, seed {now.header.get('seed')}"
     lines: list[Any] = [_progress(now, width - 4)]
     lines += _entropy(now, width - 4)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .record import Record, write_json
+from .record import CHECKPOINT_FILE, Record, write_json
 
 MANIFEST = "checkpoint.json"
 _BLOCK, _BLOCKS = 2**20, 64
@@ -152,6 +152,23 @@ def choose(record: Record) -> Choice:
     return Choice(None, damaged)
 
 
+def clear_unfinished(record: Record) -> None:
+    """Delete checkpoints whose writing a kill or a full disk ended: they have no isentropic.json.
+
+    Args:
+        record: the run directory.
+    """
+    for _, path in _numbered(record):
+        if not (path / CHECKPOINT_FILE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _numbered(record: Record) -> Iterator[tuple[int, Path]]:
+    for path in record.path.glob("checkpoint-*"):
+        if number := re.fullmatch(r"checkpoint-(\d+)", path.name):
+            yield int(number[1]), path
+
+
 def rotate(record: Record, keep: int) -> None:
     """Delete the checkpoints before the last ``keep`` whole ones, and those before them that were never completed.
 
@@ -162,9 +179,9 @@ def rotate(record: Record, keep: int) -> None:
     whole = [step for step, path in record.checkpoints() if damage(path, digests=False) is None]
     if len(whole) < keep:
         return
-    for path in record.path.glob("checkpoint-*"):
-        number = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if number and int(number[1]) < whole[-keep]:
-            # Its mark goes first: a checkpoint that is half deleted is none.
-            (path / MANIFEST).unlink(missing_ok=True)
+    for step, path in _numbered(record):
+        if step < whole[-keep]:
+            # Its marks go first: a checkpoint that is half deleted is none.
+            for name in (CHECKPOINT_FILE, MANIFEST):
+                (path / name).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

@@ -16,6 +16,7 @@ from .calibration import BLOCK, calibrate
 from .labels import CLIP_STATES, COLUMNS, POSITIONS, QUADRANTS, SIGNS
 from .record import Record, is_number
 
+_LARGEST = 1e150  # sums of larger ones have no float
 MAX_LINES = 12  # of the tables of tokens and of steps
 
 Row = dict[str, Any]
@@ -75,7 +76,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         (-0.1, {'change': -0.1})
     """
     record.header()
-    rows = record.rows("metrics")
+    rows = readable(record.rows("metrics"))
     if not rows:
         raise ValueError(f"{record.path} has no steps in metrics.jsonl yet; wait for the first, or name another run")
     low, high = parse_steps(steps, rows[-1]["step"])
@@ -104,6 +105,33 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
     }
 
 
+def readable(rows: Sequence[Row]) -> list[Row]:
+    """Rows in order of their steps, a step once, with the numbers alone: what a damaged file holds besides is left out.
+
+    Args:
+        rows: of metrics.jsonl, as they were read.
+
+    Example:
+        >>> readable([{"step": 2, "loss": "a"}, {"loss": 1.0}, {"step": 1, "loss": 2.0}])
+        [{'step': 1, 'loss': 2.0}, {'step': 2}]
+    """
+    by_step = {int(row["step"]): row for row in rows if is_number(row.get("step")) and row["step"] >= 1}
+    return [
+        {
+            name: value
+            for name, value in {**by_step[step], "step": step}.items()
+            if (is_number(value) and abs(value) < _LARGEST) or isinstance(value, bool) or name == "predict/top_tokens"
+        }
+        for step in sorted(by_step)
+    ]
+
+
+def _token_triples(value: Any) -> list[tuple[str, float, float]]:
+    """[text, change, count] of a row's tokens, as far as they can be read."""
+    triples = [item for item in value if isinstance(item, list) and len(item) == 3] if isinstance(value, list) else []
+    return [(str(text), change, count) for text, change, count in triples if is_number(change) and is_number(count)]
+
+
 def top_tokens(rows: Sequence[Row], num: int = MAX_LINES) -> list[dict[str, Any]]:
     """The tokens that were predicted to move entropy most.
 
@@ -123,11 +151,10 @@ def top_tokens(rows: Sequence[Row], num: int = MAX_LINES) -> list[dict[str, Any]
     explained = _explained(rows)
     totals: dict[str, list[float]] = {}
     for row, span in zip(explained, _spans(explained, rows[-1]["step"] if rows else 0), strict=True):
-        for text, change, count in row.get("predict/top_tokens") or []:
-            if is_number(change) and is_number(count):
-                total = totals.setdefault(text, [0.0, 0])
-                total[0] += change * span
-                total[1] += count * span
+        for text, change, count in _token_triples(row.get("predict/top_tokens")):
+            total = totals.setdefault(text, [0.0, 0])
+            total[0] += change * span
+            total[1] += count * span
     ranked = sorted(totals.items(), key=lambda item: -abs(item[1][0]))
     return [{"text": text, "change": change, "count": int(count)} for text, (change, count) in ranked[:num]]
 

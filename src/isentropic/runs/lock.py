@@ -47,7 +47,6 @@ def held(folder: str | Path) -> Iterator[None]:
     if resolved in _held:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
     file = _take(folder)
     _held.add(resolved)
     try:
@@ -75,20 +74,22 @@ def _take(folder: Path) -> IO[str]:
     """The lock file, open and locked, with this process as its owner."""
     path = folder / LOCK_FILE
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
         owner = owner_of(folder)  # read before it is opened here: closing a file gives its locks up
-        file = path.open("a+", encoding="utf-8")
+        try:
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # the owner before has just removed its empty directory
+            continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            file.close()
-            if error.errno in _TAKEN:
+            if error.errno in _TAKEN or (owner and _alive(owner)):
+                file.close()
                 raise _refusal(folder, owner_of(folder)) from None
-            if owner and _alive(owner):
-                raise _refusal(folder, owner) from None
-            file = path.open("a+", encoding="utf-8")
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            break
-        file.close()
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                break
+        file.close()  # the owner before removed this file: it guards nothing
     file.truncate(0)
     me = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
     file.write(json.dumps(me) + "\n")

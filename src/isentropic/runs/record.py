@@ -11,7 +11,9 @@
       summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, and
                          ``before`` holds a first task's evaluations at the start, at the switch and at the end
       report.html        written at the end: what the rest of the directory holds, as a page
-      checkpoint-N/      the engine's own checkpoint after optimizer step N, and isentropic.json, written last
+      checkpoint-N/      the engine's own checkpoint after optimizer step N; isentropic.json, the controller, once
+                         that is written; and checkpoint.json, sizes and digests of all these files, written last
+      .run.lock          while the run is under way: whose it is
 
 Rows are JSON objects; a number that is not finite, or not known, is null. Fields are only ever added within a schema
 number. Text files are UTF-8, and a reader must ignore a last line that is cut short (a run may be killed in a write).
@@ -98,11 +100,14 @@ import zlib
 from collections.abc import Iterable, Iterator
 from datetime import UTC
 from importlib.metadata import PackageNotFoundError, version
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Any, TypeGuard
 
 SCHEMA = 1
 CHECKPOINT_FILE = "isentropic.json"
+# What may lie in a directory before a run begins in it: what a grid writes there, a lock, and drafts of run.json.
+_BEFORE_A_RUN = re.compile(r"cell\.toml|log\.txt|\.run\.lock|\.run\.json\.\d+")
 _PACKAGES = ("isentropic", "torch", "transformers", "trl", "accelerate", "peft", "datasets", "vllm", "numpy")
 
 
@@ -113,7 +118,9 @@ def is_number(value: Any) -> TypeGuard[float]:
         >>> is_number(0.5), is_number(None), is_number(True), is_number(float("nan"))
         (True, False, False, False)
     """
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 2**1023  # a larger one has no float
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def plain(value: Any) -> Any:
@@ -203,23 +210,32 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
     """
     line = (json.dumps(plain(row), ensure_ascii=False) + "\n").encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
+    with path.open("a+b", buffering=0) as file:
         file.seek(0)
         content = file.read()
         if path.suffix == ".gz":
-            file.truncate(_whole_members(content)[1])
-            file.write(gzip.compress(line, mtime=0))
+            _add(file, _whole_members(content)[1], gzip.compress(line, mtime=0))
             return
-        last = content[content.rfind(b"\n") + 1 :].decode(errors="replace")
-        if last and list(_rows([last])):
-            line = b"\n" + line  # a row that lacks its line break alone
+        last = content[content.rfind(b"\n") + 1 :]
+        if last and list(_rows([last.decode(errors="replace")])):
+            _add(file, len(content), b"\n" + line)  # a row that lacks its line break alone
         else:
-            file.truncate(len(content) - len(content[content.rfind(b"\n") + 1 :]))
-        file.write(line)
+            _add(file, len(content) - len(last), line)
 
 
-def _end_of_rows(file: BinaryIO) -> int:
-    """Where the last line break of a file of rows is, at most a row before its end; its size in bytes up to there."""
+def _add(file: FileIO, end: int, content: bytes) -> None:
+    """Cut a file at ``end`` and append there: if the disk is full, what stood before stays, and nothing else."""
+    file.truncate(end)
+    try:
+        while content:
+            content = content[file.write(content) :]
+    except OSError:
+        file.truncate(end)
+        raise
+
+
+def _end_of_rows(file: FileIO) -> int:
+    """The size in bytes of the rows that end in a line break."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 65536)
@@ -304,19 +320,26 @@ class Record:
             )
         return header
 
+    def begun(self) -> bool:
+        """Whether there is a run: it has written run.json."""
+        return (self.path / "run.json").is_file()
+
+    def strangers(self) -> list[str]:
+        """Names in a directory without a run that no run wrote; a run must not begin among them.
+
+        Raises:
+            OSError: the directory cannot be read, or is none.
+        """
+        if self.begun() or not self.path.exists():
+            return []
+        return sorted(path.name for path in self.path.iterdir() if not _BEFORE_A_RUN.fullmatch(path.name))
+
     def append(self, name: str, *rows: dict[str, Any]) -> None:
         """Add rows to NAME.jsonl, all or none; a last line that a kill cut short is dropped first."""
         text = "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows)
         path = self.path / f"{name}.jsonl"
-        with path.open("a+b") as file:
-            whole = _end_of_rows(file)
-            try:
-                file.truncate(whole)
-                file.write(text.encode(errors="replace"))
-                file.flush()
-            except OSError:  # the disk is full: the rows before these stay whole
-                os.truncate(path, whole)
-                raise
+        with path.open("a+b", buffering=0) as file:
+            _add(file, _end_of_rows(file), text.encode(errors="replace"))
 
     def rows(self, name: str) -> list[dict[str, Any]]:
         """All rows of NAME.jsonl."""

@@ -72,7 +72,8 @@ def _evaluated(evaluations: Sequence[Row]) -> dict[str, Any]:
     by_task: dict[Any, list[Row]] = {}
     for row in evaluations:
         scores = {key: value for key, value in row.items() if key == "distinct" or key.startswith("pass@")}
-        by_task.setdefault(row.get("task"), []).append({"step": row["step"], **scores})
+        name = row.get("task") if isinstance(row.get("task"), str) else None
+        by_task.setdefault(name, []).append({"step": row.get("step"), **scores})
     if not by_task:
         return {}
     *others, final = by_task.values()

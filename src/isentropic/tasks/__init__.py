@@ -9,12 +9,14 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from ..control.names import suggest
+from .spec import path_of, short, users_code
 
 TASKS: dict[str, str] = {
     "expr": "isentropic.tasks.expressions:expr",
@@ -67,6 +69,7 @@ KINDS: dict[str, Kind] = {
         "apps behind a server",
     ),
 }
+MAX_NAME = 4000  # characters
 _WITHOUT_OPTIONS = ("gsm8k", "math", "math500", "aime24")  # kinds whose name needs nothing after it
 
 
@@ -185,12 +188,18 @@ def load_task(name: str) -> Task:
     A missing extra or file is reported here; rows are read when they are asked for.
 
     Raises:
-        ValueError: there is no such name, option, module or attribute, or it is not a `Task`.
+        ValueError: there is no such name, option, module or attribute, it is not a `Task`, or its file cannot be run.
+            The rows of your own task raise it too, as they are asked for, if your function fails or returns anything
+            but dicts with a prompt.
 
     Example:
         >>> load_task("expr").max_completion_length
         8
     """
+    if len(name) > MAX_NAME:
+        raise ValueError(
+            f"the name of a task must have at most {MAX_NAME} characters, got {len(name)}, {short(name)!r}; shorten it"
+        )
     kind, colon, rest = name.partition(":")
     if kind in KINDS and (colon or kind in _WITHOUT_OPTIONS):
         module_name, _, attribute = KINDS[kind].loader.partition(":")
@@ -198,7 +207,7 @@ def load_task(name: str) -> Task:
     if name not in TASKS and not colon:
         known = [*TASKS, *KINDS]
         raise ValueError(
-            f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {name!r}"
+            f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {short(name)!r}"
             f"{suggest(name, known)}; name a Task of your own, for example 'my_tasks.py:spelling', or see "
             "`isentropic tasks`"
         )
@@ -206,7 +215,7 @@ def load_task(name: str) -> Task:
     module = _module(name, module_name)
     task = getattr(module, attribute, None)
     if isinstance(task, Task):
-        return task
+        return task if name in TASKS or module_name.startswith("isentropic.") else _own_task(name, task)
     tasks = sorted(key for key, value in vars(module).items() if isinstance(value, Task))
     got = "no such attribute" if task is None else f"a {type(task).__name__}"
     raise ValueError(
@@ -215,27 +224,42 @@ def load_task(name: str) -> Task:
     )
 
 
+def _own_task(name: str, task: Task) -> Task:
+    """Return a task of the user's, whose rows are checked as they are asked for."""
+    from .checks import own_rows
+
+    train, heldout = (partial(own_rows, name, function) for function in (task.train, task.heldout))
+    return replace(task, train=train, heldout=heldout)
+
+
 def _module(name: str, place: str) -> ModuleType:
     """The module of a dotted name, or of a file, which may import modules beside it."""
     if place.endswith(".py"):
-        path = Path(place).expanduser().resolve()
+        path = path_of(name, place).resolve()
         if not path.is_file():
-            raise ValueError(f"task {name!r} must name a Python file, got {place!r}, and there is no such file")
+            raise ValueError(
+                f"task {short(name)!r} must name a Python file, got {short(place)!r}, and there is no such file"
+            )
         spec = importlib.util.spec_from_file_location(path.stem, path)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         if str(path.parent) not in sys.path:
             sys.path.append(str(path.parent))
-        spec.loader.exec_module(module)
+        with users_code(name):
+            spec.loader.exec_module(module)
         return module
+    if not all(part.isidentifier() for part in place.split(".")):
+        raise ValueError(f"task {short(name)!r} must be FILE.py:NAME or package.module:NAME, got {short(place)!r}")
     try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
+        with users_code(name):
+            return importlib.import_module(place)
+    except ValueError as error:
+        missing = error.__cause__
         # An import that fails inside the module is its author's error; our message is about the module itself only.
-        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+        if not isinstance(missing, ModuleNotFoundError) or not f"{place}.".startswith(f"{missing.name}."):
             raise
         raise ValueError(
-            f"task {name!r} must name an importable module, got {place!r}, and there is no module "
-            f"{error.name!r}; install it, or put its directory on PYTHONPATH"
-        ) from error
+            f"task {short(name)!r} must name an importable module, got {short(place)!r}, and there is no module "
+            f"{short(missing.name)!r}; install it, or put its directory on PYTHONPATH"
+        ) from missing

@@ -1,17 +1,21 @@
-"""Checks of a task's rows before a run: nothing held out is trained on, and no constant answer wins."""
+"""Checks of a task's rows before a run: nothing held out is trained on, every answer can be right, and no constant
+answer wins."""
 
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from . import Task
+from .spec import short, users_code
+from .verifiers import VERIFIERS
 
 logger = logging.getLogger("isentropic")
 CANDIDATES = 3  # right answers that are tried as constants
 CONSTANT_ROWS = 200
+GOLD_ROWS = 32  # whose right completion is tried; of a file or a data set, all are
 EASY = 0.3  # a constant answer that is right more often is worth a warning
 
 
@@ -46,7 +50,55 @@ def training_rows(task: Task, seed: int, others: Iterable[Task] = ()) -> list[di
             len(rows) - len(kept),
             len(rows),
         )
+    name_wrong_gold(task, kept)
     return kept
+
+
+def own_rows(name: str, function: Callable[..., Any], *args: Any) -> list[dict[str, Any]]:
+    """Return the rows of a task that a user wrote, once they are known to be rows.
+
+    Args:
+        name: of the task.
+        function: its `train` or `heldout`.
+        args: of the function.
+
+    Raises:
+        ValueError: the function raises, or returns anything but dicts with a prompt; in one line.
+    """
+    with users_code(name):
+        rows = list(function(*args))
+    for number, row in enumerate(rows, start=1):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        chat = isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt)
+        if not isinstance(prompt, str) and not chat:
+            got = type(row).__name__ if not isinstance(row, dict) else f"the prompt {short(repr(prompt))}"
+            raise ValueError(
+                f"task {short(name)!r}: row {number}: got {got}, must be a dict with a prompt, a text or a list of "
+                "messages; return such rows"
+            )
+    return rows
+
+
+def name_wrong_gold(task: Task, rows: Sequence[dict[str, Any]]) -> None:
+    """Warn of a row whose right completion the task's own verifier refuses; 32 rows are tried, evenly spread.
+
+    The rows of files and data sets are all tried as they are read: see `rows.task_rows`.
+    """
+    if task.gold is None or not rows or task.verify in VERIFIERS.values():
+        return
+    for index in range(0, len(rows), max(1, len(rows) // GOLD_ROWS)):
+        row = rows[index]
+        columns = {key: [value] for key, value in row.items() if key != "prompt"}
+        completion = task.gold(row)
+        if not task.reward([completion], prompts=[row["prompt"]], **columns)[0]:
+            logger.warning(
+                "task %s: the right completion %r is wrong by its own verifier, for the row with the prompt %r; mend "
+                "gold or verify, or leave the row out",
+                task.name,
+                short(completion),
+                short(row["prompt"]),
+            )
+            return
 
 
 def best_constant(task: Task, rows: Sequence[dict[str, Any]]) -> tuple[str, float] | None:
@@ -79,6 +131,7 @@ def best_constant(task: Task, rows: Sequence[dict[str, Any]]) -> tuple[str, floa
 
 def constant_line(task: Task, rows: Sequence[dict[str, Any]]) -> str | None:
     """Return the line about the best constant answer that a run prints, and warn if it is too good."""
+    name_wrong_gold(task, rows)
     best = best_constant(task, rows)
     if best is None:
         return None

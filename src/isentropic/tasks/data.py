@@ -6,14 +6,15 @@ Named sets come from the hub, or from JSON lines on this machine by `path=`. Not
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import Task
-from .spec import EXTRA, require, resolve, split
-from .verifiers import VERIFIERS, boxed, normal
+from .rows import Columns, Rows, distinct, read_file, task_rows
+from .spec import one_line, path_of, require, resolve, split
+from .verifiers import VERIFIERS, normal
 
 BOXED = "\n\nReason step by step, and put the final answer in \\boxed{}."
 HELD_OUT_SHARE = 10  # of a single file, one row in so many is held out, by the hash of its prompt
@@ -75,7 +76,6 @@ CUSTOM_OPTIONS: dict[str, Any] = {
     "tokens": 512,
 }
 HUB_OPTIONS = {**CUSTOM_OPTIONS, "config": "", "split": "train"}
-Rows = list[dict[str, Any]]
 
 
 def named(rest: str, name: str) -> Task:
@@ -94,17 +94,16 @@ def named(rest: str, name: str) -> Task:
         require(name, ["math_verify"])
     sources: tuple[Any, Any] = source.hub
     if settings["path"]:
-        sources = _files(name, Path(str(settings["path"])).expanduser(), source)
+        sources = _files(name, path_of(name, settings["path"]), source)
     else:
         require(name, ["datasets"])
     question, answer = source.columns
-    rows = partial(_rows, name, question=question, answer=answer, chat=settings["prompt"] == "chat", instruction=BOXED)
+    columns = Columns(question, answer, settings["prompt"] == "chat", BOXED, source.verifier)
     return _task(
         name,
         f"{kind}, from {settings['path'] or 'the hub'}.",
         sources,
-        rows,
-        verifier=source.verifier,
+        columns,
         tokens=settings["tokens"] or source.tokens,
         # A base model continues with a question that it makes up.
         stop="" if settings["prompt"] == "chat" else "\n\nQuestion:",
@@ -136,13 +135,13 @@ def from_file(rest: str, name: str) -> Task:
     if len(words) != 1:
         raise ValueError(f"task {name!r} must be file:PATH[:option=value...], got {len(words)} words after file")
     settings = resolve(name, options, CUSTOM_OPTIONS)
-    paths = [Path(str(p)).expanduser() for p in (words[0], settings["heldout"] or words[0])]
+    paths = [path_of(name, p) for p in (words[0], settings["heldout"] or words[0])]
     for path in paths:
         if path.suffix not in (".jsonl", ".parquet"):
             raise ValueError(f"task {name!r}: got {str(path)!r}, must end in .jsonl or .parquet")
         if not path.is_file():
             raise ValueError(f"task {name!r}: got {str(path)!r}, and there is no such file")
-    return _custom(name, f"Rows of {words[0]}.", (paths[0], paths[1]), settings)
+    return _custom(name, f"Rows of {words[0]}.", (paths[0], paths[1]), settings, "verifier" in options)
 
 
 def from_hub(rest: str, name: str) -> Task:
@@ -159,37 +158,41 @@ def from_hub(rest: str, name: str) -> Task:
     config = str(settings["config"]) or None
     train = (words[0], config, str(settings["split"]))
     heldout = (words[0], config, str(settings["heldout"] or settings["split"]))
-    return _custom(name, f"Rows of {words[0]}.", (train, heldout), settings)
+    return _custom(name, f"Rows of {words[0]}.", (train, heldout), settings, "verifier" in options)
 
 
-def _custom(name: str, description: str, sources: tuple[Any, Any], settings: dict[str, Any]) -> Task:
+def _custom(
+    name: str, description: str, sources: tuple[Any, Any], settings: dict[str, Any], verifier_named: bool
+) -> Task:
     if settings["verifier"] == "math":
         require(name, ["math_verify"])
-    question, answer, chat = settings["prompt"], settings["answer"], settings["format"] == "chat"
-    rows = partial(_rows, name, question=question, answer=answer, chat=chat, instruction=None)
+    chat = settings["format"] == "chat"
+    columns = Columns(settings["prompt"], settings["answer"], chat, None, settings["verifier"], verifier_named)
     stop = "\n" if settings["stop"] == "line" else ""
-    return _task(name, description, sources, rows, settings["verifier"], settings["tokens"] or 512, stop, boxes=False)
+    return _task(name, description, sources, columns, settings["tokens"] or 512, stop, boxes=False)
 
 
 def _task(
     name: str,
     description: str,
     sources: tuple[Any, Any],
-    rows: Callable[[Iterable[dict[str, Any]]], Rows],
-    verifier: str,
+    columns: Columns,
     tokens: int,
     stop: str,
     boxes: bool,
 ) -> Task:
+    def rows(source: Any) -> Rows:
+        return task_rows(name, _read(name, source), columns, ours=isinstance(source, Path))
+
     @cache
     def split_rows() -> tuple[Rows, Rows]:
         """Rows to train on and held out; split by the hash of the prompt if both are of one source."""
         if sources[0] == sources[1]:
-            all_rows = rows(_read(name, sources[0]))
+            all_rows = rows(sources[0])
             to_train = [row for row in all_rows if not is_held_out(row["prompt"])]
-            return to_train, _shuffled([row for row in all_rows if is_held_out(row["prompt"])])
-        to_train = [] if sources[0] is None else rows(_read(name, sources[0]))
-        return to_train, _shuffled(rows(_read(name, sources[1])))
+            return to_train, _heldout(name, [row for row in all_rows if is_held_out(row["prompt"])])
+        to_train = [] if sources[0] is None else rows(sources[0])
+        return to_train, _heldout(name, rows(sources[1]))
 
     def train(seed: int) -> Rows:
         to_train = list(split_rows()[0])
@@ -203,8 +206,8 @@ def _task(
         description=description,
         train=train,
         heldout=lambda: list(split_rows()[1]),
-        verify=VERIFIERS[verifier],
-        normalise=partial(normal, verifier),
+        verify=VERIFIERS[columns.verifier],
+        normalise=partial(normal, columns.verifier),
         max_completion_length=tokens,
         stop=stop,
         gold=lambda row: rf"\boxed{{{row['answer']}}}" if boxes else str(row["answer"]),
@@ -221,89 +224,22 @@ def is_held_out(prompt: Any) -> bool:
     return int(hashlib.sha256(json.dumps(prompt).encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
-def _shuffled(rows: Rows) -> Rows:
+def _heldout(name: str, rows: Rows) -> Rows:
+    rows = distinct(name, rows)
     random.Random(ORDER_SEED).shuffle(rows)
     return rows
 
 
-def _rows(
-    name: str,
-    source: Iterable[dict[str, Any]],
-    *,
-    question: str,
-    answer: str,
-    chat: bool,
-    instruction: str | None,
-) -> Rows:
-    """Rows in the form of a task: a prompt and the right answer, as texts."""
-    rows = []
-    for number, row in enumerate(source, start=1):
-        text, right = row.get(question), _right(row, answer)
-        if text is None or right is None:
-            missing = question if text is None else answer
-            raise ValueError(
-                f"task {name!r}: row {number} has no column {missing!r}, got {', '.join(map(str, row))}; "
-                "name the columns by prompt= and answer="
-            )
-        if not str(text).strip() or not right:
-            raise ValueError(
-                f"task {name!r}: row {number} has an empty {question if right else answer!r}; leave it out"
-            )
-        if instruction is not None:
-            text = f"{text}{instruction}" if chat else f"Question: {text}{instruction}\nAnswer:"
-        if chat and isinstance(text, str):
-            text = [{"role": "user", "content": text}]
-        rows.append({"prompt": text if chat else str(text), "answer": right})
-    if not rows:
-        raise ValueError(f"task {name!r}: there are no rows; check the file or the split")
-    return rows
-
-
-def _right(row: dict[str, Any], column: str) -> str | None:
-    r"""The right answer of a row: its column, after `####` if that occurs; without one, what the solution boxes."""
-    value = row.get(column)
-    if value is None:
-        solution = row.get("solution")
-        return boxed(solution) if isinstance(solution, str) else None
-    text = str(value)
-    return (text.rpartition("####")[2].replace(",", "") if "####" in text else text).strip()
-
-
 def _read(name: str, source: Any) -> Iterable[dict[str, Any]]:
     if isinstance(source, Path):
-        return _read_file(name, source)
+        return read_file(name, source)
     from datasets import load_dataset
 
     repository, config, split = source
     try:
         return load_dataset(repository, config, split=split)  # type: ignore[return-value]
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"task {name!r}: the hub does not give {repository} ({split}): {reason}; check the name and the network, "
-            "or give rows on this machine by path= or file:"
+            f"task {name!r}: the hub does not give {repository} ({split}): {one_line(error)}; check the name and the "
+            "network, or give rows on this machine by path= or file:"
         ) from None
-
-
-def _read_file(name: str, path: Path) -> Iterable[dict[str, Any]]:
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError:
-            raise ValueError(f"task {name!r} needs pyarrow to read {path}, which is not installed; {EXTRA}") from None
-        return parquet.read_table(path).to_pylist()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"task {name!r}: {path} is not UTF-8: {error}; save it as UTF-8") from None
-    return [_object(name, path, i, line) for i, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _object(name: str, path: Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"task {name!r}: {path}, line {number}: {error}; every line must be a JSON object") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"task {name!r}: {path}, line {number}: got {row!r}, must be a JSON object")
-    return row

@@ -14,8 +14,8 @@ from typing import Any
 
 from ..control.names import suggest
 from . import Task
+from .quantities import number
 from .spec import require, resolve, split
-from .verifiers import number
 from .worker import ask
 
 OPTIONS: dict[str, Any] = {

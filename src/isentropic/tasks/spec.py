@@ -1,8 +1,11 @@
 """Names of tasks, `kind:word:option=value:...`: parsed, and their options checked by name. Standard library only."""
 
 import json
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from ..control.names import suggest
@@ -99,6 +102,37 @@ def options(name: str, text: str, allowed: dict[str, Any]) -> dict[str, Any]:
     return resolve(name, values, allowed)
 
 
+def path_of(name: str, text: Any) -> Path:
+    """Return the path that a text names, which need not exist, with `~` read as the home directory.
+
+    Raises:
+        ValueError: the system can have no such path, for example because a part of it is too long.
+
+    Example:
+        >>> path_of("file", "rows.jsonl").suffix
+        '.jsonl'
+    """
+    try:
+        path = Path(str(text)).expanduser()
+        # `is_file` raises for a name that is too long, and not for one that does not exist.
+        path.is_file()
+        str(path).encode()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"task {short(name)!r}: got the path {short(text)!r}: {reason}; name another file") from None
+    return path
+
+
+def short(text: Any, length: int = 80) -> str:
+    """Return a text for a message: cut if it is long.
+
+    Example:
+        >>> short("a" * 100, 9), short("abc")
+        ('aaaaaa...', 'abc')
+    """
+    return str(text) if len(str(text)) <= length else f"{str(text)[: length - 3]}..."
+
+
 def require(name: str, packages: Sequence[str]) -> None:
     """Refuse a task whose extra is not installed, in one line, without importing it.
 
@@ -108,3 +142,35 @@ def require(name: str, packages: Sequence[str]) -> None:
     for package in packages:
         if find_spec(package) is None:
             raise ValueError(f"task {name!r} needs {package}, which is not installed; {EXTRA}")
+
+
+@contextmanager
+def users_code(name: str) -> Iterator[None]:
+    """Run code that a user wrote: an error in it is told in one line, with the file and the line that raised it.
+
+    Raises:
+        ValueError: anything was raised, `SystemExit` included; its cause is what was raised.
+    """
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        message = one_line(error)
+        if isinstance(error, SyntaxError):
+            place = f"{error.filename}, line {error.lineno}"
+            message = error.msg
+        else:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{frame.filename}, line {frame.lineno}"
+        raise ValueError(
+            f"task {short(name)!r} cannot be loaded: {type(error).__name__}: {message} ({place}); mend that file"
+        ) from error
+
+
+def one_line(error: BaseException, length: int = 200) -> str:
+    """Return the message of an error, or else its type, in one line.
+
+    Example:
+        >>> one_line(ValueError("a\\n  b")), one_line(KeyError())
+        ('a b', 'KeyError')
+    """
+    return short(" ".join(str(error).split()), length) or type(error).__name__

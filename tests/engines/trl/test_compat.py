@@ -47,7 +47,7 @@ def test_every_hook_is_reached(tmp_path):
     class Spy(IsentropicTrainer):
         def rewards_calculated(self, *args):
             seen.append("rewards_calculated")
-            super().rewards_calculated(*args)
+            return super().rewards_calculated(*args)
 
         def generate_batch(self, *args):
             seen.append("generate_batch")

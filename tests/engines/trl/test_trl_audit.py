@@ -11,7 +11,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from trl_case import make, parts, same, save_model, weights
+from trl_case import OTHER_HEAD, make, parts, same, save_model, weights
 
 from isentropic.cli import main
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
@@ -126,7 +126,8 @@ def test_planted_faults_are_found(tmp_path, name):
     settings, expected = FAULTS[name]
     settings = {key: value() if key == "model" else value for key, value in settings.items()}
     report = audited(tmp_path, **settings)
-    assert codes(report) == expected
+    # TRL's head scores in the sampler's own precision.
+    assert codes(report) == expected - ({"sampler_mismatch"} if OTHER_HEAD and name == "bf16 model" else set())
     assert report.serious
     for finding in report.findings:
         assert finding.nats > 1e-5
@@ -194,7 +195,8 @@ def test_fsdp2_output_dtype_is_found_and_its_cure_is_seen(tmp_path):
     assert found["accelerate"]["checked"]["logp"] == "bfloat16"
     # The cure ends the rounding of what is returned; bf16 parameters still give bf16 logits and a bf16 sampler.
     assert found["cure"]["checked"]["logp"] == "float32"
-    assert {f["code"] for f in found["cure"]["findings"]} == {"logits_dtype", "sampler_mismatch"}
+    sampler = set() if OTHER_HEAD else {"sampler_mismatch"}
+    assert {f["code"] for f in found["cure"]["findings"]} == {"logits_dtype", *sampler}
     assert {f["code"] for f in found["only output"]["findings"]} == {"fsdp_output_dtype", "sampler_mismatch"}
     assert found["fp32"]["findings"] == []
 

@@ -161,3 +161,16 @@ def test_refusals(changes, message):
     hidden = torch.zeros(2, 3, 4) if changes else torch.zeros(3, 4)
     with pytest.raises(ValueError, match=message):
         fused_policy_loss(hidden, torch.zeros(5, 4), torch.zeros(2, 3).long(), policy_gradient(), **changes)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_the_marks_of_padding_are_refused_unless_they_are_masked(frozen):
+    c = case(frozen=frozen)
+    hidden, weight, ids = shaped(c)
+    padded = ids.masked_fill(~Facts.mask, -100)
+    with pytest.raises(ValueError, match=r"ids must be in \[0, 2500\), .*got -100 .*pass mask"):
+        fused_policy_loss(hidden, weight, padded, policy_gradient())
+    got = fused_policy_loss(hidden, weight, padded, policy_gradient(), mask=Facts.mask)
+    expected = fused_policy_loss(hidden, weight, ids, policy_gradient(), mask=Facts.mask)
+    for a, b in zip(*(torch.autograd.grad(x.loss.mean(), c.leaves()) for x in (got, expected)), strict=True):
+        assert torch.equal(a, b)

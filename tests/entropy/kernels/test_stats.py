@@ -6,7 +6,7 @@ import pytest
 import torch
 from head_case import case, plain
 
-from isentropic.entropy.kernels import cpu, token_stats
+from isentropic.entropy.kernels import Shard, cpu, fused_logp, token_stats
 from isentropic.entropy.statistics import logits_stats
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -166,7 +166,7 @@ def test_threads_split_the_rows():
     for a, b in zip(alone, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     spans = []
-    cpu.run_threaded(spans.append, 10, 3)
+    cpu.run_threaded(spans.append, 10, 3, c.hidden)
     assert spans == [slice(0, 10)]
 
 
@@ -175,7 +175,11 @@ REFUSED = [
     ({"ids": torch.zeros(3, dtype=torch.long)}, "shift one of them"),
     ({"bias": torch.zeros(4)}, "bias must be"),
     ({"mask": torch.zeros(3)}, "mask must be"),
-    ({"ids": torch.tensor([0, 9])}, "got 9"),
+    ({"ids": torch.tensor([0, 9])}, "got 9; are they of this tokenizer"),
+    ({"ids": torch.tensor([0, -100])}, "got -100 of padding; pass mask=ids >= 0"),
+    ({"ids": torch.tensor([0, -1]), "mask": torch.ones(2)}, "got -1 where the mask is not 0; mask such tokens"),
+    ({"ids": torch.tensor([0, 9]), "mask": torch.tensor([0, 1])}, "got 9"),
+    ({"ids": torch.tensor([0, -5]), "shard": Shard(0, lambda x, op: x)}, "got -5"),
     ({"ids": torch.tensor([0.0, 1.0])}, "must be integers"),
     ({"temperature": 0.0}, "temperature must be > 0"),
     ({"temperature": INF}, "finite"),
@@ -192,6 +196,9 @@ def test_refusals(changes, message):
     arguments = {"hidden": torch.zeros(2, 4), "weight": torch.zeros(9, 4), "ids": torch.tensor([0, 8]), **changes}
     with pytest.raises(ValueError, match=message):
         token_stats(**arguments)
+    if arguments.get("arithmetic") is None:
+        with pytest.raises(ValueError, match=message):
+            fused_logp(**arguments)
 
 
 def test_a_setting_without_effect_warns():

@@ -127,7 +127,7 @@ def _simulate(
     generator = torch.Generator().manual_seed(seed)
     logits = random_logits(tree, scale, seed)
     rewards = make_rewards(tree, logits, regime, share, seed)
-    loop, table = ControlLoop(recipe, steps), []
+    loop, table = ControlLoop(recipe, steps, vocabulary=tree.vocab), []
     while len(table) < steps:
         batch = draw(tree, logits, rewards, recipe, group, generator)
         order = torch.randperm(len(batch.adv), generator=generator)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -40,6 +41,10 @@ def bound_of(recipe: Recipe, asked: float | None) -> float:
     return asked if asked is not None else (USUAL_BOUND if recipe.knob else 0.0)
 
 
+def _ceiling(vocabulary: int | None) -> float | None:
+    return None if vocabulary is None else math.log(vocabulary)
+
+
 class EntropyGuard(TrainerCallback):
     """Stop with a checkpoint once :class:`isentropic.control.guard.Guard` says that entropy explodes.
 
@@ -48,7 +53,7 @@ class EntropyGuard(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, bound: float, patience: int = PATIENCE):
-        self.trainer, self.guard = trainer, Guard(bound, patience)
+        self.trainer, self.guard = trainer, Guard(bound, patience, _ceiling(trainer.loop.vocabulary))
         self.state = GuardState()
         self.message: str | None = None
 
@@ -64,11 +69,18 @@ class EntropyGuard(TrainerCallback):
             return
         if state.global_step % boundary(self.trainer.args) == 0:
             self.message = (
-                f"entropy was above {self.guard.bound:g} x {self.state.reference:.3f} nats for {self.state.above} "
+                f"entropy was above {self._limit()} for {self.state.above} "
                 f"optimizer steps, and is {entropy:.3f} at step {state.global_step}; {self._remedy(row)}"
             )
             logger.warning("stopping with a checkpoint: %s", self.message)
             control.should_save = control.should_training_stop = True
+
+    def _limit(self) -> str:
+        reference = self.state.reference
+        times, limit = self.guard.bound * reference, self.guard.limit(reference)
+        if limit < times:
+            return f"{limit:.3f} nats, close to the log of the vocabulary,"
+        return f"{self.guard.bound:g} x {reference:.3f} nats"
 
     def _remedy(self, row: dict[str, Any]) -> str:
         recipe: Recipe = self.trainer.recipe

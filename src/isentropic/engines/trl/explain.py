@@ -25,7 +25,7 @@ from ...entropy.prediction import (
     token_totals,
 )
 from ...entropy.statistics import logits_stats
-from ...recipes import Recipe, knob_range, with_knob
+from ...recipes import Recipe, build_controller, knob_range, with_knob
 from ...recipes.apply import per_token
 from ...types import TokenBatch, TokenFacts, TokenStats
 from ..rewrite import CLIP_KNOBS, Rewritten, across_knob, advantages_at
@@ -56,8 +56,8 @@ def interval(model: Any, wanted: int | None, fused: bool = False) -> int:
 
 
 def predicts(recipe: Recipe) -> bool:
-    """Whether the recipe's controller needs predictions."""
-    return isinstance(recipe.controller, str) and recipe.controller.split(":")[0] == "predictive"
+    """Whether the recipe's controller goes by predictions."""
+    return recipe.knob is not None and build_controller(recipe).forecasts
 
 
 def check_explain(recipe: Recipe, every: int | None, head: str) -> None:

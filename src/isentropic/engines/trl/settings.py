@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 from ...recipes import Recipe, compose
@@ -69,6 +70,40 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
+# Without a recipe TRL's own loss is trained, which reads none of these.
+_OF_A_RECIPE = {
+    "baseline",
+    "selection",
+    "bounds",
+    "objective",
+    "reduction",
+    "on_policy",
+    "clip_low",
+    "clip_high",
+    "overlong_buffer",
+}
+
+
+def _options(given: Any) -> dict[str, Any]:
+    """recipe_options as a dict, from a dict or its JSON.
+
+    Raises:
+        ValueError: anything else.
+    """
+    problem = ""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            problem = f", which is no JSON ({error})"
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"recipe_options must be a dict or a JSON object, got {given!r}{problem}; "
+            """write '{"clip_high": 0.3}'"""
+        )
+    return dict(given)
+
+
 def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that a config means, and the settings it takes over (none if no recipe is named).
 
@@ -76,16 +111,21 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
         ValueError: an unknown name or option, or a composition that cannot work.
     """
     options = getattr(args, "recipe_options", None) or {}
-    options = json.loads(options) if isinstance(options, str) else dict(options)
+    options = _options(options)
     changes = {name: getattr(args, name, None) for name in ("knob", "controller", "target")}
+    twice = [name for name in changes if name in options]
+    if twice:
+        raise ValueError(f"recipe_options has {', '.join(twice)}, which the config has a field for; set that instead")
     if changes["controller"] == "none":
         changes |= {"knob": "none", "controller": None}
     name = getattr(args, "recipe", None)
+    if not isinstance(name, str | Recipe | None):
+        raise ValueError(f"recipe must be a name, a FILE.py:NAME, or a Recipe, got {name!r}; see `isentropic recipes`")
     if name is not None:
         recipe = compose(name, **changes, **options)
         _check_effects(args, recipe)
         return recipe, settings(recipe)
-    fixed = {"baseline", "objective", "reduction", "bounds", "on_policy"} & set(options)
+    fixed = _OF_A_RECIPE & set(options)
     if fixed:
         raise ValueError(
             f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one"
@@ -235,7 +275,7 @@ def _recipe_name(recipe: str | Recipe) -> str:
 
 
 def check_context(model: Any, prompt: int, completion: int) -> None:
-    """Refuse prompts that leave no room for a completion in the model's context.
+    """Refuse a prompt that fills the model's context; warn once if a completion may leave it.
 
     Args:
         model: whose config may name ``max_position_embeddings``.
@@ -246,8 +286,25 @@ def check_context(model: Any, prompt: int, completion: int) -> None:
         ValueError: the lengths, the context, the remedy.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and prompt + completion > context:
+    if context is None or prompt + completion <= context:
+        return
+    if prompt >= context:
         raise ValueError(
-            f"a prompt of {prompt} tokens and max_completion_length={completion} exceed the model's context of "
-            f"{context} tokens (max_position_embeddings); shorten the prompts, or lower max_completion_length"
+            f"a prompt of {prompt} tokens fills the model's context of {context} tokens (max_position_embeddings); "
+            "shorten the prompts, or drop the long ones"
         )
+    warn_once(
+        f"max_completion_length={completion} after a prompt exceeds the model's context of {context} tokens "
+        "(max_position_embeddings): the end of a long completion is sampled outside it; lower max_completion_length"
+    )
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning the first time that it is given in a process."""
+    logger.warning(message)
+
+
+def vocabulary_of(model: Any) -> int | None:
+    """The number of tokens that a model chooses from, if its config names it."""
+    return getattr(model.config.get_text_config(), "vocab_size", None)

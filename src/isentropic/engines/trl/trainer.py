@@ -44,6 +44,7 @@ from .settings import (
     resolve_recipe,
     round_save_steps,
     updates_per_batch,
+    vocabulary_of,
 )
 
 logger = logging.getLogger("isentropic")
@@ -90,9 +91,21 @@ class EntropyControlConfig:
     def __getstate__(self) -> dict[str, Any]:
         """Plain values, for training_args.bin: a function of yours may be one that cannot be pickled."""
         recipe = self.entropy_recipe.as_dict()
-        texts = {name: recipe[name] for name in ("controller", "target") if callable(getattr(self, name))}
+        texts = {
+            name: recipe[name] for name in ("controller", "target") if not isinstance(getattr(self, name), str | None)
+        }
         named = self.recipe if isinstance(self.recipe, str | None) else recipe
         return {**self.__dict__, **texts, "recipe": named, "recipe_options": None, "entropy_recipe": recipe}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for loggers: a recipe, and parts of your own, by their names."""
+        plain = self.__getstate__()
+        return super().to_dict() | {name: plain[name] for name in ("recipe", "controller", "target")}  # type: ignore[misc]
+
+    def __copy__(self) -> Any:
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = object.__new__(type(self))
@@ -146,7 +159,9 @@ class EntropyControlMixin(TrainerHooks):
         refuse_two_bonuses(self.args, self.recipe)
         trainer: Any = self
         self.native = is_native(self.args, self.recipe)
-        self.loop = ControlLoop(self.recipe, max(self.args.max_steps, 1), self._save_and_stop)
+        self.loop = ControlLoop(
+            self.recipe, max(self.args.max_steps, 1), self._save_and_stop, vocabulary_of(self.model)
+        )
         self.add_callback(RunLength(self))
         self.batches, self.run_log = GeneratedBatches(trainer), RunLog(trainer)
         self.record = self.run_log.record

@@ -1,9 +1,10 @@
-"""The sweeps over the vocabulary in plain torch: each tile of logits is computed, reduced to row sums and discarded.
+"""The sweeps over the vocabulary in plain torch, for any device: each tile of logits is reduced to sums and discarded.
 
 The vocabulary is the outer loop, so that a block of the weight is converted once for all rows, and a block of the
 weight's gradient is complete when the block ends: neither the logits nor an fp32 copy of the weight is ever stored
-whole. Each thread takes a range of rows or of vocabulary blocks and has one intra-op thread: a tile is too small to be
-shared by threads that wait for one another on a busy machine.
+whole. On a CPU each thread takes a range of rows or of vocabulary blocks and has one intra-op thread: a tile is too
+small to be shared by threads that wait for one another on a busy machine. On an accelerator tiles are larger, there is
+one thread, and no operation waits for a value.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .head import MASKED_LOGIT, Head, Rows
+from .head import MASKED_LOGIT, Head, Rows, on_cpu
 
 # A tile is 2 MB in fp32: a core's cache holds two of them and the block of the weight.
 ROWS, COLUMNS = 256, 2048
+# An accelerator's tile, 128 MB, must occupy all of its units.
+WIDE_ROWS, WIDE_COLUMNS = 4096, 8192
 EXCLUDED = -1e4  # an x whose exp(x) and exp(x)·x are 0
 
 
@@ -42,16 +45,23 @@ def spans(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
 
-def rows_per_tile(head: Head) -> int:
-    """Number of rows in a tile: more if the vocabulary has fewer columns than a tile."""
-    return ROWS * COLUMNS // min(COLUMNS, max(1, len(head.weight)))
+def tile_shape(head: Head) -> tuple[int, int]:
+    """Rows and columns of a tile on the head's device: more rows if the vocabulary has fewer columns than a tile."""
+    num_rows, num_columns = (ROWS, COLUMNS) if on_cpu(head.weight) else (WIDE_ROWS, WIDE_COLUMNS)
+    return num_rows * num_columns // min(num_columns, max(1, len(head.weight))), num_columns
 
 
-def run_threaded(work: Callable[[slice], Any], total: int, unit: int) -> list[Any]:
+def run_threaded(work: Callable[[slice], Any], total: int, unit: int, on: Tensor) -> list[Any]:
     """Run ``work`` on slices of ``range(total)`` that are multiples of ``unit``, one slice per thread.
 
-    There are as many slices as torch has intra-op threads; inside each, torch uses one.
+    There are as many slices as torch has intra-op threads; inside each, torch uses one. Away from the CPU there is one
+    slice: other threads would use other streams of the device than the caller's.
+
+    Args:
+        on: a tensor on the device.
     """
+    if not on_cpu(on):
+        return [work(slice(0, total))]
     num_threads = min(torch.get_num_threads(), -(-total // unit))
     if num_threads <= 1:
         return [work(slice(0, total))]
@@ -83,7 +93,7 @@ def sampled_logits(head: Head, rows: Rows) -> SampledLogits:
     size, wide = head.weight.shape[0], head.wide
     raw = torch.empty(rows.ids.shape, dtype=wide, device=rows.ids.device)
     local_ids = rows.ids.clamp(0, size - 1)
-    for span in spans(len(rows.ids), ROWS):
+    for span in spans(len(rows.ids), ROWS if on_cpu(head.weight) else WIDE_ROWS):
         torch.sum(rows.hidden[span].to(wide) * head.weight[local_ids[span]].to(wide), -1, out=raw[span])
     if head.bias is not None:
         raw += head.bias[local_ids].to(wide).clamp_(min=MASKED_LOGIT)
@@ -117,12 +127,13 @@ class Tiles:
 
     def __init__(self, head: Head, num_rows: int) -> None:
         self.head = head
-        size = min(rows_per_tile(head), num_rows) * min(COLUMNS, len(head.weight))
+        rows_per_tile, self.num_columns = tile_shape(head)
+        size = min(rows_per_tile, num_rows) * min(self.num_columns, len(head.weight))
         self.x, self.e = (torch.empty(size, dtype=head.wide, device=head.weight.device) for _ in "xe")
 
     def blocks(self, columns: slice, half: bool = False) -> Iterator[Block]:
         """Yield blocks of the weight, in the wide dtype, or in their own if ``half``."""
-        for span in spans(columns.stop - columns.start, COLUMNS):
+        for span in spans(columns.stop - columns.start, self.num_columns):
             block_columns = slice(columns.start + span.start, columns.start + span.stop)
             weight = self.head.weight[block_columns]
             bias = (
@@ -158,11 +169,14 @@ class Tiles:
         return x.sub_(shift[:, None]), e
 
 
-def sampled_columns(rows: Rows, block: Block) -> tuple[Tensor, Tensor]:
-    """The (row, column) pairs of the sampled tokens inside a tile."""
-    column = rows.ids - block.start
-    row = ((column >= 0) & (column < len(block.weight))).nonzero()[:, 0]
-    return row, column[row]
+def set_sampled(rows: Rows, block: Block, tile: Tensor, values: Tensor | float) -> Tensor:
+    """Write a value, one for all or [n], at the sampled tokens that lie inside a tile [n m], and return the tile."""
+    column, last = rows.ids - block.start, tile.shape[1] - 1
+    is_inside = ((column >= 0) & (column <= last))[:, None]
+    column = column.clamp(0, last)[:, None]
+    values = values.to(tile.dtype)[:, None] if isinstance(values, Tensor) else values
+    # Indices of the sampled columns alone, by nonzero, would wait for the device.
+    return tile.scatter_(1, column, torch.where(is_inside, values, tile.gather(1, column)))
 
 
 def softcap_slope(head: Head, z: Tensor, rows: Rows) -> Tensor | float:
@@ -203,19 +217,20 @@ def sweep(
         [5 n] in float64, not finite for rows that overflowed.
     """
     sums = torch.zeros(5, len(rows.ids), dtype=torch.float64, device=shift.device)
+    rows_per_tile, _ = tile_shape(head)
 
     def work(span: slice) -> None:
         tiles, size = Tiles(head, span.stop - span.start), len(head.weight)
         # weight_sum needs the weight in the wide dtype anyway.
         sampled_half = sampled.half if weight_sum is None else None
         for block in tiles.blocks(slice(0, size), sampled_half is not None):
-            for tile_span in spans(span.stop - span.start, rows_per_tile(head)):
+            for tile_span in spans(span.stop - span.start, rows_per_tile):
                 row_span = slice(span.start + tile_span.start, span.start + tile_span.stop)
                 tile_rows, columns = rows.take(row_span), slice(block.start, block.start + len(block.weight))
                 x, e = tiles.logits(
                     tile_rows, None if sampled_half is None else sampled_half[row_span], shift[row_span], block
                 )
-                x[sampled_columns(tile_rows, block)] = EXCLUDED
+                set_sampled(tile_rows, block, x, EXCLUDED)
                 torch.exp(x, out=e)
                 if exp_out is not None:
                     exp_out[row_span, columns] = e
@@ -224,16 +239,16 @@ def sweep(
                     weight_sum[row_span].addmm_(e if head.softcap is None else e * slope, block.weight)
                 _fold(x, e, sums[:, row_span])
 
-    run_threaded(work, len(rows.ids), rows_per_tile(head))
+    run_threaded(work, len(rows.ids), rows_per_tile, shift)
     return sums
 
 
 def max_logits(head: Head, rows: Rows) -> Tensor:
     """The largest z of each row on this shard, [n] in the wide dtype."""
     max_z = torch.full(rows.ids.shape, -torch.inf, dtype=head.wide, device=rows.ids.device)
-    tiles, no_shift = Tiles(head, len(rows.ids)), torch.zeros_like(max_z)
+    tiles, no_shift, (rows_per_tile, _) = Tiles(head, len(rows.ids)), torch.zeros_like(max_z), tile_shape(head)
     for block in tiles.blocks(slice(0, len(head.weight))):
-        for span in spans(len(rows.ids), rows_per_tile(head)):
+        for span in spans(len(rows.ids), rows_per_tile):
             x, _ = tiles.logits(rows.take(span), None, no_shift[span], block)
             max_z[span] = torch.maximum(max_z[span], x.amax(-1))
     return max_z
@@ -270,8 +285,7 @@ def _logit_gradient(head: Head, rows: Rows, upstream: Upstream, x: Tensor, e: Te
     else:
         x.add_(upstream.entropy[:, None]).mul_(-upstream.g_entropy[:, None]).sub_(upstream.g[:, None])
         e.mul_(x)
-    sampled = sampled_columns(rows, block)
-    e[sampled] = upstream.sampled_grad[sampled[0]]
+    set_sampled(rows, block, e, upstream.sampled_grad)
     if slope is not None:
         e.mul_(slope)
     factor = head.scale * inv_t
@@ -287,7 +301,7 @@ def gradients(head: Head, rows: Rows, upstream: Upstream, needs: tuple[bool, boo
     Returns:
         The gradients of this shard: hidden in the wide dtype, weight and bias in their own.
     """
-    num_columns, wide = len(head.weight), head.wide
+    wide, (rows_per_tile, columns_per_tile) = head.wide, tile_shape(head)
     weight_grad = torch.empty_like(head.weight, memory_format=torch.contiguous_format) if needs[1] else None
     bias_grad = torch.empty_like(head.bias) if needs[2] and head.bias is not None else None
 
@@ -298,7 +312,7 @@ def gradients(head: Head, rows: Rows, upstream: Upstream, needs: tuple[bool, boo
             block_span = slice(block.start, block.start + len(block.weight))
             block_grad = torch.zeros_like(block.weight) if weight_grad is not None else None
             column_sum = torch.zeros_like(block.weight[:, 0])
-            for span in spans(len(rows.ids), rows_per_tile(head)):
+            for span in spans(len(rows.ids), rows_per_tile):
                 span_rows = rows.take(span)
                 x, e = tiles.logits(span_rows, None, upstream.log_z[span], block)
                 logit_grad = _logit_gradient(head, span_rows, upstream.take(span), x, e, block)
@@ -314,5 +328,5 @@ def gradients(head: Head, rows: Rows, upstream: Upstream, needs: tuple[bool, boo
                 bias_grad[block_span] = column_sum
         return hidden_grad
 
-    hidden_grads = run_threaded(work, num_columns, COLUMNS)
+    hidden_grads = run_threaded(work, len(head.weight), columns_per_tile, head.weight)
     return HeadGradients(sum(hidden_grads[1:], hidden_grads[0]) if needs[0] else None, weight_grad, bias_grad)

@@ -67,6 +67,11 @@ def full_tensor(parameter: Any) -> Any:
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether x is on the CPU, the only device whose small tiles and threads pay, and where reading a value is free."""
+    return x.device.type == "cpu"
+
+
 def no_autocast(x: Tensor) -> Any:
     """Disable autocast on x's device: the kernels choose the dtype of every product themselves."""
     return torch.autocast(x.device.type, enabled=False)
@@ -96,7 +101,9 @@ def check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | Non
 def check_numbers(
     temperature: float | Tensor, ids: Tensor, softcap: float | None, scale: float, arithmetic: str
 ) -> None:
-    """Raise if a setting is outside its range."""
+    """Raise if a setting is outside its range, or the ids are no integers."""
+    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
+        raise ValueError(f"ids must be integers, got {ids.dtype}")
     if isinstance(temperature, Tensor):
         if temperature.shape != ids.shape:
             raise ValueError(f"temperature must be a number or {[*ids.shape]}, as ids, got {[*temperature.shape]}")
@@ -110,11 +117,35 @@ def check_numbers(
         raise ValueError(f"arithmetic must be one of {', '.join(ARITHMETIC)}, got {arithmetic!r}")
 
 
-def check_ids(ids: Tensor, num_rows: int, shard: Shard | None) -> None:
-    """Raise if an id is outside the vocabulary; checked on the CPU only, because elsewhere it would synchronise."""
-    if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
-        raise ValueError(f"ids must be integers, got {ids.dtype}")
-    if shard is None and ids.numel() and ids.device.type == "cpu" and (largest_id := int(ids.max())) >= num_rows:
+def check_ids(ids: Tensor, num_rows: int, shard: Shard | None, masked: bool) -> None:
+    """Refuse an id outside the vocabulary.
+
+    With a mask on an accelerator, where the error's number would be waited for in every step, the device itself asserts
+    it, as it does in torch's own indexing; the process then ends with "device-side assert triggered".
+
+    Args:
+        ids: [n] of the tokens that count.
+        num_rows: v; other processes hold other ids if there is a shard, and then only negative ones are refused.
+        shard: this process's part of the vocabulary.
+        masked: whether a mask was given.
+
+    Raises:
+        ValueError: an id outside [0, v).
+    """
+    if ids.numel() == 0:
+        return
+    if masked and not on_cpu(ids):
+        inside = (ids >= 0) if shard is not None else (ids >= 0) & (ids < num_rows)
+        torch._assert_async(inside.all(), f"ids must be in [0, {num_rows}) where the mask is not 0")
+        return
+    smallest, largest = (int(x) for x in torch.stack(ids.aminmax()).tolist())
+    if smallest < 0:
+        where = "where the mask is not 0" if masked else "of padding"
         raise ValueError(
-            f"ids must be < {num_rows}, the rows of the weight, got {largest_id}; are they of this tokenizer?"
+            f"ids must be in [0, {num_rows}), the rows of the weight, got {smallest} {where}; "
+            + ("mask such tokens" if masked else "pass mask=ids >= 0, which leaves such tokens out")
+        )
+    if shard is None and largest >= num_rows:
+        raise ValueError(
+            f"ids must be in [0, {num_rows}), the rows of the weight, got {largest}; are they of this tokenizer?"
         )

@@ -69,7 +69,9 @@ def _chunks(call: Call, level: str, size: int) -> Iterator[_Chunk]:
             chunk_kept = kept[span]
             yield _Chunk(span, ((chunk_kept // t)[None], (chunk_kept % t)[None]), (1, len(chunk_kept)), None)
         return
-    ends = torch.searchsorted(kept, torch.arange(1, b + 1, device=kept.device) * t).tolist()
+    ends = [(row + 1) * t for row in range(b)]
+    if call.kept is not None:
+        ends = torch.searchsorted(kept, torch.tensor(ends, device=kept.device)).tolist()
     first_row = start = 0
     for row in range(b):
         if row + 1 == b or ends[row + 1] - start > size:
@@ -83,7 +85,6 @@ def _exp_to_gradient(
     head: Head, rows: Rows, row_stats: RowStats, upstream: Upstream, e: Tensor, block: cpu.Block
 ) -> Tensor:
     """Turn a block of e into the gradient of the raw logits divided by ``−scale/(T·S)``, in place."""
-    sampled = cpu.sampled_columns(rows, block)
     sum_all = row_stats.sum_all.to(head.wide)
     if upstream.g_entropy is not None or head.softcap is not None:
         x = e.clamp_min(torch.finfo(torch.float32).tiny).log_()
@@ -97,8 +98,8 @@ def _exp_to_gradient(
         e.mul_(slope)
     else:
         e.mul_(upstream.g[:, None])
-    e[sampled] = (-sum_all * upstream.sampled_grad * cpu.softcap_slope(head, row_stats.sampled_z, rows))[sampled[0]]
-    return e
+    slope = cpu.softcap_slope(head, row_stats.sampled_z, rows)
+    return cpu.set_sampled(rows, block, e, -sum_all * upstream.sampled_grad * slope)
 
 
 def _accumulate_gradients(
@@ -110,7 +111,7 @@ def _accumulate_gradients(
     accumulators: tuple[Tensor, Tensor | None],
 ) -> Tensor:
     """Add the gradients of weight and bias to their accumulators, and return that of hidden [n d], all wide."""
-    (weight_grad, bias_grad), sweeps = accumulators, backend(head.weight)
+    (weight_grad, bias_grad), sweeps = accumulators, backend(head)
     index = rows_with_gradient(upstream)
     if index is not None:
         rows, upstream = rows.take(index), upstream.take(index)
@@ -118,19 +119,18 @@ def _accumulate_gradients(
     is_row_scaling = upstream.g_entropy is None and head.softcap is None
     factor = -head.scale * rows.inv_t / row_stats.sum_all.to(head.wide)
     factor = factor * upstream.g if is_row_scaling else factor
-    dtype = sweeps.product_dtype(e)
+    dtype, num_columns = sweeps.product_dtype(e), sweeps.tile_shape(head)[1]
     scaled = (rows.hidden.to(head.wide) * factor[:, None]).to(dtype)
 
     def work(columns: slice) -> Tensor:
         hidden_grad = torch.zeros_like(scaled, dtype=head.wide)
-        for span in cpu.spans(columns.stop - columns.start, sweeps.COLUMNS):
+        for span in cpu.spans(columns.stop - columns.start, num_columns):
             block_span = slice(columns.start + span.start, columns.start + span.stop)
             block = cpu.Block(block_span.start, head.weight[block_span].to(dtype), None)
             block_grad = e[:, block_span] if index is None else e[index, block_span]
             block_grad = block_grad.to(dtype if is_row_scaling else head.wide)
             if is_row_scaling:
-                sampled = cpu.sampled_columns(rows, block)
-                block_grad[sampled] = -row_stats.sum_others.to(block_grad.dtype)[sampled[0]]
+                cpu.set_sampled(rows, block, block_grad, -row_stats.sum_others)
             else:
                 block_grad = _exp_to_gradient(head, rows, row_stats, upstream, block_grad, block).to(dtype)
             sweeps.accumulate(hidden_grad, block_grad, block.weight)
@@ -140,7 +140,7 @@ def _accumulate_gradients(
         return hidden_grad
 
     with no_autocast(head.weight):
-        hidden_grads = cpu.run_threaded(work, len(head.weight), sweeps.COLUMNS)
+        hidden_grads = cpu.run_threaded(work, len(head.weight), num_columns, head.weight)
     hidden_grad = sum(hidden_grads[1:], hidden_grads[0]).mul_(factor[:, None])
     if index is None:
         return hidden_grad
@@ -176,7 +176,7 @@ class _FusedLoss(torch.autograd.Function):
         for chunk in chunks:
             chunk_rows = rows.take(chunk.span)
             exp_out = buffer[: len(chunk_rows.ids)]
-            row_stats = read_rows(backend(weight), head, chunk_rows, exp_out=exp_out)
+            row_stats = read_rows(backend(head), head, chunk_rows, exp_out=exp_out)
             with torch.enable_grad():
                 stats = stats_tuple(row_stats.stats)
                 leaves = [x.detach().requires_grad_() for x in stats[:2]]
@@ -244,7 +244,7 @@ def fused_policy_loss(
         and the statistics [b t].
 
     Raises:
-        ValueError: shapes, dtypes or ids do not match, a number is outside its range, or the level is unknown.
+        ValueError: as for :func:`token_stats`, or the level is unknown.
         RuntimeError: a second backward through one loss.
 
     The loss of a recipe can be the loss_fn. Quantities that a recipe computes over the whole batch, such as the mean of

@@ -14,12 +14,20 @@ from ...types import TokenStats
 from . import cpu
 from .closed_forms import RowStats, read_rows, stats_tuple
 from .cpu import Upstream
-from .head import Head, Rows, Shard, check_ids, check_numbers, check_shapes, full_tensor, no_autocast
+from .head import Head, Rows, Shard, check_ids, check_numbers, check_shapes, full_tensor, no_autocast, on_cpu
+
+# CUDA devices, by compute capability, on which bench/gpu.py has compared the Triton sweeps with float64.
+TRITON_TESTED: frozenset[tuple[int, int]] = frozenset()
 
 
-def backend(weight: Tensor) -> Any:
-    """The module with the sweeps: the Triton one on a CUDA device if Triton is installed, else plain torch."""
-    if weight.device.type == "cuda":
+def backend(head: Head) -> Any:
+    """The module with the sweeps: Triton's on a device where it was tested, else plain torch, which runs on any.
+
+    Triton's sweeps are in fp32; float64 takes plain torch.
+    """
+    if head.weight.is_cuda and head.wide == torch.float32:
+        if torch.cuda.get_device_capability(head.weight.device) not in TRITON_TESTED:
+            return cpu
         try:
             from . import triton  # pyrefly: ignore[missing-module-attribute]
         except ModuleNotFoundError:
@@ -66,26 +74,27 @@ def prepare(
     """Check the arguments, flatten them, and select the rows inside the mask."""
     check_shapes(hidden, weight, ids, bias, mask)
     check_numbers(temperature, ids, softcap, scale, arithmetic)
-    check_ids(ids, weight.shape[0], shard)
     weight, bias = full_tensor(weight), full_tensor(bias)
     device = hidden.device.type
-    if device == "cuda" and torch.is_autocast_enabled(device):
+    if not on_cpu(hidden) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if arithmetic == "shifted" and (device != "cpu" or hidden.dtype != weight.dtype or hidden.dtype.itemsize != 2):
+    if arithmetic == "shifted" and (not on_cpu(hidden) or hidden.dtype != weight.dtype or hidden.dtype.itemsize != 2):
         warnings.warn(
             f"arithmetic='shifted' has no effect on {hidden.dtype} hidden states and a {weight.dtype} weight on "
             f"{device}; it is for half-precision inputs on a CPU: leave it out",
             stacklevel=3,
         )
     wide = torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
-    flat_hidden, flat_ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1).long().clamp(min=0)
+    flat_hidden, flat_ids = hidden.reshape(-1, hidden.shape[-1]), ids.reshape(-1).long()
     inv_t = 1.0 / temperature.to(wide).reshape(-1) if isinstance(temperature, Tensor) else 1.0 / temperature
-    rows = Rows(flat_hidden, flat_ids - (shard.start if shard else 0), inv_t)
-    kept = None
-    if mask is not None and not (mask := mask.reshape(-1).bool()).all():
-        kept = mask.nonzero()[:, 0]
-        rows = rows.take(kept)
+    rows, kept = Rows(flat_hidden, flat_ids, inv_t), None
+    if mask is not None:
+        kept = mask.reshape(-1).bool().nonzero()[:, 0]
+        kept = kept if len(kept) < len(flat_ids) else None
+        rows = rows if kept is None else rows.take(kept)
+    check_ids(rows.ids, weight.shape[0], shard, mask is not None)
+    rows = rows._replace(ids=rows.ids - (shard.start if shard else 0))
     head = Head(weight, bias, softcap, float(scale), arithmetic, shard, wide)
     return Call(head, rows, kept, ids.shape)
 
@@ -109,14 +118,14 @@ def token_stats(
     ``log π(a)``, ``H``, ``Σ π²``, ``Σ π² log π``, ``Σ π² log² π`` with ``π = softmax(z)``,
     ``z_v = softcap·tanh(scale·(h·w_v + b_v)/softcap) / temperature``, or without the tanh
 
-    Besides the result, a few tiles and blocks are stored, some 20 MB, and never [n v] logits. Use it for old and
-    reference log-probabilities, for metrics and for :mod:`isentropic.entropy.prediction`. :func:`fused_logp` is the
-    same with a gradient.
+    Besides the result, a few tiles and blocks are stored, some 20 MB, or 300 MB on an accelerator, and never [n v]
+    logits. Use it for old and reference log-probabilities, for metrics and for :mod:`isentropic.entropy.prediction`.
+    :func:`fused_logp` is the same with a gradient.
 
     Args:
         hidden: [... d] final hidden states, after the last norm, in fp16, bf16, fp32 or float64.
         weight: [v d] the head's weight; may be tied, a DTensor, or of another dtype than hidden.
-        ids: [...] sampled tokens. A negative id, a common mark of padding, is read as 0.
+        ids: [...] sampled tokens, in [0, v); where the mask is 0, anything, such as the −100 of padding.
         temperature: the sampling temperature, a number or [...] by token.
         mask: [...] non-zero where the token counts. Other tokens are not computed, may have any value, and return 0.
         bias: [v]; −inf masks a vocabulary entry.
@@ -131,7 +140,8 @@ def token_stats(
         The statistics, [...] each, in fp32, or in float64 if hidden or weight is.
 
     Raises:
-        ValueError: shapes, dtypes or ids do not match, or a number is outside its range.
+        ValueError: shapes or dtypes do not match, or an id or a number is outside its range. On an accelerator an id
+            inside the mask is asserted by the device, so that nothing waits for it.
 
     The shift by the sampled token's logit and the one-pass sums are ours.
 
@@ -141,7 +151,7 @@ def token_stats(
     (tensor([-1.0986e+00, -4.1223e-09]), tensor([1.0986e+00, 8.6568e-08]), tensor([0.3333, 1.0000]))
     """
     call = prepare(hidden, weight, ids, temperature, mask, bias, softcap, scale, arithmetic, shard)
-    return call.unflatten(stats_tuple(read_rows(backend(call.head.weight), call.head, call.rows).stats))
+    return call.unflatten(stats_tuple(read_rows(backend(call.head), call.head, call.rows).stats))
 
 
 def upstream_of(row_stats: RowStats, g: Tensor | None, g_entropy: Tensor | None) -> Upstream:
@@ -158,7 +168,7 @@ def upstream_of(row_stats: RowStats, g: Tensor | None, g_entropy: Tensor | None)
 
 def rows_with_gradient(upstream: Upstream) -> Tensor | None:
     """The rows with a non-zero gradient, or None if most have one: zero advantages and clipped tokens cost nothing."""
-    if upstream.g.device.type == "cuda":
+    if not on_cpu(upstream.g):
         return None  # counting them would synchronise with the device
     has_gradient = upstream.g != 0
     if upstream.g_entropy is not None:
@@ -174,7 +184,7 @@ def backward_gradients(call: Call, row_stats: RowStats, g: Any, g_entropy: Any, 
     if index is not None:
         rows, upstream = rows.take(index), upstream.take(index)
     with no_autocast(head.weight):
-        gradients = backend(head.weight).gradients(head, rows, upstream, needs)
+        gradients = backend(head).gradients(head, rows, upstream, needs)
     hidden = gradients.hidden
     if hidden is not None:
         hidden = head.reduce(hidden).to(rows.hidden.dtype)
@@ -193,7 +203,7 @@ def logp_gradient(call: Call, row_stats: RowStats, weight_sum: Tensor) -> Tensor
     sampled_factor = row_stats.sum_others.to(head.wide) * cpu.softcap_slope(head, row_stats.sampled_z, rows)
     sampled_factor = sampled_factor.masked_fill((local_ids < 0) | (local_ids >= size), 0.0)
     factor = head.scale * rows.inv_t / row_stats.sum_all.to(head.wide)
-    for span in cpu.spans(len(local_ids), cpu.ROWS):
+    for span in cpu.spans(len(local_ids), cpu.tile_shape(head)[0]):
         weight = head.weight[local_ids[span].clamp(0, size - 1)].to(head.wide)
         weight_sum[span] = (sampled_factor[span, None] * weight - weight_sum[span]) * factor[span, None]
     return head.reduce(weight_sum)
@@ -211,7 +221,7 @@ class _Logp(torch.autograd.Function):
         call = call._replace(rows=call.rows._replace(hidden=hidden), head=call.head._replace(weight=weight, bias=bias))
         frozen_head = not any(ctx.needs_input_grad[1:3])
         weight_sum = torch.zeros(hidden.shape, dtype=call.head.wide, device=hidden.device) if frozen_head else None
-        row_stats = read_rows(backend(weight), call.head, call.rows, weight_sum=weight_sum)
+        row_stats = read_rows(backend(call.head), call.head, call.rows, weight_sum=weight_sum)
         logp_grad = logp_gradient(call, row_stats, weight_sum) if weight_sum is not None else None
         logp, entropy, *moments = stats_tuple(row_stats.stats)
         saved = (logp, entropy, row_stats.log_z, row_stats.sum_others, row_stats.sum_all)
@@ -273,7 +283,7 @@ def fused_logp(
         The statistics, [...] each, in fp32, or in float64 if hidden or weight is.
 
     Raises:
-        ValueError: shapes, dtypes or ids do not match, or a number is outside its range.
+        ValueError: as for :func:`token_stats`.
 
     For a head without bias and softcap, logits are linear in h, so ``H = ⟨h, ∂log π(a)/∂h⟩ − log π(a)`` and
     ``⟨h, ∂H/∂h⟩ = −Var_π[log π]``, at any temperature (Euler's identity; derived).

@@ -3,7 +3,8 @@
 One kernel multiplies a tile of rows by a tile of the weight, with fp32 accumulators on chip. It then reduces the logits
 to five row sums, or to their maximum, or writes e or the gradient of the logits into a buffer of some rows, which
 torch's own products read. The sums of several splits of the vocabulary add up. Checked against float64 through Triton's
-interpreter; not yet run or measured on a device.
+interpreter, and compiled for sm80 and sm90; not yet run or measured on a device: none takes this path before
+``ops.TRITON_TESTED`` names it.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cpu import EXCLUDED, HeadGradients, SampledLogits, Upstream, final_logits, sampled_logits, spans
+from .cpu import EXCLUDED, WIDE_ROWS, HeadGradients, SampledLogits, Upstream, final_logits, sampled_logits, spans
 from .head import MASKED_LOGIT, Head, Rows
 
 __all__ = [
-    "COLUMNS",
     "accumulate",
     "final_logits",
     "gradients",
@@ -25,12 +25,14 @@ __all__ = [
     "product_dtype",
     "sampled_logits",
     "sweep",
+    "tile_shape",
 ]
 
 COLUMNS = 32768  # of the vocabulary, in one product of a buffer
 BUFFER = 2**28  # bytes of e or of gradients at once
 PROGRAMS = 512  # at least, if the vocabulary is large enough: some four per multiprocessor
-SUMS, KEEP, TOP, GRADIENT = 0, 1, 2, 3
+# What the kernel does; constants of a call, since a compiled kernel reads no globals of Python.
+MODES = ("sums", "keep", "top", "gradient")
 
 
 @triton.jit
@@ -61,7 +63,8 @@ def _tile(
 def _kernel(
     hidden, weight, bias, ids, inv_t, shift, entropy, sampled_grad, g, g_entropy, out, buffer,
     n, v, d, split, hidden_stride, weight_stride, scale, softcap,
-    MODE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    TOP: tl.constexpr, KEEP: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
     SLOPED: tl.constexpr, X_EXCLUDED: tl.constexpr, B_MASKED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -91,9 +94,9 @@ def _kernel(
         x = y * t[:, None] - c[:, None]
         is_sampled = columns[None, :] == a[:, None]
         position = rows[:, None].to(tl.int64) * v + columns[None, :]
-        if MODE == TOP:
+        if TOP:
             top = tl.maximum(top, tl.max(tl.where(in_tile, x, -float("inf")), axis=1))
-        elif MODE == GRADIENT:
+        elif GRADIENT:
             slope_e = -tl.load(g + rows, mask=inside, other=0.0)[:, None]
             if HAS_ENTROPY:
                 centred = x + tl.load(entropy + rows, mask=inside, other=0.0)[:, None]
@@ -112,12 +115,12 @@ def _kernel(
             s2 += tl.sum(e * e, axis=1)
             s3 += tl.sum(e * ex, axis=1)
             s4 += tl.sum(ex * ex, axis=1)
-            if MODE == KEEP:
+            if KEEP:
                 stored = e * slope if SLOPED else e
                 tl.store(buffer + position, stored.to(buffer.dtype.element_ty), mask=in_tile)
-    if MODE == TOP:
+    if TOP:
         tl.store(out + split_index * n + rows, top, mask=inside)
-    elif MODE != GRADIENT:
+    elif not GRADIENT:
         tl.store(out + (split_index * 5 + 0) * n + rows, s0, mask=inside)
         tl.store(out + (split_index * 5 + 1) * n + rows, s1, mask=inside)
         tl.store(out + (split_index * 5 + 2) * n + rows, s2, mask=inside)
@@ -126,10 +129,11 @@ def _kernel(
 
 
 def _launch(
-    head: Head, rows: Rows, shift: Tensor, mode: int, buffer: Tensor | None = None, upstream: Upstream | None = None,
+    head: Head, rows: Rows, shift: Tensor, mode: str, buffer: Tensor | None = None, upstream: Upstream | None = None,
     sloped: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Run the kernel over all tiles; returns the results of the splits, [splits 5 n] or [splits n]."""
+    """Run the kernel over all tiles in a mode, and return the results of the splits, [splits 5 n] or [splits n]."""
+    assert mode in MODES
     (n, d), v = rows.hidden.shape, len(head.weight)
     half_precision = rows.hidden.dtype.itemsize == 2
     block_n, block_v, block_d = (128, 128, 64) if half_precision else (64, 64, 32)
@@ -137,8 +141,8 @@ def _launch(
     splits = max(1, min(triton.cdiv(PROGRAMS, max(1, num_row_blocks)), triton.cdiv(v, block_v)))
     split = triton.cdiv(triton.cdiv(v, splits), block_v) * block_v
     splits = triton.cdiv(v, split)
-    shape = (splits, n) if mode == TOP else (splits, 5, n)
-    out = torch.empty(shape if mode != GRADIENT else (1,), dtype=torch.float32, device=rows.hidden.device)
+    shape = (splits, n) if mode == "top" else (splits, 5, n)
+    out = torch.empty(shape if mode != "gradient" else (1,), dtype=torch.float32, device=rows.hidden.device)
     if n == 0:
         return out
     inv_t = rows.inv_t if isinstance(rows.inv_t, Tensor) else torch.full_like(shift, rows.inv_t)
@@ -155,17 +159,13 @@ def _launch(
     _kernel[(num_row_blocks, splits)](
         hidden, weight, shift if head.bias is None else head.bias.contiguous(), *row_values, out,
         shift if buffer is None else buffer, n, v, d, split, d, d, head.scale, head.softcap or 1.0,
-        MODE=mode, HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
+        TOP=mode == "top", KEEP=mode == "keep", GRADIENT=mode == "gradient",
+        HAS_BIAS=head.bias is not None, HAS_CAP=head.softcap is not None,
         HAS_ENTROPY=upstream is not None and upstream.g_entropy is not None, SLOPED=sloped,
         X_EXCLUDED=EXCLUDED, B_MASKED=MASKED_LOGIT,
         BLOCK_N=block_n, BLOCK_V=block_v, BLOCK_D=block_d, num_warps=8 if half_precision else 4,
     )  # fmt: skip
     return out
-
-
-def _check(head: Head) -> None:
-    if head.wide != torch.float32:
-        raise ValueError("float64 has no path on a CUDA device; move the tensors to the CPU, or use fp32")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -179,6 +179,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def tile_shape(head: Head) -> tuple[int, int]:
+    """Rows and columns that a product of a buffer takes at once."""
+    return WIDE_ROWS, COLUMNS
 
 
 def _row_spans(head: Head, rows: Rows) -> list[slice]:
@@ -195,16 +200,15 @@ def sweep(
     weight_sum: Tensor | None = None,
 ) -> Tensor:
     """As :func:`isentropic.entropy.kernels.cpu.sweep`; logits are fp32 for either ``arithmetic``."""
-    _check(head)
     if weight_sum is None:
-        sums = _launch(head, rows, shift, SUMS if exp_out is None else KEEP, exp_out)
+        sums = _launch(head, rows, shift, "sums" if exp_out is None else "keep", exp_out)
         return sums.double().sum(0)
     dtype = torch.bfloat16 if head.weight.dtype == torch.bfloat16 else torch.float32
     sums = torch.zeros(5, len(rows.ids), dtype=torch.float64, device=shift.device)
     for span in _row_spans(head, rows):
         span_rows = rows.take(span)
         buffer = torch.empty(len(span_rows.ids), len(head.weight), dtype=dtype, device=shift.device)
-        sums[:, span] = _launch(head, span_rows, shift[span], KEEP, buffer, sloped=True).double().sum(0)
+        sums[:, span] = _launch(head, span_rows, shift[span], "keep", buffer, sloped=True).double().sum(0)
         accumulate(weight_sum[span], buffer, head.weight.to(dtype))
     return sums
 
@@ -212,12 +216,11 @@ def sweep(
 def max_logits(head: Head, rows: Rows) -> Tensor:
     """The largest z of each row on this shard, [n]."""
     no_shift = torch.zeros(len(rows.ids), dtype=torch.float32, device=rows.ids.device)
-    return _launch(head, rows, no_shift, TOP).amax(0)
+    return _launch(head, rows, no_shift, "top").amax(0)
 
 
 def gradients(head: Head, rows: Rows, upstream: Upstream, needs: tuple[bool, bool, bool]) -> HeadGradients:
     """As :func:`isentropic.entropy.kernels.cpu.gradients`: logit gradients of some rows at once, then the products."""
-    _check(head)
     device, dtype = rows.ids.device, torch.promote_types(head.weight.dtype, rows.hidden.dtype)
     hidden_grad = torch.zeros(rows.hidden.shape, dtype=head.wide, device=device) if needs[0] else None
     weight_grad = torch.zeros(head.weight.shape, dtype=head.wide, device=device) if needs[1] else None
@@ -227,7 +230,7 @@ def gradients(head: Head, rows: Rows, upstream: Upstream, needs: tuple[bool, boo
     for span in _row_spans(head, rows):
         span_rows, span_upstream = rows.take(span), upstream.take(span)
         buffer = torch.empty(len(span_rows.ids), len(head.weight), dtype=dtype, device=device)
-        _launch(head, span_rows, span_upstream.log_z, GRADIENT, buffer, span_upstream)
+        _launch(head, span_rows, span_upstream.log_z, "gradient", buffer, span_upstream)
         if hidden_grad is not None:
             accumulate(hidden_grad[span], buffer, head.weight.to(dtype))
         if weight_grad is not None:

@@ -14,10 +14,9 @@ import os
 import urllib.error
 import urllib.request
 from itertools import count
-from pathlib import Path
 from typing import Any
 
-from ..spec import options
+from ..spec import options, path_of
 from . import EnvironmentTask
 
 OURS: dict[str, Any] = {
@@ -63,7 +62,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
 
 
 def _ids(name: str, values: dict[str, Any], key: str) -> list[str]:
-    path = Path(values[key]).expanduser()
+    path = path_of(name, values[key])
     if not values[key] or not path.is_file():
         raise ValueError(f"task {name!r}: {key} must name a file with a task id a line, got {values[key]!r}")
     return list(dict.fromkeys(path.read_text(encoding="utf-8").split()))
