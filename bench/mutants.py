@@ -2,8 +2,8 @@
 
 Each error is one of: a comparison, an arithmetic or a boolean operator exchanged; a sign, a `not`, a `detach()` or a
 field of a `_replace` lost; `min` for `max`; a number changed; a condition reversed. The same number of errors goes into
-each part of the source. The nearest tests are the doctests of the changed module and the tests that mirror it. Messages,
-log lines, annotations and Triton's kernels are left alone.
+each part of the source. The nearest tests are the doctests of the changed module and the tests that mirror it.
+Messages, log lines, annotations and Triton's kernels are left alone.
 
     python bench/mutants.py                       # 60 errors, seed 0
     python bench/mutants.py --seed 1 --count 12 --only control

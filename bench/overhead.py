@@ -22,6 +22,7 @@ from results import ONE_THREAD, made, versions
 os.environ |= ONE_THREAD
 STEPS_A_BATCH = 4
 WARM_UP = 5
+KINDS = ("trl", "trl again", "monitored", "fused head", "controlled")
 CONTROL = {"knob": "zeta", "controller": "predictive", "target": "initial"}
 
 
@@ -60,12 +61,12 @@ def child(kind, options, pipe):
         "fused head": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", "explain_every": 0}),
         "controlled": (IsentropicTrainer, IsentropicConfig, {"recipe": "dapo", **CONTROL}),
     }[kind]
-    path, task = resolve_model("tiny"), load_task("expr")
+    path, task = options.model or resolve_model("tiny"), load_task("expr")
     with tempfile.TemporaryDirectory() as out:
         args = config(
             output_dir=out,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=not options.cuda,
+            bf16=options.cuda,
             activation_checkpointing=False,
             learning_rate=1e-9,
             lr_scheduler_type="constant",
@@ -73,7 +74,7 @@ def child(kind, options, pipe):
             per_device_train_batch_size=options.batch // STEPS_A_BATCH,
             steps_per_generation=STEPS_A_BATCH,
             num_generations=16,
-            max_completion_length=task.max_completion_length,
+            max_completion_length=options.tokens or task.max_completion_length,
             logging_steps=1,
             report_to=[],
             disable_tqdm=True,
@@ -97,9 +98,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, default=150, help="generated batches of each trainer")
     parser.add_argument("--batch", type=int, default=256, help="completions a generated batch")
-    options = parser.parse_args()
+    parser.add_argument("--model", help="a folder; the embedded model without it")
+    parser.add_argument("--tokens", type=int, help="of an answer at most; the task's own without it")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU, in bf16")
+    report(take_turns(KINDS, parser.parse_args()))
+
+
+def take_turns(kinds, options):
+    """(CPU seconds, wall seconds) of each generated batch, by trainer."""
     context, pipes, workers = mp.get_context("spawn"), {}, []
-    for kind in ("trl", "trl again", "monitored", "fused head", "controlled"):
+    for kind in kinds:
         pipes[kind], theirs = context.Pipe()
         workers.append(context.Process(target=child, args=(kind, options, theirs), daemon=True))
         workers[-1].start()
@@ -110,7 +118,7 @@ def main():
             times[kind].append(pipes[kind].recv())
     for worker in workers:
         worker.join()
-    report(times)
+    return times
 
 
 def report(times):

@@ -21,7 +21,7 @@ PAGES = {
         for name in ("reduce", "advantages", "selection", "shaping", "clipping", "objectives", "penalties")
     ],
     "entropy": ["entropy.statistics", "entropy.prediction", "entropy.kernels", "entropy.audit"],
-    "control": [f"control.{name}" for name in ("controllers", "targets", "thermostat", "guard", "names")],
+    "control": [f"control.{name}" for name in ("controllers", "predictive", "targets", "thermostat", "watchdog", "guard", "plant", "names")],
     "recipes": [f"recipes.{name}" for name in ("recipe", "stages", "catalogue", "knobs", "compose", "custom", "apply")],
     "runs": [
         f"runs.{name}"
@@ -29,7 +29,7 @@ PAGES = {
     ],
     "tasks": [
         "tasks",
-        *(f"tasks.{name}" for name in ("expressions", "data", "gym", "mixture", "sequence", "verifiers", "checks")),
+        *(f"tasks.{name}" for name in ("expressions", "data", "rows", "gym", "mixture", "sequence", "verifiers", "quantities", "checks")),
         "tasks.environments",
         *(f"tasks.environments.{name}" for name in ENVIRONMENTS),
     ],

@@ -1,7 +1,5 @@
 """One component of each stage, a controller and a target, from a file: two steps of TRL and of the tabular engine."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -11,6 +9,7 @@ from trl_case import make, train
 from isentropic.engines.tabular import simulate
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.recipes import compose
+from isentropic.recipes.custom import load
 
 OWN = """
 import torch
@@ -70,11 +69,11 @@ ZETA = {"knob": "zeta", "every": 1}
 CASES = {
     "baseline": {"baseline": "own.py:best", "bar": 0.25},
     "selection": {"selection": "own.py:early"},
-    "shaping": {"shaping": "own.py:SHAPING", "knob": "gamma", "floor": 0.5, "target": "9.0", "every": 1},
+    "shaping": {"shaping": "own.py:SHAPING", "knob": "gamma", "floor": 0.5, "target": "0.1", "every": 1},
     "bounds": {"bounds": "own.py:narrow", "tighter": 0.25},
     "objective": {"objective": "own.py:squared"},
     "penalty": {"penalty": "own.py:spread", "penalty_coef": 0.1},
-    "controller": {**ZETA, "controller": "own.py:stepping:size=0.25", "target": "9.0"},
+    "controller": {**ZETA, "controller": "own.py:stepping:size=0.25", "target": "0.1"},
     "target": {**ZETA, "controller": "sign_step:step=0.25", "target": "own.py:twice"},
 }
 NAMED = ("knob", "controller", "target")
@@ -84,9 +83,7 @@ NAMED = ("knob", "controller", "target")
 def own(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
-    sys.modules.pop("own", None)
-    yield lambda: sys.modules["own"].CALLS
-    sys.modules.pop("own", None)
+    return lambda: load("own.py:CALLS", "list")
 
 
 @pytest.mark.parametrize("stage", CASES)
@@ -104,7 +101,7 @@ def test_trl_trains_two_steps_with_it(own, tmp_path, stage):
     written = trainer.record.header()["recipe"][stage]
     assert written.startswith(f"own.{changes[stage].split(':')[1]}" if stage != "shaping" else "own.damped@")
     if "knob" in changes:
-        step = 0.25 if stage != "shaping" else 0.4  # pi goes to its bound, 0.5, from 0.1
+        step = {"shaping": -0.1, "controller": -0.25, "target": 0.25}[stage]  # pi goes to its bound, 0, from 0.1
         assert rows[1]["knob/value"] - rows[0]["knob/value"] == pytest.approx(step)
 
 
@@ -115,16 +112,17 @@ def test_the_tabular_engine_takes_two_steps_with_it(own, stage):
     assert np.isfinite(run.predicted).all()
     assert stage in own()
     if "knob" in CASES[stage]:
-        assert run.knob[1] > run.knob[0]
+        assert (run.knob[1] > run.knob[0]) == (stage == "target")
+        assert run.knob[1] != run.knob[0]
 
 
 def test_a_composed_recipe_is_a_config_of_its_own(own, tmp_path):
     """`IsentropicConfig(recipe=)` takes the object, and trains as with the name."""
-    recipe = compose("loop", knob="zeta", target="9.0", every=1)
+    recipe = compose("loop", knob="zeta", target="0.1", every=1)
     by_object = train(IsentropicTrainer, IsentropicConfig, tmp_path / "a", 2, recipe=recipe)
     options = {"every": 1}
     by_name = train(
-        IsentropicTrainer, IsentropicConfig, tmp_path / "b", 2, recipe="loop", knob="zeta", target="9.0",
+        IsentropicTrainer, IsentropicConfig, tmp_path / "b", 2, recipe="loop", knob="zeta", target="0.1",
         recipe_options=options,
     )  # fmt: skip
     drop = ("seconds",)

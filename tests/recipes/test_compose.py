@@ -1,10 +1,12 @@
 """Recipes: every composition, the special cases that must coincide, and what is refused by name."""
 
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,11 +103,36 @@ def test_any_knob_any_controller_any_target_composes(recipe, knob, controller, t
         ("adapo", {"controller": "pi:gain=x"}, "must be a number"),
         ("adapo", {"target": "0"}, "must be > 0"),
         ("grpo", {"baseline": "median"}, "baseline must be one of"),
+        ("grpo", {"knob_low": 0.1}, "knob_low has no effect without a knob"),
+        ("grpo", {"knob_start": 0.1}, "knob_start has no effect without a knob"),
+        ("grpo", {"penalty_coef": 0.1}, "penalty_coef has no effect without a penalty, got 0.1; name one of"),
+        ("grpo", {"entropy_coef": math.nan}, "entropy_coef must be a number, got nan"),
+        ("grpo", {"entropy_coef": math.inf}, "entropy_coef must be a finite number, got inf"),
+        ("grpo", {"overlong_buffer": -3}, "overlong_buffer must be >= 0 tokens, got -3"),
+        ("clip-cov", {"constants": {"cov_low": math.nan}}, "cov_low must be a number, got nan"),
+        ("qae", {"knob": "quantile", "knob_low": 0.1, "knob_high": 0.9}, "number of the baseline, which can have none"),
+        ("clip-cov", {"knob": "cov_low", "knob_low": 0.1, "knob_high": 2.0}, "number of the selection, which can"),
+        ("bapo", {"knob": "clip_low", "knob_high": 1.5}, "knob_high of clip_low must be < 1 with balanced bounds"),
+        ("dapo", {"knob": "clip_high", "knob_low": -0.1}, "knob_low of clip_high must be >= 0, got -0.1"),
+        ("mine.py", {}, "recipe 'mine.py' must name what is in it"),
     ],
 )
 def test_what_cannot_work_is_refused_by_name(recipe, changes, says):
     with pytest.raises(ValueError, match=says):
         compose(recipe, **changes)
+
+
+def test_numbers_of_numpy_are_numbers():
+    recipe = compose(
+        "clip-cov", clip_high=np.float64(0.3), every=None, overlong_buffer=np.int64(2), cov_low=np.float32(2)
+    )
+    assert [type(x) for x in (recipe.clip_high, recipe.overlong_buffer, recipe.constants["cov_low"])] == [
+        float,
+        int,
+        float,
+    ]
+    assert compose("grpo", penalty_coef=1.0) == RECIPES["grpo"]
+    assert compose("adapo", knob="none", knob_low=0.1).knob is None
 
 
 def test_on_policy_and_clip_knobs_exclude_one_another():
@@ -125,6 +152,9 @@ def test_a_knob_brings_its_shaping_and_a_controller():
 
 
 def test_knob_range_follows_the_recipe():
+    # 4·0.4 where the bound would be below 0: capped, whichever rule it is.
+    assert knob_range(compose("bapo", knob="clip_low")).high == knob_range(compose("mai", knob="clip_low")).high == 0.95
+    assert knob_range(compose("bapo", knob="clip_low", bounds="reciprocal")).high == 1.6
     assert knob_range(compose("gspo", knob="clip_high")).start == 4e-4
     assert knob_range(compose("adapo", knob_high=0.5, knob_start=0.3))[:3] == (0.3, 0.07, 0.5)
 

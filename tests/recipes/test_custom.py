@@ -1,6 +1,7 @@
 """Components, controllers and targets of one's own: loaded, checked, run, and written down."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -9,16 +10,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from isentropic.control.controllers import Controller, Range, ValueState
+from isentropic.control.controllers import Controller, Range, ValueState, pi
 from isentropic.control.targets import Target, TargetState
 from isentropic.recipes import (
     RECIPES,
+    Baseline,
     Knob,
     Penalty,
     Recipe,
+    Selection,
     Shaping,
     advantages,
     build_thermostat,
@@ -29,7 +33,7 @@ from isentropic.recipes import (
     select,
     shape,
 )
-from isentropic.recipes.custom import entry, load
+from isentropic.recipes.custom import entry, load, resolve
 from isentropic.runs.record import plain
 from isentropic.types import EntropyReading, TokenBatch, TokenFacts
 
@@ -81,8 +85,7 @@ def mine(tmp_path, monkeypatch):
     (tmp_path / "my_parts.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("import nothing_of_that_name\n")
     monkeypatch.chdir(tmp_path)
-    yield "my_parts.py"
-    sys.modules.pop("my_parts", None)
+    return "my_parts.py"
 
 
 def tokens():
@@ -185,6 +188,16 @@ def test_a_partial_is_told_by_what_it_fixes():
     assert written[0] == written[1] != written[2]
 
 
+def test_functions_of_one_line_are_told_by_what_they_hold():
+    def made(factor):
+        return lambda adv: factor * adv
+
+    written = [entry("shaping", made(factor)).written for factor in (0.5, 0.5, 0.4)]
+    written += [entry("shaping", lambda adv, k=k: k * adv).written for k in (0.5, 0.4)]
+    assert written[0] == written[1]
+    assert len(set(written)) == 4
+
+
 def test_what_is_written_down_has_no_address(mine):
     recipe = load_recipe(f"{mine}:LOOP")
     written = json.dumps(plain(recipe.as_dict()))
@@ -230,11 +243,143 @@ def test_what_is_not_there_is_said_in_one_line(mine, place, says):
         ({"knob": "zeta", "controller": "pid:gain=1"}, r"got 'pid' \(did you mean pi\?\)"),
         ({"knob": "zeta", "target": "bond:60%:80%"}, "target must be one of"),
         ({"shaping": Shaping("", lambda adv: adv), "knob": "zeta"}, "needs a shaping that it scales"),
+        ({"shaping": Shaping("", lambda adv, gamma: adv, constants={"gama": 3.0, "gamma": 1.0})}, "mean gamma"),
+        ({"shaping": Shaping("x", None)}, "shaping 'x' must have a function of yours, got at=None"),
+        (
+            {"shaping": torch.nn.Linear(1, 1)},
+            r"Linear must name what it reads, got \*args, \*\*kwargs; write a",
+        ),
+        ({"shaping": lambda *args, **kw: args[0]}, r"must name what it reads, got \*args, \*\*kw; write a function"),
+        ({"shaping": lambda adv, /: adv}, "is called by name, got 'adv' by position only; leave out the slash"),
+        ({"shaping": torch.relu}, "cannot be called by name, got no signature; wrap it"),
+        ({"shaping": lambda adv, every=2: adv}, "constant every of the shaping is also a field of a recipe"),
+        ({"shaping": Shaping("", lambda mask: mask, constants={"mask": 1.0})}, "constant mask of the shaping is also"),
+        (
+            {"shaping": lambda adv, share=0.5: adv, "selection": lambda logp, share=0.5: logp},
+            "constant share must be of one component, got two, selection and shaping; rename one",
+        ),
+        ({"controller": "co:lon/mine.py:upwards", "knob": "zeta"}, "there is no file co:lon/mine.py"),
+        ({"controller": "my_parts.py", "knob": "zeta"}, r"'my_parts.py' must name what is in it, .*my_parts.py:NAME"),
+        ({"shaping": "my_parts.py"}, r"write my_parts.py:NAME"),
+        ({"shaping": "my_parts.py:"}, r"write my_parts.py:NAME"),
+        ({"controller": "pid:slow", "knob": "zeta"}, r"controller must be one of .*got 'pid' \(did you mean pi\?\)"),
+        ({"controller": "pi:slow", "knob": "zeta"}, "controller pi takes gain, .*; got 'slow'"),
+        ({"controller": "none_such:slow", "knob": "zeta"}, "none_such cannot be loaded: ModuleNotFoundError"),
+        ({"target": "anneal:initial:50%", "knob": "zeta"}, "an entropy level must be .*got 'initial'"),
+        ({"target": "band:low:high", "knob": "zeta"}, "an entropy level must be .*got 'low'"),
+        ({"target": "initial:low", "knob": "zeta"}, "target must be one of initial"),
+        ({"target": pi(Range(0.0, 0.0, 1.0)), "knob": "zeta"}, "target must be .*, got a Controller; give it as contr"),
+        ({"controller": dict, "knob": "zeta"}, "controller dict cannot be called by name"),
     ],
 )
 def test_components_that_cannot_work_are_refused(mine, changes, says):
     with pytest.raises(ValueError, match=says):
         compose("loop", **changes)
+
+
+def test_what_is_refused_is_refused_in_one_line():
+    for shaping in (lambda adv, *, x: adv, torch.nn.Linear(1, 1), torch.relu, Shaping("", None)):
+        with pytest.raises(ValueError, match=r"^shaping ") as caught:
+            compose("loop", shaping=shaping)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_entry_reads_what_its_function_names():
+    def by_rows(adv, logp_rows, entropy):
+        return adv
+
+    assert Recipe("", "", shaping=Shaping("", by_rows)).reads == {"logp_rows", "entropy"}
+    assert Recipe("", "", shaping=Shaping("", by_rows, options={"entropy": None})).reads == {"logp_rows"}
+    with pytest.raises(ValueError, match=r"reads must name fields of a batch, .*; got 'entrpy' \(did you mean entropy"):
+        Shaping("", by_rows, reads={"entrpy"})
+
+
+@pytest.mark.parametrize("kind", [Baseline, Selection])
+def test_a_stage_that_acts_once_a_batch_has_no_knob(kind):
+    with pytest.raises(ValueError, match=f"a {kind.stage} can have no knob, got gamma; it acts once for a batch"):
+        kind("", lambda gamma: gamma, constants={"gamma": 0.0}, knobs={"gamma": Knob(Range(0.0, 0.0, 1.0))})
+
+
+def test_a_constant_is_a_number():
+    assert Shaping("", lambda adv, gamma: adv, constants={"gamma": np.float64(0.5)}).constants == {"gamma": 0.5}
+    for wrong in (math.nan, "0.5", True):
+        with pytest.raises(ValueError, match="gamma must be a number, got"):
+            Shaping("", lambda adv, gamma: adv, constants={"gamma": wrong})
+
+
+STATES = {
+    "a dict": lambda: {"value": 0.0},
+    "no value": TargetState,
+    "a tensor": lambda: ValueState(torch.zeros(())),
+    "not finite": lambda: ValueState(math.nan),
+    "an error": lambda: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_the_state_of_a_controller_is_plain_numbers(name):
+    made = Controller(STATES[name], lambda state, entropy, target: state)
+    for controller in (made, lambda knob: made):
+        with pytest.raises(ValueError, match=r"init\(\) of a Controller must return a NamedTuple of plain numbers"):
+            compose("loop", knob="zeta", controller=controller)
+
+
+def test_the_state_of_a_target_is_a_named_tuple():
+    made = Target(dict, lambda state, entropy, tokens: state, lambda state: 1.0, lambda state: False)
+    with pytest.raises(ValueError, match=r"init\(\) of a Target must return a NamedTuple of plain numbers, got dict"):
+        compose("loop", knob="zeta", target=made)
+
+
+def test_files_of_one_name_are_two_modules(tmp_path, monkeypatch):
+    """And none of them takes the place of an installed module."""
+    monkeypatch.chdir(tmp_path)
+    for number, folder in enumerate(("a", "b", "co:lon")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "json.py").write_text(f"NUMBER = {number}\ndef make(knob):\n    return None\n")
+    assert [load(f"{folder}/json.py:NUMBER", "recipe") for folder in ("a", "b", "co:lon", "a")] == [0, 1, 2, 0]
+    assert sys.modules["json"] is json
+    made = resolve("controller", "co:lon/json.py:make")
+    assert made.make is load("co:lon/json.py:make", "controller")
+    assert re.fullmatch(r"json\.make@[0-9a-f]{8}", made.written)
+
+
+def test_a_file_that_fails_leaves_nothing_behind(mine):
+    before = set(sys.modules)
+    Path("exits.py").write_text("import sys\nsys.exit('no')\n")
+    with pytest.raises(ValueError, match=r"exits.py cannot be loaded: SystemExit: no; run it alone"):
+        compose("exits.py:LOOP")
+    with pytest.raises(ValueError, match=r"broken.py cannot be loaded"):
+        compose("broken.py:LOOP")
+    assert not {name for name in set(sys.modules) - before if "exits" in name or "broken" in name}
+
+
+DIGESTS = """
+from functools import partial
+from isentropic.control.controllers import Controller, Range, pi
+from isentropic.recipes import compose
+
+class Box:
+    def __init__(self, size): self.size = size
+def scaled(box, adv): return adv * box.size if adv.sum() in {1, 2, "a", "b"} else adv
+def closed(k): return lambda adv: (lambda x: x * k)(adv)
+for shaping in (scaled_ := [partial(scaled, Box(1.0)), partial(scaled, Box(2.0)), closed(1.0), closed(2.0)]):
+    print(compose("loop", shaping=shaping).shaping.written)
+for gain in (1.0, 2.0):
+    print(compose("loop", knob="zeta", controller=pi(Range(0.0, 0.0, 1.0), gain=gain)).controller.written)
+"""
+
+
+def test_a_digest_tells_objects_apart_and_is_one_in_every_process():
+    """What was typed at a prompt has no file; sets are in another order for another seed of the hash."""
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", DIGESTS], check=True, capture_output=True, text=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout.split()
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == len(runs[0]) == 6
 
 
 def test_a_knob_needs_a_default():

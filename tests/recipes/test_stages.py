@@ -9,7 +9,7 @@ from isentropic.control.controllers import Range
 from isentropic.recipes import RECIPES, Knob, Recipe, Shaping, build_thermostat, compose, knob_range, loss, shape
 from isentropic.recipes import stages as tables
 from isentropic.recipes.custom import NAMES, OPTIONAL
-from isentropic.recipes.knobs import all_knobs, readers
+from isentropic.recipes.knobs import FIELD_KNOBS, all_knobs, readers
 from isentropic.recipes.stages import KINDS, SHAPINGS, STAGES
 from isentropic.types import EntropyReading, TokenBatch
 
@@ -40,22 +40,18 @@ def test_a_constant_belongs_to_one_component_unless_it_is_one_knob():
     owners = {}
     for stage, name in ENTRIES:
         for constant in STAGES[stage][name].constants:
-            owners.setdefault(constant, []).append(name)
-    shared = {constant for constant, names in owners.items() if len(names) > 1}
-    assert shared == {"zeta"}
-    assert set(owners["zeta"]) == set(readers("zeta"))
+            owners.setdefault(constant, []).append((stage, name))
+    for constant, names in owners.items():
+        assert len(names) == 1 or names == [("shaping", name) for name in readers(constant)], constant
+    assert len(owners["zeta"]) > 1
 
 
 def test_knobs_are_those_of_the_tables_and_of_the_recipe():
-    assert list(all_knobs()) == "clip_high clip_low beta zeta alpha reject boost entropy_coef penalty_coef".split()
-    assert [name for name in SHAPINGS if name in readers("zeta")] == [
-        "repo_r",
-        "repo_r_raw",
-        "repo_r_positive",
-        "repo_d",
-        "repo_d_token",
-    ]
-    assert compose("loop", knob="zeta").shaping == "repo_r"
+    of_tables = {name for table in STAGES.values() for entry in table.values() for name in entry.knobs}
+    assert set(all_knobs()) == of_tables | set(FIELD_KNOBS)
+    assert {"clip_high", "zeta"} <= set(all_knobs())
+    assert readers("zeta")[0] == compose("loop", knob="zeta").shaping == "repo_r"
+    assert set(readers("zeta")) == {name for name, entry in SHAPINGS.items() if "zeta" in entry.knobs}
 
 
 def test_the_start_of_a_knob_is_the_recipes_own_number_or_the_knobs():
@@ -150,4 +146,6 @@ def test_run_json_keeps_the_names_of_schema_one():
         "boost": 1.0,
     }
     assert written["constants"] == {}
+    own = Shaping("s", lambda adv, zeta: adv * zeta, constants={"zeta": 0.7})
+    assert compose("loop", shaping=own).as_dict()["zeta"] == 0.7
     assert Recipe("", "").as_dict()["constants"] == {}

@@ -139,8 +139,7 @@ def _claimed(config: RunConfig, resume: bool) -> Iterator[RunConfig]:
             named = config if config.out is not None else replace(config, out=_default_out(config, number))
             if config.out is None and not _is_free(str(named.out)):
                 continue
-            if not resume:
-                _free(named)
+            _refuse_strangers(Record(str(named.out)))
             try:
                 stack.enter_context(held(str(named.out)))
             except ValueError as error:
@@ -150,7 +149,7 @@ def _claimed(config: RunConfig, resume: bool) -> Iterator[RunConfig]:
             except OSError as error:
                 raise ConfigError(f"--out: {named.out} cannot be made: {error.strerror}; name another") from None
             if not resume:
-                _free(named)  # the owner before may have begun, and ended, since
+                _free(named)
             yield named
             return
 

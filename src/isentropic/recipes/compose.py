@@ -15,7 +15,6 @@ from .knobs import FIELD_KNOBS, all_knobs, build_thermostat, knob_range, owner, 
 from .recipe import Recipe
 from .stages import NO_KNOB, OBJECTIVES, PENALTIES, REDUCTIONS, STAGES, WITHOUT_KNOB, Bounds, Component, number
 
-
 # What means nothing without a knob.
 _OF_KNOB = ("target", "every", "initial_readings", "knob_low", "knob_high", "knob_start")
 # Names that no constant may have.
@@ -101,7 +100,7 @@ def _with_fields(recipe: Recipe, changes: dict[str, Any], knob: Any) -> Recipe:
     names = [name for component in recipe.components().values() for name in component.constants]
     # A component that was replaced takes its constants with it.
     kept = {name: x for name, x in recipe.constants.items() if name in names or name not in before}
-    for name, value in constants.items():
+    for name in constants:
         if name not in names:
             if name in changes.get("constants", {}):
                 choose("a constant of this recipe", name, names or ["none, for its components have none"])
@@ -184,8 +183,8 @@ def _check_constants(recipe: Recipe) -> None:
         for name in component.constants:
             if name in _TAKEN:
                 raise ValueError(
-                    f"constant {name} of the {stage} has the name of a field of a recipe, of a batch, or of what is made "
-                    f"of them; rename it, as in {name}_"
+                    f"constant {name} of the {stage} is also a field of a recipe or of a batch, or made of them; "
+                    f"rename it, as in {name}_"
                 )
             if name in owners:
                 raise ValueError(

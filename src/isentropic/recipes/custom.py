@@ -109,12 +109,12 @@ def _reads(parameters: Mapping[str, Any]) -> frozenset[str]:
 def _check(
     stage: str, function: Callable[..., Any], constants: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, inspect.Parameter]:
-    """The parameters of a function: each known to the stage, a constant, or with a default; each constant one of them."""
+    """The parameters of a function: known to the stage, constants, or with a default; no constant is left over."""
     name = _written(function).partition("@")[0]
     try:
         parameters = dict(inspect.signature(function).parameters)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{stage} {name} cannot be called by name: {error}; wrap it in a function of yours") from None
+    except (TypeError, ValueError):
+        raise ValueError(f"{stage} {name} cannot be called by name, got no signature; wrap it in a function") from None
     allowed = ", ".join(sorted(NAMES[stage]))
     named = {key: p for key, p in parameters.items() if p.kind not in _LOOSE}
     if not named:
@@ -222,15 +222,17 @@ def factory(what: str, value: Any) -> Factory:
         kind = type(value).__name__
         if kind.lower() != what:
             raise ValueError(
-                f"{what} must be a text form, a function or a {what.capitalize()}, got a {kind}; give it as {kind.lower()}"
+                f"{what} must be a text form, a function or a {what.capitalize()}, got a {kind}; "
+                f"give it as {kind.lower()}"
             )
         return Factory(value, f"{what}@{_digest(value.update, _facts(value))}")
     if not callable(value):
         raise ValueError(f"{what} must be a text form, a function or a {what.capitalize()}, got {value!r}")
     try:
         inspect.signature(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{what} {value!r} cannot be called by name: {error}; wrap it in a function") from None
+    except (TypeError, ValueError):
+        name = getattr(value, "__name__", type(value).__name__)
+        raise ValueError(f"{what} {name} cannot be called by name, got no signature; wrap it in a function") from None
     return Factory(value, _written(value))
 
 
@@ -302,8 +304,9 @@ def _digest(function: Any, more: str = "") -> str:
     try:
         content = Path(str(inspect.getsourcefile(function))).read_bytes()
     except (OSError, TypeError):  # typed at a prompt, or built in
-        code = getattr(function, "__code__", None) or getattr(getattr(function, "__call__", None), "__code__", None)
-        content = _facts(code or type(function).__qualname__).encode()
+        called = function if hasattr(function, "__code__") else getattr(function, "__dict__", {}).get("__call__")
+        code = getattr(called, "__code__", None)
+        content = _facts(code or repr(type(function))).encode()
     return hashlib.sha256(content + more.encode()).hexdigest()[:8]
 
 
@@ -381,7 +384,8 @@ def load(text: str, what: str) -> Any:
     """
     place, _, name = text.rpartition(":")
     if not name or text.endswith(".py"):
-        raise ValueError(f"{what} {text!r} must name what is in it, got the place alone; write {text.rstrip(':')}:NAME")
+        bare = text.rstrip(":")
+        raise ValueError(f"{what} {bare!r} must name what is in it, got the place alone; write {bare}:NAME")
     path = Path(place).expanduser()
     try:
         if place.endswith(".py"):
