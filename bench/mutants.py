@@ -199,9 +199,10 @@ def main():
                 if not fine:
                     sys.exit(f"tests fail before anything is planted: {' '.join(tests)}")
             print(f"{len(suites)} groups of tests pass as they are, {duration(time.monotonic() - started)}", flush=True)
+            began = time.monotonic()
             results = pool.map(lambda mutant: in_a_tree(survives, mutant), planted)
             for i, (mutant, survived) in enumerate(zip(planted, results, strict=True), 1):
-                spent = time.monotonic() - started
+                spent = time.monotonic() - began
                 left = duration(spent / i * (len(planted) - i))
                 survivors += [mutant] if survived else []
                 print(f"[{i}/{len(planted)}, {left} left] {'SURVIVED' if survived else 'seen'}  {mutant}", flush=True)

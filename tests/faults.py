@@ -315,8 +315,12 @@ def small_disk(at: Path, size: int) -> Iterator[tuple[Path | None, Callable[[], 
     if done is None or done.returncode:
         yield None, lambda: None
         return
+
+    def enlarge() -> None:
+        subprocess.run(["mount", "-o", "remount,size=512m", str(at)], check=True)
+
     try:
-        yield at, lambda: subprocess.run(["mount", "-o", "remount,size=512m", str(at)], check=True) and None
+        yield at, enlarge
     finally:
         subprocess.run(["umount", "-l", str(at)], check=False)
 

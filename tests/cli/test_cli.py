@@ -45,7 +45,6 @@ BAD_FLAGS = {
     "resume a file": (["--resume", "--out", __file__], ["is a file", "new or empty"]),
     "resume in a directory of other things": (["--resume", "--out", "/"], ["/ holds no run", "new or empty"]),
     "out in a directory of other things": (["--out", "/"], ["/ holds no run", "new or empty"]),
-    "cuda without cuda": (["--device", "cuda"], ["got cuda", "use --device cpu or auto"]),
 }
 BAD_FILES = {
     "unknown key": ("stepps = 3", ["unknown key 'stepps'", "did you mean steps?"]),

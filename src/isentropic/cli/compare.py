@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..experiments.config import ConfigError, config_errors, total_steps
 from ..runs.record import Record
-from ..runs.text import as_json, visible
+from ..runs.text import as_json, show
 from .failures import check_file, make_folder
 from .parser import add_command
 
@@ -74,7 +74,7 @@ def compare(args: dict[str, Any]) -> int:
     if args["json"]:
         print(as_json(comparison.as_json()))
     else:
-        print(visible(comparisons.render(comparison, args["markdown"])))
+        show(comparisons.render(comparison, args["markdown"]))
     return 1 if results.failed else 0
 
 
@@ -126,7 +126,7 @@ def _write_report(runs: Sequence[Path], out: Path) -> None:
 
 def _say(text: str) -> None:
     """Progress goes to stderr, so that the tables can be piped."""
-    print(visible(text), file=sys.stderr, flush=True)
+    show(text, sys.stderr)
 
 
 def _run_directories(paths: Sequence[str]) -> list[Path]:
@@ -144,5 +144,5 @@ def _print_cells(grid: Any) -> None:
     for cell in grid.cells:
         state = "to run" if id(cell) in missing else "done"
         text = f"{cell.name:{width}}  {cell.task}  seed {cell.seed}  {total_steps(cell.config)} steps  {state}"
-        print(visible(text))
+        show(text)
     print(f"{len(missing)} of {len(grid.cells)} runs to do, {grid.jobs} at a time; results in {grid.results}")

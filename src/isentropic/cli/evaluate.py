@@ -9,7 +9,7 @@ from typing import Any
 from ..experiments.config import ConfigError, config_errors, eval_settings
 from ..models.candidates import candidates
 from ..runs.checkpoints import damage
-from ..runs.text import as_json, visible
+from ..runs.text import as_json, show
 from .failures import check_file
 from .parser import add_command, heavy
 
@@ -57,10 +57,10 @@ def evaluate(args: dict[str, Any]) -> int:
         return 0
     from ..experiments.terminal import evaluation_table
 
-    print(visible(evaluation_table(rows)))
+    show(evaluation_table(rows))
     return 0
 
 
 def _print_progress(text: str) -> None:
     """Progress goes to stderr, so that the result can be piped."""
-    print(visible(text), file=sys.stderr, flush=True)
+    show(text, sys.stderr)

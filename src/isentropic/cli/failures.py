@@ -83,8 +83,8 @@ def check_file(flag: str, path: str | Path) -> None:
         ConfigError: such a file.
     """
     file = Path(path)
-    make_folder(flag, file.parent)
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         is_folder, there = file.is_dir(), file.exists()
     except OSError as error:
         raise ConfigError(f"{flag}: {_short(path)} cannot be written: {error.strerror}; name another file") from None

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..experiments.config import ConfigError, config_errors
 from ..models import check_saved, resolve_model
-from ..runs.text import visible
+from ..runs.text import show
 from ..tasks import load_task
 from ..tasks.environments import EnvironmentTask
 from .failures import make_folder
@@ -98,5 +98,5 @@ def warmup(args: dict[str, Any]) -> int:
             raise
     for name, value in figures.items():
         print(f"{name:15} {value:.3f}" if isinstance(value, float) else f"{name:15} {value}")
-    print(visible(f"model: {out}"))
+    show(f"model: {out}")
     return 0

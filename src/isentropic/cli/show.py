@@ -7,7 +7,7 @@ from typing import Any
 
 from ..experiments.config import ConfigError, config_errors
 from ..runs.record import Record
-from ..runs.text import as_json, visible
+from ..runs.text import as_json, show
 from .failures import check_file
 from .parser import add_command
 
@@ -34,7 +34,10 @@ def explain(args: dict[str, Any]) -> int:
 
     with config_errors():
         explanation = explain(Record(args["run"]), args["steps"])
-    print(as_json(explanation) if args["json"] else visible(render(explanation)))
+    if args["json"]:
+        print(as_json(explanation))
+    else:
+        show(render(explanation))
     return 0
 
 
@@ -49,7 +52,7 @@ def report(args: dict[str, Any]) -> int:
     if args["out"]:
         check_file("--out", out)
     try:
-        print(visible(str(write(runs, out))))
+        show(str(write(runs, out)))
     except (ValueError, ImportError) as error:
         raise ConfigError(str(error)) from None
     return 0

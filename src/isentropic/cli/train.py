@@ -15,9 +15,8 @@ from typing import Any
 from ..experiments.config import ConfigError, RunConfig, as_dict, config_errors, load, recipe_of, total_steps
 from ..experiments.devices import check_device
 from ..models import resolve_model
-from ..runs.lock import held
 from ..runs.record import Record
-from ..runs.text import visible
+from ..runs.text import show
 from ..tasks import KINDS
 from .parser import PROG, add_command, add_settings, heavy
 
@@ -58,20 +57,16 @@ def _train(config: RunConfig, resume: bool, rebuild: bool) -> int:
     heavy("models.loading").quiet()
     try:
         resolve_model(config.model, rebuild=rebuild)
-        summary = experiment.train(config, resume, say=_print, write_report=_write_report)
+        summary = experiment.train(config, resume, write_report=_write_report)
     except KeyboardInterrupt:
         if not Record(str(config.out)).begun():
             raise
-        print(f"stopped; resume with: {PROG} train --out {config.out} --resume", file=sys.stderr)
+        show(f"stopped; resume with: {PROG} train --out {config.out} --resume", sys.stderr)
         return 130
     from ..experiments.terminal import closing_table
 
-    _print(closing_table(summary, str(config.out)))
+    show(closing_table(summary, str(config.out)))
     return 1 if summary.get("stopped") else 0
-
-
-def _print(text: str) -> None:
-    print(visible(text), flush=True)
 
 
 def _write_report(record: Record) -> Path:
@@ -87,7 +82,7 @@ def audit(args: dict[str, Any]) -> int:
     experiment = heavy("experiments.train")
     heavy("models.loading").quiet()
     report = experiment.audit(config)
-    print(report.json() if as_json else visible(report.text()))
+    show(report.json() if as_json else report.text())
     return 1 if report.serious else 0
 
 
@@ -134,6 +129,8 @@ def _claimed(config: RunConfig, resume: bool) -> Iterator[RunConfig]:
     if os.environ.get("RANK", "0") != "0":  # the main process answers for the directory
         yield config if config.out is not None else _with_out(config)
         return
+    from ..runs.lock import held  # locks of files are not everywhere, and the other commands need none
+
     with ExitStack() as stack:
         for number in count(1):
             named = config if config.out is not None else replace(config, out=_default_out(config, number))
@@ -196,8 +193,8 @@ def _dry_run(config: RunConfig) -> int:
     recipe = recipe_of(config)
     width = max(len(key) for key in as_dict(config))
     for key, value in as_dict(config).items():
-        print(visible(f"{key:{width}}  {value}"))
-    print(visible(f"\n{config.recipe}: {recipe.formula}"))
+        show(f"{key:{width}}  {value}")
+    show(f"\n{config.recipe}: {recipe.formula}")
     print(f"knob {recipe.knob or 'none'}, controller {recipe.controller}, target {recipe.target}")
     steps = total_steps(config)
     print(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from ..control.names import suggest
 from ..runs.record import read_rows
+from ..runs.text import show
 from .compare import changed, fingerprint
 from .config import ConfigError, RunConfig, as_dict, config_errors, load, read_toml, recipe_of
 from .processes import Processes, exclusive, interrupted_by_sigterm
@@ -193,7 +194,7 @@ def settings_from(pairs: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def run(grid: Grid, say: Callable[[str], None] = print) -> list[str]:
+def run(grid: Grid, say: Callable[[str], None] = show) -> list[str]:
     """Run the cells without a line; returns the errors, a line for each failed cell.
 
     Raises:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from ..runs.clock import duration
 from ..runs.record import Record, append_row
+from ..runs.text import one_line
 from .compare import line_of
 from .config import ConfigError, RunConfig, as_dict, total_steps
 
@@ -208,7 +209,7 @@ class Processes:
         text = f"{self.num_ended}/{self.num_runs} runs, {self._time_left()}: {current}"
         if is_terminal:
             width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
-            print(f"\r\x1b[K{text[:width]}\r", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{one_line(text)[:width]}\r", end="", file=sys.stderr, flush=True)
         else:
             self.say(text)
 

@@ -27,6 +27,7 @@ from ..runs.checkpoints import choose, clear_unfinished
 from ..runs.lock import held
 from ..runs.record import Record, write_json
 from ..runs.summary import summary
+from ..runs.text import show
 from ..tasks import Task, load_task
 from ..tasks.checks import constant_line
 from .config import RunConfig, as_dict, config_errors, recipe_of, total_steps
@@ -38,7 +39,7 @@ from .trainer import build_trainer
 def train(
     config: RunConfig,
     resume: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = show,
     write_report: Callable[[Record], Path] | None = None,
 ) -> dict[str, Any]:
     """Run a config to its end; returns the summary that summary.json holds.
@@ -178,7 +179,7 @@ def audit(config: RunConfig) -> Report:
     model, tokenizer = _load_checked(config, tasks)
     with TemporaryDirectory() as out:
         config = replace(config, out=out)
-        return audit_trainer(build_trainer(config, recipe_of(config), tasks, model, tokenizer, say=print))
+        return audit_trainer(build_trainer(config, recipe_of(config), tasks, model, tokenizer, say=show))
 
 
 @contextmanager
@@ -195,7 +196,7 @@ def _checkpoint_to_resume(record: Record, say: Callable[[str], None], is_main: b
     choice = choose(record)
     if is_main:
         if not record.begun():
-            say(f"--resume: nothing was begun in {record.path}; beginning with the settings of the command line")
+            say(f"--resume: nothing was begun in {record.path}; beginning it with the settings given here")
         elif choice.damaged:
             taken = choice.path.name if choice.path else "step 0, as no other is whole"
             say(f"--resume: continuing from {taken}; {'; '.join(choice.damaged)}")

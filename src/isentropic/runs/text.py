@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import Any, TextIO
 
 from .record import plain
 
@@ -34,6 +34,16 @@ def one_line(value: Any) -> str:
         ('a↵⇥b', '')
     """
     return visible(str(value if value is not None else "")).replace("\n", "↵").replace("\t", "⇥")
+
+
+def show(text: str, file: TextIO | None = None) -> None:
+    """Print visible text at once.
+
+    Args:
+        text: of any origin.
+        file: stdout if it is None.
+    """
+    print(visible(text), file=file, flush=True)
 
 
 def as_json(value: Any) -> str:

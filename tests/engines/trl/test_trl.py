@@ -119,7 +119,7 @@ def test_one_step_has_the_gradient_of_our_loss(tmp_path, name):
         knob = {"entropic": -0.5, "entrocraft": 1.0, "stare": 1.5, "aent": 0.1}.get(name, trainer.loop.state.value)
         controller = trainer.loop.state.controller._replace(value=knob)
         trainer.loop.state = trainer.loop.state._replace(controller=controller)
-    value = None if trainer.loop.state is None else trainer.loop.state.value
+    value = trainer.loop.value
     torch.manual_seed(7)
     native = trainer._compute_loss(trainer.model, inputs)
     theirs = torch.autograd.grad(native, list(trainer.model.parameters()))
@@ -147,28 +147,28 @@ def test_control_changes_training(tmp_path, name):
     base = {"adapo": "dapo", "repo-r-loop": "loop", "repo-d-gspo": "gspo", "entropy-bonus-adaptive": "grpo"}[name]
     options = {"knob_start": 0.1, "knob_low": 0.01, "knob_high": 1.0} if name == "adapo" else {}
     plain = trained(tmp_path / "a", recipe=base, learning_rate=1e-2)
-    held = trained(tmp_path / "b", recipe=name, learning_rate=1e-2, target="9.0", recipe_options=options)
+    held = trained(tmp_path / "b", recipe=name, learning_rate=1e-2, target="4.5", recipe_options=options)
     assert not same(weights(plain), weights(held))
     assert held.record.rows("metrics")[-1]["knob/value"] != held.record.rows("metrics")[0]["knob/value"]
 
 
 @pytest.mark.parametrize("name", ["entropic", "entrocraft", "mai", "stare", "aent"])
-@pytest.mark.parametrize("target", [0.1, 9.0])
+@pytest.mark.parametrize("target", [0.1, 4.5])
 def test_knobs_move_towards_the_target(tmp_path, name, target):
     trainer = trained(tmp_path, 8, recipe=name, target=str(target), explain_every=0)
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]
     span = knob_range(trainer.recipe)
     moved = (trainer.loop.state.value - values[0]) * span.sign
-    assert moved > 0 if target == 9.0 else moved <= 0
+    assert moved > 0 if target == 4.5 else moved <= 0
     assert all(span.low <= value <= span.high for value in values)
 
 
 @pytest.mark.parametrize(("steps", "epochs"), [(4, 3.0), (-1, 0.25)])
 def test_a_target_over_the_whole_run_learns_its_length(tmp_path, steps, epochs):
-    trainer = trained(tmp_path, steps, recipe="adapo", target="anneal:9.0:1.0", num_train_epochs=epochs)
+    trainer = trained(tmp_path, steps, recipe="adapo", target="anneal:4.5:1.0", num_train_epochs=epochs)
     told = [row["entropy/target"] for row in trainer.record.rows("metrics")]
     assert len(told) == trainer.state.max_steps >= 4
-    assert told == pytest.approx([9 - 8 * done / len(told) for done in range(len(told))])
+    assert told == pytest.approx([4.5 - 3.5 * done / len(told) for done in range(len(told))])
 
 
 def test_a_schedule_turns_the_knob_by_the_clock(tmp_path):
@@ -211,7 +211,7 @@ def test_the_reading_is_the_same_under_gradient_accumulation(tmp_path, recipe):
 
 
 def test_the_controller_acts_once_a_generated_batch_and_the_knob_waits_for_the_start(tmp_path):
-    trainer = trained(tmp_path, 12, recipe="loop", knob="zeta", controller="sign_step:step=0.001", target="9.0")
+    trainer = trained(tmp_path, 12, recipe="loop", knob="zeta", controller="sign_step:step=0.001", target="4.5")
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]
     assert values == pytest.approx([0.0] * 4 + [0.001] * 4 + [0.002] * 4)
     initial = trained(tmp_path / "b", 12, recipe="repo-r-loop", recipe_options={"initial_readings": 5})
@@ -223,7 +223,7 @@ def test_the_controller_acts_once_a_generated_batch_and_the_knob_waits_for_the_s
 
 
 def test_several_iterations_over_a_batch(tmp_path):
-    trainer = controlled(tmp_path, 8, recipe="adapo", num_iterations=2, steps_per_generation=2, target="9.0")
+    trainer = controlled(tmp_path, 8, recipe="adapo", num_iterations=2, steps_per_generation=2, target="4.5")
     assert boundary(trainer.args) == 4
     trainer.train()
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]
@@ -231,7 +231,7 @@ def test_several_iterations_over_a_batch(tmp_path):
 
 
 def test_the_clip_bounds_reach_the_native_loss(tmp_path):
-    trainer = trained(tmp_path, 8, recipe="adapo", target="9.0")
+    trainer = trained(tmp_path, 8, recipe="adapo", target="4.5")
     assert trainer.epsilon_high == pytest.approx(0.28 * 1.05)
     assert trainer.epsilon_low == 0.2
 
@@ -351,7 +351,7 @@ def test_a_refused_reading_at_the_start_is_an_error(tmp_path, monkeypatch, value
 
 def test_later_the_knob_is_held_and_after_ten_the_run_stops_with_a_checkpoint(tmp_path, monkeypatch, caplog):
     _entropies(monkeypatch, [None] * 4 + [math.nan] * 3 + [None] + [0.0] * 40)
-    trainer = controlled(tmp_path, 40, recipe="loop", knob="zeta", target="9.0", recipe_options={"every": 1})
+    trainer = controlled(tmp_path, 40, recipe="loop", knob="zeta", target="4.5", recipe_options={"every": 1})
     with pytest.raises(EntropyReadingError, match="10 entropy readings in a row"):
         trainer.train()
     rows = trainer.record.rows("metrics")
@@ -386,7 +386,7 @@ def test_configs_that_cannot_work_are_refused_before_a_model_loads(tmp_path, cha
 
 
 def test_a_knob_on_trls_own_settings(tmp_path):
-    trainer = trained(tmp_path, 8, loss_type="dr_grpo", knob="beta", target="9.0")
+    trainer = trained(tmp_path, 8, loss_type="dr_grpo", knob="beta", target="4.5")
     assert trainer.record.rows("metrics")[-1]["knob/value"] > 0
 
 
@@ -427,7 +427,7 @@ def late(mask):
     return (mask.cumsum(1) > 1).float()
 
 SAME = compose("loop", objective=wide_clip)
-MORE = compose("dapo", selection=late, penalty=flat, penalty_coef=0.5, knob="penalty_coef", target="9.0", every=1)
+MORE = compose("dapo", selection=late, penalty=flat, penalty_coef=0.5, knob="penalty_coef", target="4.5", every=1)
 """
 
 
