@@ -147,3 +147,18 @@ def test_probability_of_improvement_is_a_half_of_itself_and_symmetric():
     with pytest.raises(ValueError, match="1 and 2 tasks"):
         probability_of_improvement(x, [[1.0], [2.0]])
     assert stratified_interval(probability_of_improvement, x, [[0.0, 1.0]]) is None
+
+
+def test_a_stratified_interval_holds_the_middle_of_the_resampled_statistics():
+    rng = np.random.default_rng(3)
+    runs = [rng.normal(size=40), rng.normal(size=40)]
+
+    def mean(tasks):
+        return float(np.mean([np.mean(task) for task in tasks]))
+
+    # A mean of 80 normal numbers: ±1.96/√80 holds 95 % of it, ±0.67/√80 half of it.
+    for confidence, z in ((0.95, 1.96), (0.5, 0.674)):
+        low, high = stratified_interval(mean, runs, confidence=confidence)
+        spread = z * np.sqrt(sum(task.var() for task in runs) / 160)
+        assert (low + high) / 2 == pytest.approx(mean(runs), abs=0.02)
+        assert (high - low) / 2 == pytest.approx(spread, rel=0.1)
