@@ -102,9 +102,11 @@ def _of_grid(args: dict[str, Any]) -> _Results | None:
     if args["dry_run"]:
         _print_cells(grid)
         return None
-    check_file("--results", grid.results)
-    make_folder("--out", grid.out)
-    failed = [] if args["only_table"] else run(grid, say=_say)
+    failed: list[str] = []
+    if not args["only_table"]:
+        check_file("--results", grid.results)
+        make_folder("--out", grid.out)
+        failed = run(grid, say=_say)
     lines = grid.lines()
     first_runs = {cell.name: cell.folder(grid.out) for cell in reversed(grid.cells)}
     runs = [path for path in first_runs.values() if (path / "summary.json").exists()][::-1]

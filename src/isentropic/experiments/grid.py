@@ -20,6 +20,7 @@ from ..runs.record import read_rows
 from ..runs.text import show
 from .compare import changed, fingerprint
 from .config import ConfigError, RunConfig, as_dict, config_errors, load, read_toml, recipe_of
+from .devices import check_device
 from .processes import Processes, exclusive, interrupted_by_sigterm
 
 KEYS = ("out", "results", "baseline", "jobs", "tasks", "seeds", "recipes", "settings", "cells")
@@ -198,12 +199,14 @@ def run(grid: Grid, say: Callable[[str], None] = show) -> list[str]:
     """Run the cells without a line; returns the errors, a line for each failed cell.
 
     Raises:
-        ConfigError: another comparison works in the same directory.
+        ConfigError: another comparison works in the same directory, or a cell's device is not there.
         KeyboardInterrupt: stopped by Ctrl-C or SIGTERM; the current runs saved a checkpoint first.
     """
     missing = grid.missing()
     if not missing:
         return []
+    for cell in missing:
+        check_device(cell.config.device)
     grid.out.mkdir(parents=True, exist_ok=True)
     with exclusive(grid.out, say) as lock, interrupted_by_sigterm():
         for model in dict.fromkeys(cell.config.model for cell in missing):

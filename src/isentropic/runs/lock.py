@@ -74,11 +74,12 @@ def _take(folder: Path) -> IO[str]:
     """The lock file, open and locked, with this process as its owner."""
     path = folder / LOCK_FILE
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # the owner before may remove it between pathlib's two looks
+            folder.mkdir(parents=True, exist_ok=True)
         owner = owner_of(folder)  # read before it is opened here: closing a file gives its locks up
         try:
             file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # the owner before has just removed its empty directory
+        except FileNotFoundError:
             continue
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -137,10 +137,11 @@ def _scores(trainer: Any) -> Iterator[list[torch.Tensor]]:
     native, seen = model.generate, []
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if "generation_config" not in kwargs:
+        config = kwargs.get("generation_config")
+        if config is None or config.return_dict_in_generate:
             # A rollout_func's own call, which hands over the log-probs itself.
             return native(*args, **kwargs)
-        config = copy.deepcopy(kwargs["generation_config"])
+        config = copy.deepcopy(config)
         config.output_scores = config.return_dict_in_generate = True
         out = native(*args, **{**kwargs, "generation_config": config})
         seen.append(torch.stack(out.scores, 1))
