@@ -21,15 +21,43 @@ PAGES = {
         for name in ("reduce", "advantages", "selection", "shaping", "clipping", "objectives", "penalties")
     ],
     "entropy": ["entropy.statistics", "entropy.prediction", "entropy.kernels", "entropy.audit"],
-    "control": [f"control.{name}" for name in ("controllers", "predictive", "targets", "thermostat", "watchdog", "guard", "plant", "names")],
+    "control": [
+        f"control.{name}"
+        for name in ("controllers", "predictive", "targets", "thermostat", "watchdog", "guard", "plant", "names")
+    ],
     "recipes": [f"recipes.{name}" for name in ("recipe", "stages", "catalogue", "knobs", "compose", "custom", "apply")],
     "runs": [
         f"runs.{name}"
-        for name in ("record", "statistics", "summary", "calibration", "explain", "frames", "labels", "clock")
+        for name in (
+            "record",
+            "checkpoints",
+            "lock",
+            "statistics",
+            "summary",
+            "calibration",
+            "explain",
+            "frames",
+            "labels",
+            "text",
+            "clock",
+        )
     ],
     "tasks": [
         "tasks",
-        *(f"tasks.{name}" for name in ("expressions", "data", "rows", "gym", "mixture", "sequence", "verifiers", "quantities", "checks")),
+        *(
+            f"tasks.{name}"
+            for name in (
+                "expressions",
+                "data",
+                "rows",
+                "gym",
+                "mixture",
+                "sequence",
+                "verifiers",
+                "quantities",
+                "checks",
+            )
+        ),
         "tasks.environments",
         *(f"tasks.environments.{name}" for name in ENVIRONMENTS),
     ],
@@ -54,7 +82,7 @@ PAGES = {
 INNER = (
     r"losses|entropy|control|recipes|runs|engines|experiments|cli|(entropy\.(kernels|audit)|report|engines\.tabular|cli)\..+|"
     r"engines\.(trl|verl)|engines\.verl\..+|engines\.trl\.(compat|explain|generation|head|hidden|log|loss)|"
-    r"experiments\.(processes|terminal|trainer)|tasks\.(equality|items|spec|worker)"
+    r"experiments\.(devices|processes|terminal|trainer)|tasks\.(equality|items|spec|worker)"
 )
 
 

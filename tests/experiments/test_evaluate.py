@@ -12,7 +12,7 @@ from isentropic.cli import main
 from isentropic.experiments import evaluate as module
 from isentropic.experiments.config import ConfigError
 from isentropic.experiments.evaluate import check_prompts, evaluate, intervals
-from isentropic.experiments.terminal import Progress
+from isentropic.experiments.terminal import Progress, evaluation_table
 from isentropic.models.generation import Completions, sample
 from isentropic.tasks import Task
 
@@ -170,3 +170,11 @@ def test_an_adapter_is_evaluated_with_its_base(tmp_path, capsys):
     assert main(["train", "--model", model, "--lora-rank", "2", *flags, "--out", str(tmp_path / "run")]) == 0
     assert main(["eval", str(tmp_path / "run"), "--k", "2", "--limit", "3"]) == 0
     assert "pass@2" in capsys.readouterr().out
+
+
+def test_the_intervals_of_few_prompts_say_that_they_are_too_narrow():
+    row = {"model": "m", "step": None, "task": "expr", "k": 2, "pass@1": 0.05, "intervals": {"pass@1": [0.0, 0.1]}}
+    few, many = ({**row, "prompts": ["p"] * n} for n in (20, 100))
+    assert "with 20 prompts the intervals of rates near 0 or 1 are too narrow" in evaluation_table([few])
+    assert "with 20 prompts" in evaluation_table([few, few])
+    assert "too narrow" not in evaluation_table([many])

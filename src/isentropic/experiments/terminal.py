@@ -129,11 +129,22 @@ def evaluation_table(rows: Sequence[dict[str, Any]]) -> str:
         head = [["task", first["task"]], ["prompts", str(len(first["prompts"]))], ["k", str(first["k"])]]
         lines = [lines[0], *head, *lines[1:]]
         width = max(len(name) for name, _ in lines)
-        return "\n".join(f"{name:{width}}  {value}" for name, value in lines)
+        return "\n".join([f"{name:{width}}  {value}" for name, value in lines] + _too_narrow(first))
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [f"task {first['task']}, {len(first['prompts'])} prompts, k = {first['k']}"]
     text += ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([*text, "(95 % interval, bootstrap over prompts)"] if any(first["intervals"].values()) else text)
+    note = ["(95 % interval, bootstrap over prompts)"] if any(first["intervals"].values()) else []
+    return "\n".join([*text, *note, *_too_narrow(first)])
+
+
+FEW_PROMPTS = 100
+
+
+def _too_narrow(row: dict[str, Any]) -> list[str]:
+    """What to say of the intervals of few prompts."""
+    if len(row["prompts"]) >= FEW_PROMPTS or not any(row["intervals"].values()):
+        return []
+    return [f"(with {len(row['prompts'])} prompts the intervals of rates near 0 or 1 are too narrow)"]
 
 
 def _model_name(row: dict[str, Any]) -> str:
