@@ -1,11 +1,13 @@
 """What a recipe hands to an engine's loss, against the recipe's own loss."""
 
+import math
+
 import pytest
 import torch
 
 from isentropic.control.controllers import Range
 from isentropic.engines.rewrite import across_knob, advantages_at, lower_width, rewrite
-from isentropic.recipes import RECIPES, compose, knob_range, loss, with_knob
+from isentropic.recipes import RECIPES, Knob, Shaping, compose, knob_range, loss, with_knob
 from isentropic.recipes.apply import token_loss
 from isentropic.types import TokenBatch
 
@@ -75,3 +77,21 @@ def test_advantages_at_another_value_of_the_knob():
 def test_the_lower_width_of_a_reciprocal_clip():
     assert 1 - lower_width(RECIPES["loop"]) == pytest.approx(1 / 1.1)
     assert lower_width(RECIPES["dapo"]) == 0.2
+
+
+def test_a_difference_across_the_knob_stays_in_its_range():
+    """The formula of a knob need not be defined outside: here it is a root."""
+    shaping = Shaping("A·(1+√k)", lambda adv, root: adv * (1 + math.sqrt(root)), constants={"root": 0.0},
+                      knobs={"root": Knob(Range(0.0, 0.0, 4.0))})  # fmt: skip
+    recipe = compose("loop", shaping=shaping, knob="root", controller="fixed")
+    seen = []
+
+    def quantity(recipe):
+        seen.append(recipe.number("root"))
+        return torch.tensor(2 * recipe.number("root"), dtype=torch.float64)
+
+    for value, expected in ((0.0, [0.004, 0.0]), (4.0, [4.0, 3.996]), (1.0, [1.004, 0.996])):
+        seen.clear()
+        change, width = across_knob(recipe, value, quantity)
+        assert seen == pytest.approx(expected)
+        assert float(change) / width == pytest.approx(2.0)
