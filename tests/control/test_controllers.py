@@ -398,3 +398,12 @@ def test_a_target_of_zero_is_refused():
     controller = pi(WIDE)
     with pytest.raises(ValueError, match="target must be > 0"):
         controller.update(controller.init(), 0.5, 0.0)
+
+
+def test_predictive_averages_predictions_over_twenty_readings():
+    controller = predictive(Range(0.0, -1.0, 1.0))
+    state = controller.init()
+    for _ in range(30):
+        state = controller.update(state, 1.0, 1.0, Forecast(0.0, 0.5, 1, 1))
+    assert state.gain == pytest.approx(0.5)
+    assert controller.update(state, 1.0, 1.0, Forecast(0.0, 1.5, 1, 1)).gain == pytest.approx(0.5 + 1 / 20)

@@ -137,14 +137,3 @@ def test_widths_outside_the_mask_count_as_nothing():
     widths = torch.tensor([[0.2, math.nan]]), torch.tensor([[0.3, 7.0]])
     bounds_of(rule, *widths, facts([1.0, 1.0], [1.0, 1.0], mask=mask), torch.tensor([mask]))
     assert [x.tolist() for x in seen] == [[[pytest.approx(0.2), 0.0]], [[pytest.approx(0.3), 0.0]]]
-
-
-def test_bounds_carry_no_gradient():
-    """A clipped token teaches nothing, also if its bound depends on its own probability."""
-    logp = torch.tensor([[-0.1, -0.5]], requires_grad=True)
-    batch = TokenBatch(logp, torch.tensor([[-3.0, -3.0]]), torch.tensor([1.0]), torch.ones(1, 2))
-    for rule in (linear, dcpo):
-        loss, found = clipped(batch, 0.1, 0.1, bounds=rule)
-        assert found.clipped_high.all()
-        assert not found.ratio.requires_grad
-        assert torch.autograd.grad(loss.sum(), logp)[0].tolist() == [[0.0, 0.0]]

@@ -21,6 +21,7 @@ from isentropic.losses.reduce import SumCount, constant, merge, sequence, token
 from isentropic.types import TokenBatch
 
 gradient_preserving, sapo = (default("objective", name) for name in ("gradient_preserving", "sapo"))
+linear, dcpo = (default("bounds", name) for name in ("linear", "dcpo"))
 
 
 def reduced(name, loss, mask, length):
@@ -371,3 +372,14 @@ def test_nothing_waits_for_the_device(name):
     loss, facts = CASES[name](batch._replace(logp=batch.logp.requires_grad_()))
     loss.sum().backward()
     assert all(x.is_meta for x in (loss, *facts, batch.logp.grad))
+
+
+def test_bounds_carry_no_gradient():
+    """A clipped token teaches nothing, also if its bound depends on its own probability."""
+    logp = torch.tensor([[-0.1, -0.5]], requires_grad=True)
+    batch = TokenBatch(logp, torch.tensor([[-3.0, -3.0]]), torch.tensor([1.0]), torch.ones(1, 2))
+    for rule in (linear, dcpo):
+        loss, found = clipped(batch, 0.1, 0.1, bounds=rule)
+        assert found.clipped_high.all()
+        assert not found.ratio.requires_grad
+        assert torch.autograd.grad(loss.sum(), logp)[0].tolist() == [[0.0, 0.0]]
