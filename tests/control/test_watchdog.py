@@ -136,3 +136,7 @@ def test_a_plant_that_is_held_is_no_reason_to_warn(seed):
         state = dog.update(state, row.reading, 1.0, row.knob)
         assert dog.message(state) is None
     assert WatchdogState(**json.loads(json.dumps(state._asdict()))) == state
+
+
+def test_a_fresh_state_remembers_nothing():
+    assert set(WatchdogState()._replace(next=0)) == {0}

@@ -306,3 +306,8 @@ def test_with_knob_turns_only_the_knob():
 def test_recipe_names_need_no_torch():
     code = "import sys, isentropic.recipes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_penalty_that_is_switched_off_may_still_be_a_knob():
+    assert knob_range(compose("lp-reg", knob="penalty_coef", penalty_coef=0.0))[:3] == (0.0, 0.0, 1.0)
+    assert knob_range(compose("lp-reg", knob="penalty_coef", penalty_coef=0.5))[:3] == (0.5, 0.0, 2.0)

@@ -414,3 +414,8 @@ def test_loading_needs_no_torch(mine):
 
 def test_load_finds_what_is_importable():
     assert load("isentropic.recipes.recipe:Recipe", "recipe") is Recipe
+
+
+def test_a_dotted_name_is_a_module_whatever_it_resembles():
+    with pytest.raises(ValueError, match=r"pid\.x cannot be loaded"):
+        compose("loop", knob="zeta", controller="pid.x:slow")

@@ -144,6 +144,10 @@ def test_probability_of_improvement_is_a_half_of_itself_and_symmetric():
     assert probability_of_improvement(x, y) == pytest.approx((0 + 2.5 + 4) / 12)
     assert probability_of_improvement(x, x) == pytest.approx(0.5)
     assert probability_of_improvement(x, y) + probability_of_improvement(y, x) == pytest.approx(1.0)
+    assert probability_of_improvement([[1.0]], [[0.0]]) == 1.0
+    for runs, baseline in (([[]], [[1.0]]), ([[1.0]], [[]])):
+        with pytest.raises(ValueError, match="a task has no runs"):
+            probability_of_improvement(runs, baseline)
     with pytest.raises(ValueError, match="1 and 2 tasks"):
         probability_of_improvement(x, [[1.0], [2.0]])
     assert stratified_interval(probability_of_improvement, x, [[0.0, 1.0]]) is None
