@@ -176,6 +176,9 @@ def main():
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies of the tree that are tried at a time")
     parser.add_argument("--most", type=int, default=3, help="survivors above which the exit code is 1")
     options = parser.parse_args()
+    for name in ("count", "jobs"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name}: got {getattr(options, name)}, must be at least 1")
     planted = chosen(options.only, options.count, options.seed)
     started, survivors, trees = time.monotonic(), [], SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:

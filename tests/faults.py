@@ -334,6 +334,10 @@ def main() -> int:
     parser.add_argument("--only", default=",".join(KINDS), help=f"kinds [{','.join(KINDS)}]")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if unknown := [kind for kind in args.only.split(",") if kind not in KINDS]:
+        parser.error(f"--only: got {', '.join(unknown)}; allowed: {', '.join(KINDS)}")
+    if args.moments < 1:
+        parser.error(f"--moments: got {args.moments}, must be at least 1")
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(HELPERS)}
     sys.path.insert(0, str(HELPERS))
     import isentropic.experiments.evaluate

@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 from ...entropy.audit import AuditBatch, Clip, Report, Scored, audit
 from ...runs.record import write_json
-from .compat import CHANGED_IN_PLACE, generated_batch, scored_tokens, tokenizer_of
+from .compat import CHANGED_IN_PLACE, Trainer, generated_batch, scored_tokens, tokenizer_of
 
 logger = logging.getLogger("isentropic")
 AUDIT_FILE = "audit.json"
@@ -34,7 +34,7 @@ _OBJECTS = ("batches", "run_log", "run_log.samples")
 
 
 @torch.no_grad()
-def audit_trainer(trainer: Any, prompts: int = 2, tokens: int = 64) -> Report:
+def audit_trainer(trainer: Trainer, prompts: int = 2, tokens: int = 64) -> Report:
     """Audit a GRPOTrainer, or one of its subclasses, before it trains.
 
     Args:
@@ -60,12 +60,12 @@ def audit_trainer(trainer: Any, prompts: int = 2, tokens: int = 64) -> Report:
             )
 
 
-def _score(trainer: Any, model: Any, batch: AuditBatch) -> Scored:
+def _score(trainer: Trainer, model: Any, batch: AuditBatch) -> Scored:
     num = batch.mask.shape[1]
     return Scored(*scored_tokens(trainer, model, batch.input_ids, batch.attention_mask, num))
 
 
-def _clip(trainer: Any, batch: AuditBatch) -> Clip:
+def _clip(trainer: Trainer, batch: AuditBatch) -> Clip:
     """The trainer's clip; CISPO's upper one is a ceiling, and its lower one is not there."""
     low, high = trainer.epsilon_low, trainer.epsilon_high
     if trainer.loss_type == "cispo":
@@ -74,7 +74,7 @@ def _clip(trainer: Any, batch: AuditBatch) -> Clip:
     return Clip(low, high, max(1, round(batch.mask.sum(1).double().mean().item())) if by_sequence else 1)
 
 
-def _generated(trainer: Any, prompts: int, tokens: int) -> AuditBatch:
+def _generated(trainer: Trainer, prompts: int, tokens: int) -> AuditBatch:
     """A batch by the trainer's own generation, and the distributions it was drawn from, if the sampler gives them."""
     rows = [row for row in islice(iter(trainer.train_dataset), prompts) for _ in range(trainer.num_generations)]
     vocab = trainer.model.get_output_embeddings().weight.shape[0]
@@ -113,7 +113,7 @@ def _stand_in(completions: list[Any], **columns: Any) -> list[float]:
     return [float(i % 2) for i in range(len(completions))]
 
 
-def _tokens_made(trainer: Any, ids: torch.Tensor, native: bool) -> torch.Tensor:
+def _tokens_made(trainer: Trainer, ids: torch.Tensor, native: bool) -> torch.Tensor:
     """What the sampler made, read from the tokens alone: up to the first end of text.
 
     Without one, the native sampler has filled the row, and may have drawn the padding token; another one may have
@@ -131,7 +131,7 @@ def _tokens_made(trainer: Any, ids: torch.Tensor, native: bool) -> torch.Tensor:
 
 
 @contextmanager
-def _scores(trainer: Any) -> Iterator[list[torch.Tensor]]:
+def _scores(trainer: Trainer) -> Iterator[list[torch.Tensor]]:
     """Have ``generate`` also give the logits it drew from, after temperature, truncation and penalties: [b t v]."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     native, seen = model.generate, []
@@ -155,7 +155,7 @@ def _scores(trainer: Any) -> Iterator[list[torch.Tensor]]:
 
 
 @contextmanager
-def _untouched(trainer: Any) -> Iterator[None]:
+def _untouched(trainer: Trainer) -> Iterator[None]:
     """Put back everything that generating and scoring a batch changes, random states included."""
     attributes = dict(vars(trainer))
     attributes |= {name: copy.deepcopy(attributes[name]) for name in CHANGED_IN_PLACE if name in attributes}
@@ -185,7 +185,7 @@ class StartAudit(TrainerCallback):
         trainer: the trainer this callback is added to.
     """
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ...control.guard import PATIENCE, USUAL_BOUND, Guard, GuardState
 from ...recipes import Recipe
+from .compat import Trainer
 from .settings import boundary
 
 logger = logging.getLogger("isentropic")
@@ -23,7 +24,7 @@ logger = logging.getLogger("isentropic")
 class RunLength(TrainerCallback):
     """Tells a target over the whole run its length as training begins: by epochs it is known no sooner."""
 
-    def __init__(self, trainer: Any):
+    def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -52,7 +53,7 @@ class EntropyGuard(TrainerCallback):
         message: what happened and what to try, once it has; else None.
     """
 
-    def __init__(self, trainer: Any, bound: float, patience: int = PATIENCE):
+    def __init__(self, trainer: Trainer, bound: float, patience: int = PATIENCE):
         self.trainer, self.guard = trainer, Guard(bound, patience, _ceiling(trainer.loop.vocabulary))
         self.state = GuardState()
         self.message: str | None = None

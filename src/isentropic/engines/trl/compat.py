@@ -52,7 +52,6 @@ class Trainer(Protocol):
     args: Any
     model: Any
     model_wrapped: Any
-    ref_model: Any
     accelerator: Any
     state: Any
     control: Any
@@ -60,7 +59,7 @@ class Trainer(Protocol):
     processing_class: Any
     train_dataset: Any
     temperature: float
-    num_generations: int
+    num_generations: Any
     epsilon_low: float
     epsilon_high: float
     loss_type: str
@@ -69,10 +68,16 @@ class Trainer(Protocol):
     is_fsdp_enabled: bool
     is_deepspeed_enabled: bool
     reward_weights: torch.Tensor
-    max_completion_length: int
+    max_completion_length: Any
+    mask_truncated_completions: bool
+    eos_token_ids: Any
+    generation_config: Any
+    reward_funcs: Any
+    rollout_func: Any
     # Ours.
     recipe: Recipe
     loop: ControlLoop
+    run_log: Any
     native: bool
 
 

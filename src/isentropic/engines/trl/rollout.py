@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...models.episodes import Episode, Sampling, figures, play
-from .compat import generating, metrics, tokenizer_of
+from .compat import Trainer, generating, metrics, tokenizer_of
 
 _SAMPLING_ARGS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -61,7 +61,7 @@ class Rollout:
         }
 
 
-def _log(trainer: Any, episodes: list[Episode], win_at: float) -> None:
+def _log(trainer: Trainer, episodes: list[Episode], win_at: float) -> None:
     """Append the batch's figures, over all processes, to the trainer's metrics."""
     log = metrics(trainer, "train" if trainer.model.training else "eval")
     local = figures(episodes, win_at)
@@ -73,7 +73,7 @@ def _log(trainer: Any, episodes: list[Episode], win_at: float) -> None:
     log["episode/calls"].append(float(trainer.accelerator.gather(calls).sum()))
 
 
-def _generation_kwargs(trainer: Any) -> dict[str, Any]:
+def _generation_kwargs(trainer: Trainer) -> dict[str, Any]:
     """The trainer's sampling settings besides the temperature, as arguments of ``generate``."""
     values = {name: getattr(trainer.args, name) for name in _SAMPLING_ARGS}
     return {name: value for name, value in values.items() if value is not None} | (trainer.args.generation_kwargs or {})

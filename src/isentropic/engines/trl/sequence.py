@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback, get_scheduler
 
-from .compat import limit_to, stop_at
+from .compat import Trainer, limit_to, stop_at
 from .rollout import Rollout
 from .trainer import IsentropicTrainer
 
@@ -30,7 +30,7 @@ class CompletionRules(NamedTuple):
     limit: int
     rollout: Rollout | None = None
 
-    def apply(self, trainer: Any) -> None:
+    def apply(self, trainer: Trainer) -> None:
         """Let a GRPO trainer generate by these rules from its next batch on."""
         stop_at(trainer, self.stop)
         limit_to(trainer, self.limit)
