@@ -25,10 +25,18 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--step", type=int, help="of a run: the checkpoint after this optimizer step [the last]")
     parser.add_argument("--k", type=int, help="samples a prompt [the first run's, or 16]")
     parser.add_argument("--limit", type=int, help="prompts: the first so many [the first run's, or 180]")
-    parser.add_argument("--greedy", action="store_true", help="greedy answers too")
-    parser.add_argument("--greedy-limit", type=int, help="greedy answers to the first so many prompts [--limit]")
     parser.add_argument("--seed", type=int, help="of sampling [the first run's, or 0]")
     parser.add_argument("--temperature", type=float, help="of sampling [the first run's, or 1]")
+    parser.add_argument(
+        "--also",
+        type=float,
+        nargs="+",
+        metavar="T",
+        help="further sampling temperatures [the first run's, or 1.5 0.6 0.3]",
+    )
+    parser.add_argument(
+        "--at-least", type=float, nargs="+", metavar="P", help="accuracies at which the frontier is printed [by the best]"
+    )
     parser.add_argument(
         "--max-completion-length", type=int, help="token limit of a completion [the run's, or the task's]"
     )

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from importlib import import_module
-from typing import Any, NoReturn, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from ..control.names import suggest
 from ..experiments.config import FLAGLESS, GROUPS, ConfigError, RunConfig
@@ -61,9 +61,12 @@ def add_settings(parser: Parser, leave_out: tuple[str, ...] = ()) -> None:
             continue
         kind = next(k for k in (*get_args(hints[setting.name]), hints[setting.name]) if k is not type(None))
         choices = f": {', '.join(setting.metadata['choices'])}" if setting.metadata["choices"] else ""
-        default = "" if setting.default is None else f" [{setting.default}]"
+        several = get_origin(hints[setting.name]) is list
+        shown = setting.default_factory() if callable(setting.default_factory) else setting.default
+        default = "" if shown in (None, []) else f" [{', '.join(map(str, shown)) if several else shown}]"
         groups[setting.metadata["group"]].add_argument(
             f"--{setting.name.replace('_', '-')}",
+            action="append" if several else "store",
             type=kind,
             default=argparse.SUPPRESS,
             metavar=kind.__name__.upper(),

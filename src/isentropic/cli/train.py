@@ -161,7 +161,8 @@ def _with_out(config: RunConfig) -> RunConfig:
 
 
 def _default_out(config: RunConfig, number: int) -> str:
-    stem = f"runs/{short_name(config.task)}-{Path(config.recipe).name.replace(':', '-')}-s{config.seed}"
+    tasks = "-then-".join(map(short_name, (config.task, *config.then)))
+    stem = f"runs/{tasks}-{Path(config.recipe).name.replace(':', '-')}-s{config.seed}"
     return stem if number == 1 else f"{stem}-{number}"
 
 
@@ -176,8 +177,8 @@ def short_name(task: str) -> str:
     Example:
         >>> short_name("my_tasks:spelling"), short_name("file:rows/a.jsonl:verifier=math")
         ('spelling', 'file-a')
-        >>> short_name("mix:expr@1+gsm8k@2")
-        'mix-expr-gsm8k'
+        >>> short_name("mix:expr@1+gsm8k@2"), short_name("expr:need=last,product")
+        ('mix-expr-gsm8k', 'expr-last-product')
     """
     kind, _, rest = task.partition(":")
     if kind not in KINDS:
@@ -186,6 +187,8 @@ def short_name(task: str) -> str:
         members = re.findall(r"(.+?)@[0-9.]+(?:\+|$)", rest)
         return "-".join(["mix", *map(short_name, members)])
     word = rest.split(":")[0]
+    if kind == "expr" and word:
+        return f"expr-{re.sub('[^a-z0-9.]+', '-', word.removeprefix('need='))}"
     return kind if not word or "=" in word else f"{kind}-{Path(word).stem}"
 
 

@@ -22,14 +22,17 @@ import numpy as np
 from ..control.names import choose
 from ..recipes import Recipe
 from ..runs.explain import readable
+from ..runs.frontier import by_temperature
 from ..runs.record import Record, is_number, plain, versions, write_json
 from ..runs.statistics import (
     MIN_VALUES,
     Interval,
+    improvement_interval,
     interquartile_mean,
+    mean_interval,
     probability_of_improvement,
-    stratified_interval,
 )
+from ..runs.summary import counted, scores
 from .config import RunConfig, as_dict
 
 # figure: (title, meaning); larger is better for SCORES.
@@ -47,6 +50,7 @@ FIGURES = {
 }
 SCORES = ("pass@1", "pass@K", "distinct")
 _CURVE_POINTS = 50
+_COUNT = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a count of samples in one character
 # Settings that do not change a run's numbers, and those that distinguish the runs of a cell.
 _IGNORED = ("out", "device", "save_every", "keep", "seed", "task", "audit")
 
@@ -125,17 +129,34 @@ def line_of(record: Record, name: str | None = None) -> dict[str, Any]:
         "start": summary.get("start") or {},
         "entropy_start": summary.get("entropy/start"),
         "target": summary.get("entropy/target"),
-        "evaluations": [
-            {k: v for k, v in row.items() if k.startswith("pass@") or k in ("step", "task", "k", "distinct")}
-            for row in evaluations
-        ],
+        "evaluations": _evaluations(evaluations),
         "curve": _curve(rows),
         "settings": {k: v for k, v in config.items() if k != "out"},
+        "origin": header.get("origin"),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),
     }
     return plain(line | ({"stopped": summary["stopped"]} if summary.get("stopped") else {}))
+
+
+def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The scores of every evaluation, and of the last one of each task the counts by prompt, a character each."""
+    last = {row.get("task"): i for i, row in enumerate(rows)}
+    lines = []
+    for i, row in enumerate(rows):
+        lines.append({"task": row.get("task"), "k": row.get("k"), **scores(row)})
+        if last[row.get("task")] == i and counted(row) and max(row["num_samples"]) < len(_COUNT):
+            sampled = {
+                f"{t:g}": [_packed(counts["num_correct"]), _packed(counts["num_distinct"])]
+                for t, counts in by_temperature(row).items()
+            }
+            lines[-1]["counts"] = sampled | {"greedy": _packed(row.get("greedy_correct") or [])}
+    return lines
+
+
+def _packed(counts: Sequence[int]) -> str:
+    return "".join(_COUNT[n] for n in counts)
 
 
 def _read_summary(path: Path) -> dict[str, Any]:
@@ -146,7 +167,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}; leave this run out") from None
     if not isinstance(summary, dict):
         raise ValueError(f"{path} holds no object; leave this run out")
-    kinds = {"start": dict, "end": dict, "before": dict, "stopped": str}
+    kinds = {"start": dict, "end": dict, "best": dict, "before": dict, "stopped": str}
     return {k: v for k, v in summary.items() if (isinstance(v, kinds[k]) if k in kinds else is_number(v))}
 
 
@@ -190,7 +211,7 @@ def name_cells(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Estimate(NamedTuple):
-    """A figure of a cell over its runs: mean, interquartile mean, interval (None for fewer than 3 seeds), and runs."""
+    """A figure of a cell over its runs: mean, interquartile mean, interval (None for fewer than 3 seeds, or equal ones), and runs."""
 
     mean: float
     middle: float
@@ -285,7 +306,8 @@ def _estimates(lines: Sequence[dict[str, Any]], cell: str, largest_pass: str) ->
         by_task = list(_values(lines, cell, figure, largest_pass).values())
         if by_task:
             pooled = [value for values in by_task for value in values]
-            interval = stratified_interval(_mean_of_tasks, by_task)
+            bounds = (-np.inf if figure == "reward/end" else 0.0, 1.0 if figure.startswith("pass@") else np.inf)
+            interval = mean_interval(*by_task, bounds=bounds)
             estimates[figure] = Estimate(_mean_of_tasks(by_task), interquartile_mean(pooled), interval, len(pooled))
     return estimates
 
@@ -300,8 +322,7 @@ def _improvements(
         shared = [task for task in ours if task in theirs]
         if shared:
             pair = [ours[task] for task in shared], [theirs[task] for task in shared]
-            interval = stratified_interval(probability_of_improvement, *pair)
-            improvements[figure] = (probability_of_improvement(*pair), interval)
+            improvements[figure] = (probability_of_improvement(*pair), improvement_interval(*pair))
     return improvements
 
 
@@ -354,7 +375,8 @@ def render(comparison: Comparison, markdown: bool = False) -> str:
         title = f"Probability that a run beats one of {comparison.baseline}, and interquartile means:"
         sections += [title if compared else "Interquartile means:", _table(head, rows, markdown)]
     sections.append(
-        f"Tasks: {', '.join(comparison.tasks)}. Mean over runs (95 % interval, bootstrap stratified by task)."
+        f"Tasks: {', '.join(comparison.tasks)}. Mean over runs (95 % interval: of means by Student's t, of P by exact "
+        "ranks; none where all runs are equal)."
     )
     sections += comparison.notes
     few = sorted(name for name, num in comparison.seeds.items() if num < MIN_VALUES)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..control.controllers import CONTROLLERS
 from ..control.names import suggest
@@ -16,6 +16,7 @@ from ..recipes import Recipe, build_controller, check, compose
 from ..recipes.knobs import all_knobs
 from ..recipes.stages import STAGES
 from ..tasks import load_task
+from ..tasks.sequence import SEQUENCES
 
 # Groups of settings with their titles, in the order in which `train --help` and the docs have them.
 GROUPS = {
@@ -28,7 +29,7 @@ GROUPS = {
     "model": "weights and devices",
     "diagnosis": "diagnosis",
     "saving": "checkpoints",
-    "evaluation": "evaluation on held-out prompts, at start and end",
+    "evaluation": "evaluation on held-out prompts: greedy, and sampled at several temperatures",
 }
 
 
@@ -70,7 +71,10 @@ def _metadata(
 
 
 def _setting(default: Any, group: str, help: str, **more: Any) -> Any:
-    return field(default=default, metadata=_metadata(group, help, **more))
+    metadata = _metadata(group, help, **more)
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _component(stage: str, help: str) -> Any:
@@ -84,11 +88,13 @@ class RunConfig:
     model: str = _setting(
         "tiny", "run", "tiny (built here), smollm2 (see `isentropic model`), a local path, or a hub id"
     )
-    task: str = _setting("expr", "run", "a name of `isentropic tasks`, or FILE.py:NAME of your own")
+    task: str = _setting("expr", "run", "a task or a sequence of `isentropic tasks`, or FILE.py:NAME of your own")
     recipe: str = _setting("isentropic", "run", "an algorithm of `isentropic recipes`, or FILE.py:NAME of your own")
     steps: int = _setting(800, "run", "optimizer steps", low=1)
-    then: str | None = _setting(None, "run", "a second task, trained on after the first in the same run")
-    then_steps: int | None = _setting(None, "run", "optimizer steps on the second task [as on the first]", low=1)
+    then: list[str] = _setting((), "run", "another task, trained on after those before it in the same run; may be repeated")
+    then_steps: int | None = _setting(
+        None, "run", "optimizer steps on each task after the first [as on the first]", low=1
+    )
     seed: int = _setting(0, "run", "seed of data, sampling and optimization", low=0, trl="seed")
     out: str | None = _setting(None, "run", "the run directory [runs/TASK-RECIPE-sSEED]", trl="output_dir")
 
@@ -193,6 +199,12 @@ class RunConfig:
 
     eval_k: int = _setting(16, "evaluation", "samples a prompt; 0 skips the evaluations", low=0)
     eval_rows: int = _setting(180, "evaluation", "prompts: the first so many", low=1)
+    eval_every: int = _setting(
+        0, "evaluation", "optimizer steps between two evaluations along the run, with a checkpoint each; 0 none", low=0
+    )
+    eval_temperatures: list[float] = _setting(
+        (1.5, 1.0, 0.6, 0.3), "evaluation", "sampling temperatures, besides that of training; may be repeated"
+    )
 
 
 FLAGLESS = ("recipe_options",)
@@ -212,7 +224,10 @@ def load(path: str | None, flags: dict[str, Any], base: dict[str, Any] | None = 
     values |= flags
     for key, value in values.items():
         where = f"--{key.replace('_', '-')}" if key in flags else f"{path or 'run.json'}: key {key}"
-        _check_value(where, key, value)
+        values[key] = _checked_value(where, key, value)
+    if values.get("task") in SEQUENCES:
+        first, *others = SEQUENCES[values["task"]].tasks
+        values |= {"task": first, "then": [*others, *values.get("then", [])]}
     return _check(RunConfig(**values), path, "updates" in values)
 
 
@@ -243,21 +258,30 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
-def _check_value(where: str, key: str, value: Any) -> None:
+def _checked_value(where: str, key: str, value: Any) -> Any:
+    """A value of the kind and in the range that a setting has; one value is read as a list of one where lists go."""
     setting = next(f for f in fields(RunConfig) if f.name == key)
     hint = get_type_hints(RunConfig)[key]
+    if get_origin(hint) is list:
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        for item in items:
+            _check_kind(where, item, get_args(hint))
+        return items
     kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
-    if key in FLAGLESS:
-        kinds = (dict,)
-    fits = (isinstance(value, kinds) and not isinstance(value, bool)) or (float in kinds and type(value) is int)
-    if not fits:
-        names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
-        raise ConfigError(f"{where}: got {value!r}, must be {names}")
+    _check_kind(where, value, (dict,) if key in FLAGLESS else kinds)
     low, choices = setting.metadata["low"], setting.metadata["choices"]
     if low is not None and value is not None and not value >= low:
         raise ConfigError(f"{where}: got {value!r}, must be at least {low:g}")
     if choices and value not in choices:
         raise ConfigError(f"{where}: got {value!r}{suggest(value, choices)}; allowed: {', '.join(choices)}")
+    return value
+
+
+def _check_kind(where: str, value: Any, kinds: tuple[Any, ...]) -> None:
+    fits = (isinstance(value, kinds) and not isinstance(value, bool)) or (float in kinds and type(value) is int)
+    if not fits:
+        names = " or ".join(kind.__name__ for kind in kinds if kind is not type(None))
+        raise ConfigError(f"{where}: got {value!r}, must be {names}")
 
 
 def recipe_of(config: RunConfig) -> Recipe:
@@ -291,6 +315,11 @@ def _check(config: RunConfig, path: str | None, has_updates: bool) -> RunConfig:
         raise ConfigError(
             f"{where}temperature: got {config.temperature}, must be > 0, finite; greedy decoding has no entropy"
         )
+    wrong = next((t for t in config.eval_temperatures if not 0 < t < float("inf")), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"{where}eval_temperatures: got {wrong}, must be > 0 and finite; greedy answers are always evaluated"
+        )
     _check_batch(config, where)
     if not 0 < config.vllm_memory < 1:
         raise ConfigError(f"{where}vllm_memory: got {config.vllm_memory}, must be a share above 0 and below 1")
@@ -320,18 +349,25 @@ def _check_batch(config: RunConfig, where: str) -> None:
         )
 
 
+def steps_of(config: RunConfig) -> list[int]:
+    """Optimizer steps on each task, in order."""
+    return [config.steps, *([config.then_steps or config.steps] * len(config.then))]
+
+
 def total_steps(config: RunConfig) -> int:
-    """Optimizer steps of the whole run, a second task included."""
-    return config.steps + ((config.then_steps or config.steps) if config.then else 0)
+    """Optimizer steps of the whole run, on all tasks."""
+    return sum(steps_of(config))
 
 
 def _check_then(config: RunConfig, where: str) -> None:
-    if config.then is None:
+    if not config.then:
         if config.then_steps is not None:
             raise ConfigError(f"{where}then_steps: got {config.then_steps} without a second task; name one by then")
         return
-    if config.then == config.task:
-        raise ConfigError(f"{where}then: got {config.then!r}, the first task; name another, or raise steps")
+    names = [config.task, *config.then]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{where}then: got {twice!r} twice in one run; name another task, or raise steps")
     for name, steps in (("steps", config.steps), ("then_steps", config.then_steps or config.steps)):
         if steps % config.updates:
             raise ConfigError(
@@ -342,10 +378,9 @@ def _check_then(config: RunConfig, where: str) -> None:
 
 def _check_names(config: RunConfig, where: str) -> None:
     """A task is loaded, which reads no rows; a model is judged by its name and its directory. No hub is asked."""
-    for key, task in (("task", config.task), ("then", config.then)):
-        if task is not None:
-            with config_errors(f"{where}{key}: "):
-                load_task(task)
+    for key, task in (("task", config.task), *(("then", name) for name in config.then)):
+        with config_errors(f"{where}{key}: "):
+            load_task(task)
     with config_errors(where):
         check_saved(config.model)
 
@@ -363,18 +398,18 @@ class EvalSettings(NamedTuple):
         k: samples a prompt.
         limit: prompts, from the first.
         temperature: of sampling.
+        temperatures: further ones.
         seed: of sampling.
         max_tokens: limit of a completion; None is the task's.
-        greedy_limit: prompts that are answered greedily too; None is none.
     """
 
     task: str
     k: int
     limit: int
     temperature: float
+    temperatures: list[float]
     seed: int
     max_tokens: int | None
-    greedy_limit: int | None
 
 
 def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> EvalSettings:
@@ -389,29 +424,29 @@ def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> EvalSetti
     """
     run: dict[str, Any] = {"task": None, "eval_k": 16, "seed": 0, "temperature": 1.0, **(runs[0] if runs else {})}
     flags = {name: value for name, value in args.items() if value is not None}
-    limit = flags.get("limit", run.get("eval_rows", RunConfig.eval_rows))
+    others = run.get("eval_temperatures", RunConfig().eval_temperatures)
     settings = EvalSettings(
         task=flags.get("task", run["task"]),
         k=flags.get("k", run["eval_k"]),
-        limit=limit,
+        limit=flags.get("limit", run.get("eval_rows", RunConfig.eval_rows)),
         temperature=flags.get("temperature", run["temperature"]),
+        temperatures=flags.get("also", others),
         seed=flags.get("seed", run["seed"]),
         max_tokens=flags.get("max_completion_length", run.get("max_completion_length")),
-        greedy_limit=flags.get("greedy_limit", limit if flags.get("greedy") else None),
     )
     if settings.task is None:
         raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")
     limits = {
         "--k": settings.k,
         "--limit": settings.limit,
-        "--greedy-limit": settings.greedy_limit,
         "--max-completion-length": settings.max_tokens,
     }
     for flag, value in limits.items():
         if value is not None and value < 1:
             raise ConfigError(f"{flag}: got {value}, must be at least 1")
-    if not 0 < settings.temperature < float("inf"):
-        raise ConfigError(f"--temperature: got {settings.temperature}, must be > 0 and finite; --greedy is for none")
+    for flag, value in (("--temperature", settings.temperature), *(("--also", t) for t in settings.temperatures)):
+        if not 0 < value < float("inf"):
+            raise ConfigError(f"{flag}: got {value}, must be > 0 and finite; greedy answers are always evaluated")
     with config_errors():
         load_task(settings.task)
     return settings

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +12,20 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ..models import cache_root
 from ..models.candidates import Candidate
-from ..models.episodes import Sampling, Wins, count_wins, limited
+from ..models.episodes import Sampling, count_wins, limited
 from ..models.generation import OnProgress, evaluating, line_break_tokens, sample, seeded
 from ..models.loading import load_tokenizer, load_weights, suit_threads
-from ..runs.record import append_row
-from ..runs.statistics import bootstrap_interval, majority_vote, pass_at_k
+from ..runs.record import append_row, read_rows
+from ..runs.statistics import majority_vote, pass_at_k, proportion_interval
 from ..tasks import Task, load_task
 from ..tasks.checks import constant_line
 from ..tasks.environments import EnvironmentTask
 from .config import ConfigError, EvalSettings, config_errors
 from .terminal import Progress
+
+PART = 64  # prompts that are sampled together, and kept once they are counted
 
 
 def check_prompts(task: Task, tokenizer: Any, model: str) -> None:
@@ -43,6 +48,52 @@ def check_prompts(task: Task, tokenizer: Any, model: str) -> None:
         )
 
 
+class Counts(NamedTuple):
+    """What was counted of the samples of some prompts.
+
+    Attributes:
+        correct, distinct, truncated: by prompt: right samples, distinct right answers, samples cut at the limit.
+        majority: by prompt, whether the most frequent answer is right; empty for episodes, which have no vote.
+        num_tokens: generated.
+    """
+
+    correct: list[int]
+    distinct: list[int]
+    truncated: list[int]
+    majority: list[bool]
+    num_tokens: int
+
+    def and_then(self, other: Counts) -> Counts:
+        """These prompts, and after them others."""
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Parts:
+    """The parts of an evaluation that are done, in a file, so that one that was killed continues.
+
+    Args:
+        path: JSON lines; None keeps nothing.
+    """
+
+    def __init__(self, path: Path | None = None):
+        self.path = path
+        self.done = {row["part"]: Counts(**row["counts"]) for row in read_rows(path)} if path else {}
+
+    def __call__(self, part: str, count: Callable[[], Counts]) -> Counts:
+        """The counts of a part, counted now if they are not known."""
+        if part not in self.done:
+            self.done[part] = count()
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                append_row(self.path, {"part": part, "counts": self.done[part]._asdict()})
+        return self.done[part]
+
+    def forget(self) -> None:
+        """Delete the file."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -50,39 +101,95 @@ def evaluate(
     k: int,
     *,
     rows: Sequence[dict[str, Any]],
-    temperature: float | None,
+    temperature: float,
+    others: Sequence[float] = (),
     seed: int,
     max_tokens: int | None = None,
     progress: OnProgress | None = None,
+    parts: Parts | None = None,
 ) -> dict[str, Any]:
-    """Sample answers to held-out prompts, or play held-out episodes, and count: the figures of evaluations.jsonl.
+    """Answer held-out prompts, or play held-out episodes, greedily and by sampling: a row of evaluations.jsonl.
 
     Args:
         model: causal, on its device.
         tokenizer: its tokenizer.
         task: the task, whose verifier judges.
-        k: samples a prompt.
+        k: samples a prompt at each temperature.
         rows: prompts.
-        temperature: of sampling; None is greedy.
+        temperature: of sampling, whose figures are the row's own.
+        others: further temperatures, whose figures are under ``at`` by temperature.
         seed: of sampling.
         max_tokens: limit of a completion; None is the task's.
-        progress: called after every batch of completions.
+        progress: called after every batch of completions, with numbers of the whole evaluation.
+        parts: finished parts of the same evaluation.
     """
+    parts = parts or Parts()
+    others = [t for t in dict.fromkeys(others) if t != temperature]
+    total = len(rows) * (k * (1 + len(others)) + 1)
+    done = tokens = 0
+
+    def count(at: float | None, num: int) -> Counts:
+        nonlocal done, tokens
+        counts = Counts([], [], [], [], 0)
+        for start in range(0, len(rows), PART):
+            part = list(rows[start : start + PART])
+
+            def shifted(n: int, _: int, new: int) -> None:
+                if progress is not None:
+                    progress(done + n, total, tokens + new)
+
+            counted = parts(
+                f"{'greedy' if at is None else at} {start}",
+                lambda part=part: _count(model, tokenizer, task, part, num, at, seed + start, max_tokens, shifted),
+            )
+            counts = counts.and_then(counted)
+            done, tokens = done + num * len(part), tokens + counted.num_tokens
+        return counts
+
+    prompts = [_prompt_text(row["prompt"]) for row in rows]
     if isinstance(task, EnvironmentTask):
-        sampling = Sampling(temperature or 0.0)
+        prompts = [str(row.get("seed", row["prompt"])) for row in rows]
+    sampled = {t: _figures(k, count(t, k)) for t in (temperature, *others)}
+    greedy = count(None, 1)
+    return {
+        "task": task.name,
+        "k": k,
+        "temperature": temperature,
+        **sampled[temperature],
+        "prompts": prompts,
+        "num_samples": [k] * len(prompts),
+        "greedy": sum(greedy.correct) / len(prompts),
+        "greedy_correct": greedy.correct,
+        "at": {f"{t:g}": sampled[t] for t in sorted(others, reverse=True)},
+    }
+
+
+def _count(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: list[dict[str, Any]],
+    num: int,
+    temperature: float | None,
+    seed: int,
+    max_tokens: int | None,
+    progress: OnProgress,
+) -> Counts:
+    """Sample ``num`` answers to each row, or play it as often, and count."""
+    if isinstance(task, EnvironmentTask):
+        sampling, played = Sampling(temperature or 0.0), limited(task, max_tokens)
         with evaluating(model), seeded(seed):
-            counts = count_wins(model, tokenizer, limited(task, max_tokens), list(rows), k, sampling, progress=progress)
-        return _figures(task, k, temperature, counts, [str(row.get("seed", row["prompt"])) for row in rows])
-    limit = max_tokens or task.max_completion_length
+            wins = count_wins(model, tokenizer, played, rows, num, sampling, progress=progress)
+        return Counts(wins.correct, wins.distinct, wins.truncated, [], wins.num_tokens)
     stop = line_break_tokens(tokenizer) if task.stop == "\n" else []
-    prompts = [row["prompt"] for row in rows]
+    limit = max_tokens or task.max_completion_length
     with evaluating(model), seeded(seed):
-        completions = sample(model, tokenizer, prompts, k, limit, temperature, stop, progress)
+        prompts = [row["prompt"] for row in rows]
+        completions = sample(model, tokenizer, prompts, num, limit, temperature, stop, progress)
     judged = [_judge(task, row, texts) for row, texts in zip(rows, completions.texts, strict=True)]
     truncated = [sum(cut) for cut in completions.truncated]
-    counts = Wins([j.correct for j in judged], [j.distinct for j in judged], truncated, completions.num_tokens)
-    figures = _figures(task, k, temperature, counts, [_prompt_text(prompt) for prompt in prompts])
-    return {**figures, "majority": sum(j.majority for j in judged) / len(rows)}
+    correct, distinct, majority = (list(column) for column in zip(*judged, strict=True))
+    return Counts(correct, distinct, truncated, majority, completions.num_tokens)
 
 
 class _Judged(NamedTuple):
@@ -104,19 +211,18 @@ def _judge(task: Task, row: dict[str, Any], texts: list[str]) -> _Judged:
     return _Judged(sum(right), len(right_answers), majority)
 
 
-def _figures(task: Task, k: int, temperature: float | None, counts: Wins, prompts: list[str]) -> dict[str, Any]:
-    """A row of evaluations.jsonl, from its counts by prompt."""
-    num = len(prompts)
-    figures: dict[str, Any] = {"task": task.name, "k": k, "temperature": temperature or 0.0}
+def _figures(k: int, counts: Counts) -> dict[str, Any]:
+    """The figures at one temperature, and its counts by prompt."""
+    num = len(counts.correct)
+    figures: dict[str, Any] = {}
     for size in sorted({1, *(2**i for i in range(1, 10) if 2**i < k), k}):
         figures[f"pass@{size}"] = float(np.mean(pass_at_k([k] * num, counts.correct, size)))
+    figures |= {"distinct": sum(counts.distinct) / num}
+    figures |= {"majority": sum(counts.majority) / num} if counts.majority else {}
     return {
         **figures,
-        "distinct": sum(counts.distinct) / num,
         "truncated_frac": sum(counts.truncated) / (num * k),
         "num_tokens": counts.num_tokens,
-        "prompts": prompts,
-        "num_samples": [k] * num,
         "num_correct": counts.correct,
         "num_distinct": counts.distinct,
         "num_truncated": counts.truncated,
@@ -129,7 +235,7 @@ def _prompt_text(prompt: Any) -> str:
 
 
 def intervals(figures: dict[str, Any]) -> dict[str, list[float] | None]:
-    """The 95 % interval of every pass@k, by bootstrap over prompts.
+    """The 95 % interval of every pass@k over prompts.
 
     Args:
         figures: of :func:`evaluate`.
@@ -137,7 +243,7 @@ def intervals(figures: dict[str, Any]) -> dict[str, list[float] | None]:
     by_name: dict[str, list[float] | None] = {}
     for name in (name for name in figures if name.startswith("pass@")):
         chances = pass_at_k(figures["num_samples"], figures["num_correct"], int(name.partition("@")[2]))
-        interval = bootstrap_interval(np.asarray(chances))
+        interval = proportion_interval(np.asarray(chances))
         by_name[name] = None if interval is None else [interval.low, interval.high]
     return by_name
 
@@ -146,6 +252,8 @@ def evaluate_models(
     settings: EvalSettings, models: Sequence[Candidate], out: str | None, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Evaluate models side by side; returns a row for each. All is checked before the first model is loaded.
+
+    What is done is kept in the cache until the last model is done, so that an evaluation that was killed continues.
 
     Args:
         settings: task, samples, prompts.
@@ -165,16 +273,32 @@ def evaluate_models(
             check_prompts(task, tokenizers[-1], model.name)
     if line := constant_line(task, rows):
         say(line)
-    evaluated = []
+    evaluated, all_parts = [], []
     threads = torch.get_num_threads()
     for model, tokenizer in zip(models, tokenizers, strict=True):
+        all_parts.append(Parts(_parts_path(model, settings, rows)))
+        if all_parts[-1].done:
+            say(f"{model.name}: continuing an evaluation that was interrupted; {len(all_parts[-1].done)} parts are done")
         try:
-            evaluated.append(_evaluate_model(model, tokenizer, task, settings, rows, say))
+            evaluated.append(_evaluate_model(model, tokenizer, task, settings, rows, all_parts[-1], say))
         finally:
             torch.set_num_threads(threads)
-        if out:
-            append_row(Path(out), evaluated[-1])
+    if out:
+        for row in evaluated:
+            append_row(Path(out), row)
+    for parts in all_parts:
+        parts.forget()
     return evaluated
+
+
+def _parts_path(model: Candidate, settings: EvalSettings, rows: list[dict[str, Any]]) -> Path:
+    """The file of an evaluation's parts: another one for other weights, settings, prompts or code of the task."""
+    folder = Path(model.resolve())
+    weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in folder.glob("*.safetensors"))
+    source = Path(settings.task.partition(":")[0])
+    code = source.read_text(encoding="utf-8") if source.suffix == ".py" and source.is_file() else ""
+    key = json.dumps([str(folder), model.dtype, weights, settings, rows[: settings.limit], code], default=str)
+    return cache_root() / "eval" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
 
 
 def _evaluate_model(
@@ -183,6 +307,7 @@ def _evaluate_model(
     task: Task,
     settings: EvalSettings,
     rows: list[dict[str, Any]],
+    parts: Parts,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     with config_errors():
@@ -190,34 +315,29 @@ def _evaluate_model(
     suit_threads(model)
     if torch.cuda.is_available():
         model.to("cuda")
-    row: dict[str, Any] = {
+    progress = Progress(candidate.name, say)
+    row = {
         "model": candidate.name,
         "step": candidate.step,
         "dtype": str(model.dtype).removeprefix("torch."),
+        **evaluate(
+            model,
+            tokenizer,
+            task,
+            settings.k,
+            rows=rows[: settings.limit],
+            temperature=settings.temperature,
+            others=settings.temperatures,
+            seed=settings.seed,
+            max_tokens=settings.max_tokens,
+            progress=progress,
+            parts=parts,
+        ),
+        "tokens_per_second": progress.speed,
+        "seed": settings.seed,
+        "max_tokens": settings.max_tokens,
     }
-    shared: dict[str, Any] = {"seed": settings.seed, "max_tokens": settings.max_tokens}
-    progress = Progress(candidate.name, say)
-    row |= evaluate(
-        model,
-        tokenizer,
-        task,
-        settings.k,
-        rows=rows[: settings.limit],
-        temperature=settings.temperature,
-        progress=progress,
-        **shared,
-    )
-    row["tokens_per_second"] = progress.speed
-    if settings.greedy_limit:
-        greedy_rows, progress = rows[: settings.greedy_limit], Progress(f"{candidate.name}, greedy", say)
-        greedy = evaluate(model, tokenizer, task, 1, rows=greedy_rows, temperature=None, progress=progress, **shared)
-        row |= {
-            "greedy": greedy["pass@1"],
-            "greedy_prompts": len(greedy_rows),
-            "greedy_truncated": greedy["truncated_frac"],
-            "greedy_correct": greedy["num_correct"],
-        }
-    row |= {"intervals": intervals(row), **shared}
+    row["intervals"] = intervals(row)
     del model
     gc.collect()
     return row

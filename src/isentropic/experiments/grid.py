@@ -7,11 +7,13 @@ from its checkpoint. The results file may be under version control: the grid the
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from ..runs.text import show
 from .compare import changed, fingerprint
 from .config import ConfigError, RunConfig, as_dict, config_errors, load, read_toml, recipe_of
 from .devices import check_device
+from .origin import differs, origin
 from .processes import Processes, exclusive, interrupted_by_sigterm
 
 KEYS = ("out", "results", "baseline", "jobs", "tasks", "seeds", "recipes", "settings", "cells")
@@ -81,6 +84,30 @@ class Grid:
             if line is not None:
                 lines.append({**line, "cell": cell.name})
         return lines
+
+    def refuse_stale(self, origins: Callable[[Mapping[str, Any]], dict[str, Any]] = origin) -> None:
+        """Refuse lines of these cells whose numbers have another origin than a run of today would have.
+
+        Args:
+            origins: config -> the origin of its numbers.
+
+        Raises:
+            ConfigError: such lines, their number, and by what they differ.
+        """
+        stale: dict[str, int] = {}
+        lines = list(read_rows(self.results))
+        for cell in self.cells:
+            found = [line for line in lines if cell.matches(line)]
+            word = differs(found[0].get("origin"), origins(as_dict(cell.config))) if found else None
+            if word is not None:
+                stale[word] = stale.get(word, 0) + 1
+        if stale:
+            words = "; ".join(f"{num} {word}" for word, num in stale.items())
+            raise ConfigError(
+                f"{self.results}: {sum(stale.values())} of {len(self.cells)} runs have a line that new runs may not "
+                f"stand beside: {words}; name another results file, delete those lines, or tabulate them as they are "
+                "by --only-table"
+            )
 
     def missing(self) -> list[Cell]:
         """The cells without a line."""
@@ -207,6 +234,8 @@ def run(grid: Grid, say: Callable[[str], None] = show) -> list[str]:
         return []
     for cell in missing:
         check_device(cell.config.device)
+    known = cache(lambda text: origin(json.loads(text)))
+    grid.refuse_stale(lambda config: known(json.dumps({k: config[k] for k in ("model", "task", "then")})))
     grid.out.mkdir(parents=True, exist_ok=True)
     with exclusive(grid.out, say) as lock, interrupted_by_sigterm():
         for model in dict.fromkeys(cell.config.model for cell in missing):

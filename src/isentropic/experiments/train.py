@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from ..engines.trl import IsentropicTrainer, StartAudit, audit_trainer
 from ..engines.trl.callbacks import EntropyGuard, bound_of
@@ -33,6 +34,7 @@ from ..tasks.checks import constant_line
 from .config import RunConfig, as_dict, config_errors, recipe_of, total_steps
 from .devices import check_device
 from .evaluate import check_prompts, evaluate
+from .origin import origin
 from .trainer import build_trainer
 
 
@@ -70,11 +72,13 @@ def _train(
     check_device(config.device)
     record = Record(str(config.out))
     recipe = recipe_of(config)
-    tasks = [load_task(name) for name in (config.task, config.then) if name]
+    tasks = [load_task(name) for name in (config.task, *config.then)]
     model, tokenizer = _load_checked(config, tasks)
     checkpoint = _checkpoint_to_resume(record, say, is_main) if resume else None
     if is_main and not (resume and record.begun()):
-        record.start(as_dict(config), recipe.as_dict(), config.seed, task=config.task, model=config.model)
+        settings = as_dict(config)
+        about = {"task": config.task, "model": config.model, "origin": origin(settings)}
+        record.start(settings, recipe.as_dict(), config.seed, **about)
     suit_threads(model)
     trainer = build_trainer(config, recipe, tasks, model, tokenizer, say)
     guard = EntropyGuard(trainer, bound_of(recipe, config.stop_above))
@@ -84,6 +88,8 @@ def _train(
     evaluation = _Evaluation(config, tasks, trainer, tokenizer, record, say) if is_main else _no_evaluation
     if isinstance(trainer, SequentialTrainer):
         trainer.add_callback(SwitchTask(trainer, on_switch=evaluation))
+    if config.eval_every:
+        trainer.add_callback(EvaluateAlong(config.eval_every, evaluation))
     if checkpoint is None:
         if is_main:
             for line in filter(None, (constant_line(task, task.heldout()) for task in tasks)):
@@ -111,6 +117,23 @@ def _run(trainer: IsentropicTrainer, checkpoint: Path | None, steps: int) -> int
         return steps
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return trainer.state.global_step
+
+
+class EvaluateAlong(TrainerCallback):
+    """Evaluates every so many optimizer steps, and saves a checkpoint with each evaluation.
+
+    Args:
+        every: optimizer steps.
+        evaluation: called with the steps done.
+    """
+
+    def __init__(self, every: int, evaluation: Callable[[int], None]):
+        self.every, self.evaluation = every, evaluation
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self.evaluation(state.global_step)
+            control.should_save = True
 
 
 def _no_evaluation(step: int) -> None:
@@ -155,6 +178,7 @@ class _Evaluation:
                 config.eval_k,
                 rows=task.heldout()[: config.eval_rows],
                 temperature=config.temperature,
+                others=config.eval_temperatures,
                 seed=config.seed,
                 max_tokens=config.max_completion_length,
             )

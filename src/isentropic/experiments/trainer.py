@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..tasks import Task
 from ..tasks.checks import training_rows
 from ..tasks.environments import EnvironmentTask
 from ..tasks.sequence import in_order
-from .config import ConfigError, RunConfig, config_errors, total_steps
+from .config import ConfigError, RunConfig, config_errors, steps_of, total_steps
 from .terminal import step_line
 
 
@@ -41,7 +42,7 @@ def build_trainer(
     Args:
         config: its settings.
         recipe: its algorithm, composed.
-        tasks: one, or two that follow one another.
+        tasks: one, or several that follow one another.
         model, tokenizer: to train.
         say: called with a line for each optimizer step.
 
@@ -66,7 +67,8 @@ def build_trainer(
         trainer.remove_callback(callback)
     stop_at(trainer, rules[0].stop)
     if isinstance(trainer, SequentialTrainer):
-        trainer.switch_step, trainer.rules = config.steps, (rules[0], rules[1])
+        trainer.starts = tuple(accumulate(steps_of(config)[:-1], initial=0))
+        trainer.rules = tuple(rules)
     return trainer
 
 
@@ -81,8 +83,7 @@ def _training_task(config: RunConfig, tasks: Sequence[Task]) -> tuple[Task, list
                 f"set prompts to {len(rows)} or less, or give it more rows"
             )
         return tasks[0], rows
-    num_first, num_all = (n // config.updates * config.prompts for n in (config.steps, total_steps(config)))
-    sequence = in_order(tasks[0], tasks[1], num_first, num_all - num_first)
+    sequence = in_order(tasks, [steps // config.updates * config.prompts for steps in steps_of(config)])
     return sequence, sequence.train(config.seed)
 
 

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..runs.record import is_number
-from ..runs.statistics import Interval, bootstrap_interval, pass_at_k
+from ..runs.statistics import Interval, pass_at_k, proportion_interval
 from .figures import SURPRISED, Figure, Panel, Trace, collect, layout, line, plain, rounded, shade, step_layout
 from .html import Html, el, number
 from .runs import Run
 
-_RESAMPLES = 500
 _STAGES = {"start": "dot", "middle": "dash", "end": "solid"}
 _SAMPLES = 24  # on the whole page
 _MAX_TOKENS = 300
@@ -48,7 +47,7 @@ def interval(row: dict[str, Any], k: int) -> Interval | None:
         return None
     if not all(type(a) is int and type(b) is int and 0 <= b <= a and k <= a for a, b in zip(n, c, strict=True)):
         return None
-    return bootstrap_interval(pass_at_k(n, c, k), num=_RESAMPLES)
+    return proportion_interval(pass_at_k(n, c, k))
 
 
 def stages(rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -85,7 +84,7 @@ def pass_at(runs: Sequence[Run]) -> Panel | None:
         return None
     note = (
         "The chance that at least one of k answers is right. Dotted with open marks: before training; dashed: the "
-        "middle; solid: the end. Bars: 95% over prompts, by the bootstrap."
+        "middle; solid: the end. Bars: 95% over prompts."
     )
     return Panel("passk", "What does it solve, with how many tries?", note, figures)
 
@@ -140,12 +139,19 @@ def _distinct(run: Run, rows: Sequence[dict[str, Any]]) -> Trace:
     trace = line(run, [row["step"] for row in rows], y)
     trace |= {"mode": "lines+markers", "marker": {"size": 8, "symbol": run.symbol, "color": run.colour}}
     trace["cliponaxis"] = False
-    counts = [row.get("num_distinct") for row in rows]
-    if all(isinstance(c, list) and c and all(map(is_number, c)) for c in counts):
-        intervals = [bootstrap_interval(c, num=_RESAMPLES) for c in counts if c]
-        if all(intervals):
-            trace["error_y"] = bars(y, [pair for pair in intervals if pair], run.colour)
+    intervals = [_distinct_interval(row) for row in rows]
+    if all(intervals):
+        trace["error_y"] = bars(y, [pair for pair in intervals if pair], run.colour)
     return trace
+
+
+def _distinct_interval(row: dict[str, Any]) -> Interval | None:
+    """95% interval of the mean number of different right answers, of k at most; None without counts by prompt."""
+    k, counts = row.get("k"), row.get("num_distinct")
+    if type(k) is not int or not isinstance(counts, list) or not all(is_number(c) and 0 <= c <= k for c in counts):
+        return None
+    pair = proportion_interval([c / max(k, 1) for c in counts])
+    return pair and Interval(k * pair.low, k * pair.high)
 
 
 def sequence(runs: Sequence[Run]) -> Panel | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .frontier import best_step, best_temperature
 from .record import is_number
 from .statistics import rms_relative_error
 
@@ -28,8 +29,9 @@ def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float
         ``steps``, ``seconds``, ``samples``, ``entropy/start``, ``entropy/target``, ``entropy/end``, ``entropy/mean``
         (over the settled steps, nats per token), ``entropy/rms_error`` and ``knob/saturated`` (shares of 1),
         ``reward/start``, ``reward/end``; None for a figure that the rows do not hold. With evaluations also ``start``
-        and ``end`` (step, ``pass@k`` and ``distinct`` on the last task) and, after a sequence of tasks, ``before``: the
-        same at every evaluation of the tasks before the last, by name.
+        and ``end``: the step and the scores on the last task, see :func:`scores`; ``best``, if it was evaluated along
+        the run, see :func:`isentropic.runs.frontier.best_step`; and, after a sequence of tasks, ``before``: the scores
+        of every evaluation of the tasks before the last, by name.
 
     Example:
         >>> steps = range(1, 41)
@@ -71,12 +73,38 @@ def _target_error(rows: Sequence[Row]) -> float | None:
 def _evaluated(evaluations: Sequence[Row]) -> dict[str, Any]:
     by_task: dict[Any, list[Row]] = {}
     for row in evaluations:
-        scores = {key: value for key, value in row.items() if key == "distinct" or key.startswith("pass@")}
         name = row.get("task") if isinstance(row.get("task"), str) else None
-        by_task.setdefault(name, []).append({"step": row.get("step"), **scores})
+        by_task.setdefault(name, []).append(row)
     if not by_task:
         return {}
-    *others, final = by_task.values()
+    *others, final = ([scores(row) for row in rows] for rows in by_task.values())
+    last = [row for row in list(by_task.values())[-1] if row.get("step")]
     ends = dict(zip(("start", "end"), [final[0], final[-1]] if len(final) > 1 else final, strict=False))
-    # Of tasks before the last: at the start, at the switch, at the end.
-    return ends | ({"before": dict(zip(by_task, others, strict=False))} if others else {})
+    best = best_step(last) if len(last) > 1 and all(counted(row) for row in last) else None
+    # Of tasks before the last: at the start, at every switch, at the end.
+    before = {"before": dict(zip(by_task, others, strict=False))} if others else {}
+    return ends | ({} if best is None else {"best": best._asdict()}) | before
+
+
+def scores(row: Row) -> dict[str, Any]:
+    """The figures of an evaluation without its counts by prompt, and pass@1 at the policy's own best temperature."""
+    figures = {"step": row.get("step"), **_plain_scores(row)}
+    figures |= {"greedy": row["greedy"]} if is_number(row.get("greedy")) else {}
+    if isinstance(row.get("at"), dict):
+        figures["at"] = {name: _plain_scores(counts) for name, counts in row["at"].items() if isinstance(counts, dict)}
+    if counted(row):
+        best = best_temperature(row)
+        figures |= {"best_pass@1": best.accuracy, "best_temperatures": list(best.temperatures)}
+    return figures
+
+
+def _plain_scores(row: Row) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if (k in ("distinct", "majority") or k.startswith("pass@")) and is_number(v)}
+
+
+def counted(row: Row) -> bool:
+    """Whether a row of evaluations.jsonl has its counts by prompt, at every temperature."""
+    num = row.get("num_samples")
+    others = row.get("at") if isinstance(row.get("at"), dict) else {}
+    counts = [row.get("num_correct"), *(c.get("num_correct") for c in (others or {}).values() if isinstance(c, dict))]
+    return isinstance(num, list) and bool(num) and all(isinstance(c, list) and len(c) == len(num) for c in counts)

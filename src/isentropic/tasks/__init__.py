@@ -39,6 +39,11 @@ class Kind(NamedTuple):
 
 
 KINDS: dict[str, Kind] = {
+    "expr": Kind(
+        "isentropic.tasks.expressions:load",
+        "expr:need=PROPERTY,...[:within=N]|expr:rate=SHARE",
+        "harder and easier relatives of expr, from a base rate of 0.5 down to 0.002",
+    ),
     "gsm8k": Kind("isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"),
     "math": Kind("isentropic.tasks.data:named", "math[:path=...]", "competition mathematics; held out is MATH-500"),
     "math500": Kind("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, to evaluate on"),
@@ -205,7 +210,7 @@ def load_task(name: str) -> Task:
         module_name, _, attribute = KINDS[kind].loader.partition(":")
         return getattr(importlib.import_module(module_name), attribute)(rest, name)
     if name not in TASKS and not colon:
-        known = [*TASKS, *KINDS]
+        known = list(dict.fromkeys([*TASKS, *KINDS]))
         raise ValueError(
             f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {short(name)!r}"
             f"{suggest(name, known)}; name a Task of your own, for example 'my_tasks.py:spelling', or see "

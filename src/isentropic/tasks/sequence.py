@@ -1,6 +1,6 @@
-"""Two tasks, one after the other, as one task: all rows of the first before those of the second.
+"""Tasks, one after the other, as one task: all rows of one before those of the next.
 
-Training on them in one run, and what happens at the switch: :mod:`isentropic.engines.trl.sequence`.
+Training on them in one run, and what happens at a switch: :mod:`isentropic.engines.trl.sequence`.
 """
 
 from __future__ import annotations
@@ -8,49 +8,77 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import Task
 from .checks import training_rows
 
 
-def in_order(first: Task, then: Task, num_first: int, num_then: int) -> Task:
-    """One task that asks ``num_first`` prompts of the first and then ``num_then`` of the second.
+class NamedSequence(NamedTuple):
+    """A sequence of tasks that has a name, which may be given in place of a task's.
+
+    Attributes:
+        tasks: names, in order.
+        meaning: in a few words.
+    """
+
+    tasks: tuple[str, ...]
+    meaning: str
+
+
+SEQUENCES: dict[str, NamedSequence] = {
+    "reversal": NamedSequence(
+        ("expr", "expr:need=no-plus"),
+        "the first task pays for any right expression, and most have a sum; the second one punishes a sum",
+    ),
+    "reversal-3": NamedSequence(
+        ("expr", "expr:need=no-plus", "expr:need=last,plus"),
+        "the same, and then a task that asks for a sum again",
+    ),
+}
+
+
+def in_order(tasks: Sequence[Task], nums: Sequence[int]) -> Task:
+    """One task that asks prompts of each task in turn.
 
     Every row has a column ``task``, the name of the task that it belongs to. A task's prompts are shuffled anew for
     every pass.
 
     Args:
-        first, then: two tasks of different names, answered or played.
-        num_first, num_then: prompts of each; a generated batch of the caller must be of one task.
+        tasks: two or more, of different names, answered or played.
+        nums: prompts of each; a generated batch of the caller must be of one task.
 
     Raises:
         ValueError: two tasks of one name, prompts of two forms, or no row that is not held out by one of them.
     """
-    if first.name == then.name:
-        raise ValueError(f"tasks that follow one another need different names, got {first.name!r} twice; rename one")
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"tasks that follow one another need different names, got {twice!r} twice; rename one")
 
     def train(seed: int) -> list[dict[str, Any]]:
-        first_rows = _repeated_rows(first, num_first, seed, then)
-        then_rows = _repeated_rows(then, num_then, seed, first)
-        if isinstance(first_rows[0]["prompt"], str) != isinstance(then_rows[0]["prompt"], str):
-            raise ValueError(
-                f"{first.name} and {then.name} need prompts of one form, got texts and conversations; "
-                "choose the same prompt= or format= in both names"
-            )
-        rows = [*first_rows, *then_rows]
+        rows: list[dict[str, Any]] = []
+        for task, num in zip(tasks, nums, strict=True):
+            mine = _repeated_rows(task, num, seed, [other for other in tasks if other is not task])
+            if rows and isinstance(rows[0]["prompt"], str) != isinstance(mine[0]["prompt"], str):
+                raise ValueError(
+                    f"{names[0]} and {task.name} need prompts of one form, got texts and conversations; "
+                    "choose the same prompt= or format= in both names"
+                )
+            rows += mine
         columns = dict.fromkeys(name for row in rows for name in row)
         return [{name: row.get(name) for name in columns} for row in rows]
 
+    last = tasks[-1]
     return TaskSequence(
-        tasks={task.name: task for task in (first, then)},
-        name=f"{first.name} then {then.name}",
-        description=f"{first.description} Then: {then.description}",
+        tasks={task.name: task for task in tasks},
+        name=" then ".join(names),
+        description=" Then: ".join(task.description for task in tasks),
         train=train,
-        heldout=then.heldout,
-        verify=then.verify,
-        normalise=then.normalise,
-        max_completion_length=max(first.max_completion_length, then.max_completion_length),
+        heldout=last.heldout,
+        verify=last.verify,
+        normalise=last.normalise,
+        max_completion_length=max(task.max_completion_length for task in tasks),
     )
 
 
@@ -84,9 +112,9 @@ class TaskSequence(Task):
         return rewards
 
 
-def _repeated_rows(task: Task, num: int, seed: int, other: Task) -> list[dict[str, Any]]:
+def _repeated_rows(task: Task, num: int, seed: int, others: Sequence[Task]) -> list[dict[str, Any]]:
     """``num`` rows to train on: as many passes as needed, each in an order of its own."""
-    rows, repeated, generator = training_rows(task, seed, [other]), list[dict[str, Any]](), random.Random(seed)
+    rows, repeated, generator = training_rows(task, seed, others), list[dict[str, Any]](), random.Random(seed)
     while len(repeated) < num:
         repeated += generator.sample(rows, len(rows))
     return [{**row, "task": task.name} for row in repeated[:num]]

@@ -1,11 +1,12 @@
-"""Training on two tasks, one after the other, in one run.
+"""Training on several tasks, one after the other, in one run.
 
-At the switch the optimizer's moments are cleared and the learning rate starts again, as in a new run from the first
-task's model; the controller and its target continue.
+At a switch the optimizer's moments are cleared and the learning rate starts again, as in a new run from the
+model so far; the controller and its target continue.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,18 +39,22 @@ class CompletionRules(NamedTuple):
 
 
 class SequentialTrainer(IsentropicTrainer):
-    """An :class:`IsentropicTrainer` whose rows are first of one task, then of another.
+    """An :class:`IsentropicTrainer` whose rows are of one task after the other.
 
     Every row has a column ``task``, the name of its task (see :func:`isentropic.tasks.sequence.in_order`). Set both
     attributes before training.
 
     Attributes:
-        switch_step: optimizer steps on the first task.
-        rules: for completions of the first task, and of the second.
+        starts: optimizer steps done before each task, the first of them 0.
+        rules: for completions of each task.
     """
 
-    switch_step: int
-    rules: tuple[CompletionRules, CompletionRules]
+    starts: tuple[int, ...]
+    rules: tuple[CompletionRules, ...]
+
+    def place(self, step: int) -> int:
+        """The index of the task that is trained on after a number of optimizer steps."""
+        return bisect_right(self.starts, step) - 1
 
     def generate_batch(self, native: Callable[[Any], dict[str, Any]], inputs: Any) -> dict[str, Any]:
         output = super().generate_batch(native, inputs)
@@ -59,10 +64,12 @@ class SequentialTrainer(IsentropicTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The configured schedule for each task, one after the other."""
         scheduled: Any = self.optimizer if optimizer is None else optimizer
-        factors = [self._factor(steps) for steps in (self.switch_step, num_training_steps - self.switch_step)]
+        ends = (*self.starts[1:], num_training_steps)
+        factors = [self._factor(end - start) for start, end in zip(self.starts, ends, strict=True)]
 
         def factor(step: int) -> float:
-            return factors[0](step) if step < self.switch_step else factors[1](step - self.switch_step)
+            place = self.place(step)
+            return factors[place](step - self.starts[place])
 
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(scheduled, factor)
         return self.lr_scheduler
@@ -76,19 +83,19 @@ class SequentialTrainer(IsentropicTrainer):
 
 
 class SwitchTask(TrainerCallback):
-    """Apply the rules of the current task; before the first step on the second one, clear the optimizer's state.
+    """Apply the rules of the current task; before the first step on a later one, clear the optimizer's state.
 
     Args:
         trainer: the trainer.
-        on_switch: called with the number of optimizer steps done, once the first task is over.
+        on_switch: called with the number of optimizer steps done, once a task is over.
     """
 
     def __init__(self, trainer: SequentialTrainer, on_switch: Callable[[int], None]):
         self.trainer, self.on_switch = trainer, on_switch
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.rules[state.global_step >= self.trainer.switch_step].apply(self.trainer)
-        if state.global_step == self.trainer.switch_step:
+        self.trainer.rules[self.trainer.place(state.global_step)].apply(self.trainer)
+        if state.global_step in self.trainer.starts[1:]:
             optimizer: Any = self.trainer.optimizer
             optimizer.state.clear()
             self.on_switch(state.global_step)
