@@ -6,15 +6,19 @@ VERL := .venv-verl/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env train test test-heads test-verl lint types docs clean
+.PHONY: help env train demo test test-heads test-verl lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 env: $(STAMP) ## build .venv
 
-train: $(STAMP) ## train with entropy under control: make train ARGS="..."
-	$(BIN)/isentropic train $(ARGS)
+train: $(STAMP) ## train on two tasks in turn, entropy under control: make train ARGS="..."
+	$(BIN)/isentropic train --task reversal --steps 480 --then-steps 400 $(ARGS)
+
+demo: $(STAMP) ## the same beside plain GRPO, and the page that compares them
+	$(BIN)/isentropic compare --recipes grpo isentropic --baseline grpo --tasks reversal \
+	  --set steps=480 then_steps=400 --out runs/demo $(ARGS)
 
 test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)

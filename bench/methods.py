@@ -1,32 +1,33 @@
-"""Which method keeps entropy, and what does it buy? Seven experiments on the embedded task, one on SmolLM2.
+"""When does control pay, which method, what target, and what of the next task? On the embedded task; one on SmolLM2.
 
-    python bench/methods.py collapse|quality|journey|sequence|offpolicy|targets|rates|smollm2
-                            [--seeds 0 1] [--jobs 2] [--only-table]
+    python bench/methods.py pays|which|target|sequence|smollm2 [--seeds 0 1] [--jobs 2] [--only-table]
 
-`isentropic compare` runs the missing runs of the experiment's grid in bench/grids/; a finished run is a line of
-docs/results/methods.jsonl.gz, or smollm2.jsonl.gz, and never runs again. Then the table and the figure are made from
-those lines, of as many seeds as there are.
+`isentropic compare` runs the missing runs of the experiment's grids in bench/grids/; a finished run is a line of
+docs/results/pays.jsonl.gz, or smollm2.jsonl.gz, and never runs again. Then the table and the figure are made from those
+lines, of as many seeds as there are. What is compared, and how, was written down before: docs/results/protocol.md.
 """
 
 import argparse
 import json
 import os
 import statistics
+from itertools import groupby
+from math import exp, log
+from typing import NamedTuple
 
 from results import ONE_THREAD, ROOT, pyplot, rows, save, save_figure, table
 
 os.environ |= ONE_THREAD
 GRIDS = ROOT / "bench" / "grids"
 EXPERIMENTS = {
-    "collapse": ["collapse"],
-    "quality": ["quality"],
-    "journey": ["collapse", "quality"],
-    "sequence": ["sequence", "scratch"],
-    "offpolicy": ["offpolicy"],
-    "targets": ["targets", "targets-other"],
-    "rates": ["rates"],
+    "pays": ["pays-base", "pays-hard", "pays-sequence", "pays-long"],
+    "which": ["which-hard", "which-sequence", "rates"],
+    "target": ["choice", "choice-sequence"],
+    "sequence": ["pays-sequence", "pays-alone", "which-sequence"],
     "smollm2": ["smollm2"],
 }
+BASELINE, DEFAULT = "grpo", "isentropic"
+MARGIN = 0.02  # how far below GRPO's best pass@1 the answers are counted
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 COLOURS = (
     "#0072b2",
@@ -41,244 +42,285 @@ COLOURS = (
     "#7a4a2b",
     GREY,
     "#f781bf",
-    "#1b9e9e",
-    "#a6d854",
 )
 
 
-def by_cell(lines):
-    cells = {}
-    for line in lines:
-        cells.setdefault(line["cell"], []).append(line)
-    return cells
+class Scores(NamedTuple):
+    """What a run's policy does on a task; see the protocol. ``best`` is pass@1 at its own best temperature."""
+
+    greedy: float
+    best: float
+    distinct: float
+    search: float
+    at_1: float  # pass@1 and distinct right answers at temperature 1
+    distinct_1: float
 
 
-def mean(lines, figure):
-    values = [line["figures"][figure] for line in lines if line["figures"].get(figure) is not None]
-    return statistics.mean(values) if values else None
+NAMES = {
+    "greedy": "greedy accuracy",
+    "best": "best pass@1",
+    "distinct": "distinct answers at equal accuracy",
+    "search": "pass@16",
+}
 
 
-def collapse(grids, plt):
-    """Dots: what is left of entropy, and the scores, by method."""
-    cells = by_cell(grids[0].lines())
-    order = sorted(cells, key=lambda name: mean(cells[name], "entropy/end"))
-    figure, axes = plt.subplots(1, 4, figsize=(11, 0.24 * len(order) + 1.2), sharey=True)
-    panels = (
-        ("entropy/end", "What is left of entropy?", "nats a token at the end"),
-        ("pass@1", "Does it learn?", "pass@1, held-out"),
-        ("pass@16", "Can it still search?", "pass@16, held-out"),
-        ("distinct", "How many ways?", "different right answers of 16"),
+def evaluated(line, task=None, step=None):
+    """The evaluations of a run on a task, by default its last one, in order of steps."""
+    task = task or line["evaluations"][-1]["task"]
+    return [row for row in line["evaluations"] if row["task"] == task and step in (None, row["step"])]
+
+
+def scores(row, floor):
+    """The scores of an evaluation; ``floor`` is the accuracy at which answers are counted."""
+    from isentropic.runs.frontier import frontier, points
+
+    reached = frontier(row, floor)
+    return Scores(
+        row["greedy"],
+        row["best_pass@1"],
+        0.0 if reached is None else reached.distinct,
+        max(p.search for p in points(row)),
+        row["pass@1"],
+        row["distinct"],
     )
-    for axis, (key, title, label) in zip(axes, panels, strict=True):
-        for row, name in enumerate(order):
-            held = any(line["settings"].get("target") for line in cells[name])
-            values = [line["figures"][key] for line in cells[name]]
-            colour = BLUE if held else ORANGE
-            axis.plot(values, [row] * len(values), "|", color=colour, ms=7, alpha=0.6)
-            axis.plot(statistics.mean(values), row, "o", color=colour, ms=4)
-        axis.set(title=title, xlabel=label)
-        axis.grid(axis="y", lw=0.3)
-        if key == "pass@16":
-            axis.set_xlim(min(0.9, axis.get_xlim()[0]), 1.01)
-    targets = [line["target"] for line in grids[0].lines() if line["settings"].get("target")]
-    if targets:
-        axes[0].axvline(statistics.mean(targets), color=BLUE, lw=0.8, ls="--")
-    axes[0].set_yticks(range(len(order)), order)
-    axes[0].plot([], [], "o", color=BLUE, ms=4, label="has a target (dashed)")
-    axes[0].plot([], [], "o", color=ORANGE, ms=4, label="has none")
-    axes[0].legend(frameon=False, fontsize=7, loc="lower right")
-    return figure, ""
 
 
-def quality(grids, plt):
-    """Scores against the entropy that was kept: a path a method, over three targets."""
-    cells = by_cell(grids[0].lines())
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.4))
-    methods = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in cells))
-    named = {
-        "entropy/mean": "nats a token, mean over the run",
-        "pass@1": "pass@1, held-out",
-        "distinct": "different right answers of 16",
-    }
-    panels = (("entropy/mean", "pass@1"), ("entropy/mean", "distinct"), ("pass@1", "distinct"))
-    for axis, (across, up) in zip(axes, panels, strict=True):
-        for colour, method in zip(COLOURS * 2, methods, strict=False):
-            mine = [lines for name, lines in cells.items() if name.rsplit(" ", 1)[0] == method]
-            mine.sort(key=lambda lines: mean(lines, "entropy/mean"))
-            points = [(mean(lines, across), mean(lines, up)) for lines in mine]
-            marker, colour = ("*", "k") if method == "grpo" else ("o", colour)
-            axis.plot(*zip(*points, strict=True), marker + "-", color=colour, ms=5, lw=1, label=method)
-        axis.set(xlabel=named[across], ylabel=named[up])
-    axes[0].set_title("What does entropy cost?")
-    axes[1].set_title("What does it buy?")
-    axes[2].set_title("The bargain")
-    axes[2].legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure, ""
+def pairs(lines, ours, theirs=BASELINE, task=None, place=-1):
+    """Scores of two cells at the seeds that both have: {seed: (ours, theirs)}. ``place`` picks the evaluation."""
+    found = {}
+    mine, other = ({x["seed"]: x for x in lines if x["cell"] == name} for name in (ours, theirs))
+    for seed in sorted(mine.keys() & other.keys()):
+        a, b = evaluated(mine[seed], task)[place], evaluated(other[seed], task)[place]
+        floor = b["best_pass@1"] - MARGIN
+        found[seed] = scores(a, floor), scores(b, floor)
+    return found
 
 
-def journey(grids, plt):
-    """Does mean entropy over a run correlate with its final score? Spearman's ρ over runs and over methods."""
-    import numpy as np
+class Claim(NamedTuple):
+    """A difference of two cells: means, mean difference over seeds, its interval, and who is better."""
 
-    lines = list({(x["fingerprint"], x["seed"]): x for grid in grids for x in grid.lines()}.values())
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
-    cells = []
-    for axis, key in zip(axes, ("pass@1", "pass@16", "distinct"), strict=True):
-        x, y = (
-            np.array([line["figures"]["entropy/mean"] for line in lines]),
-            np.array([line["figures"][key] for line in lines]),
-        )
-        held = np.array([line["target"] is not None for line in lines])
-        for mask, colour, label in ((held, BLUE, "has a target"), (~held, ORANGE, "has none")):
-            axis.plot(x[mask], y[mask], "o", color=colour, ms=3, alpha=0.6, label=label)
-        axis.set(xlabel="nats a token, mean over the run", ylabel=f"{key}, held-out")
-        groups = {}
-        for line in lines:
-            groups.setdefault(line["fingerprint"], []).append(line)
-        means = np.array([[mean(group, "entropy/mean"), mean(group, key)] for group in groups.values()])
-        cells.append([key, str(len(lines)), rank_interval(x, y), rank_interval(*means.T)])
-    axes[0].set_title("Does entropy over the run predict the score?")
-    axes[0].legend(frameon=False, fontsize=7)
-    return figure, table(["score", "runs", "ρ over runs", "ρ over methods (means over seeds)"], cells)
+    ours: float
+    theirs: float
+    difference: float
+    interval: tuple | None
+    num: int
+
+    @property
+    def verdict(self):
+        if self.interval is None:
+            return "too few seeds"
+        low, high = self.interval
+        return "better" if low > 0 else "worse" if high < 0 else "no difference found"
 
 
-def rank_interval(x, y, num=2000):
-    """Spearman's ρ and its 95 % bootstrap interval over the points."""
-    import numpy as np
+def claim(found, figure):
+    """The claim about one figure of :func:`pairs`."""
+    from isentropic.runs.statistics import mean_interval
 
-    def ranks(v):
-        order = np.argsort(np.argsort(v)).astype(float)
-        return np.array([order[v == value].mean() for value in v])
-
-    def rho(i):
-        a, b = ranks(x[i]), ranks(y[i])
-        return np.corrcoef(a, b)[0, 1] if a.std() and b.std() else 0.0
-
-    everything, rng = np.arange(len(x)), np.random.default_rng(0)
-    low, high = np.quantile([rho(rng.integers(len(x), size=len(x))) for _ in range(num)], [0.025, 0.975])
-    return f"{rho(everything):+.2f} ({low:+.2f}..{high:+.2f})"
+    ours, theirs = ([getattr(pair[i], figure) for pair in found.values()] for i in (0, 1))
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    bound = 16.0 if "distinct" in figure else 1.0
+    interval = mean_interval(differences, bounds=(-bound, bound)) if len(found) > 2 else None
+    if interval is None and len(found) > 2:  # the same difference at every seed
+        interval = (differences[0], differences[0])
+    return Claim(mean(ours), mean(theirs), mean(differences), interval, len(found))
 
 
-def scores_on(line, task):
-    """Evaluations of a run on a task, by step."""
-    return [row for row in line["evaluations"] if row["task"] == task]
+def mean(values):
+    return statistics.mean(values) if values else float("nan")
+
+
+def ratio(found):
+    """Distinct answers at equal accuracy, as a ratio of the means."""
+    ours, theirs = (mean([pair[i].distinct for pair in found.values()]) for i in (0, 1))
+    return ours / theirs if theirs else float("inf")
+
+
+def written(one, figure):
+    """A claim in a cell of a table: means, difference with interval."""
+    digits = 2 if "distinct" in figure else 3
+    text = f"{one.ours:.{digits}f} / {one.theirs:.{digits}f}"
+    if one.interval is None:
+        return text
+    low, high = one.interval
+    difference = f"{one.difference:+.{digits}f} ({low:+.{digits}f}..{high:+.{digits}f})"
+    return f"{text}<br>**{difference}**" if low > 0 or high < 0 else f"{text}<br>{difference}"
+
+
+def comparison(sections, ours, theirs=BASELINE):
+    """A table of claims, a row a setting: [(title, lines, task, place)]."""
+    body = []
+    for title, lines, task, place in sections:
+        found = pairs(lines, ours, theirs, task, place)
+        if found:
+            cells = [written(claim(found, figure), figure) for figure in NAMES]
+            body.append([title, str(len(found)), *cells])
+    head = ["task", "seeds", *(f"{NAMES[f]}: {ours} / {theirs}" for f in NAMES)]
+    return table(head, body) if body else ""
+
+
+def settings_of(grids):
+    """The settings of `pays`: (title, lines, task, place of the evaluation)."""
+    base, hard, sequence, long = (grid.lines() for grid in grids)
+    singles = [
+        (task, list(lines), None, -1)
+        for task, lines in groupby(sorted([*base, *hard], key=lambda x: x["task"]), key=lambda x: x["task"])
+    ]
+    return [
+        *singles,
+        ("`reversal`: second task", sequence, None, -1),
+        ("`reversal`: first task, at the switch", sequence, "expr", 1),
+        ("`expr:need=last,product`, 4,000 steps", long, None, -1),
+    ]
+
+
+def curve(axis, lines, cell, colour, task=None, place=-1, label=None):
+    """A policy's path over temperatures, means over seeds: pass@1 across, distinct right answers up."""
+    from isentropic.runs.frontier import points
+
+    runs = [points(evaluated(x, task)[place]) for x in lines if x["cell"] == cell]
+    if not runs:
+        return
+    path = [(mean([p.accuracy for p in at]), mean([p.distinct for p in at])) for at in zip(*runs, strict=True)]
+    axis.plot(*zip(*path, strict=True), "o-", color=colour, ms=3.5, lw=1.4, label=label)
+    axis.plot(*path[-1], "*", color=colour, ms=8)
+
+
+def pays(grids, plt):
+    """The frontier of the default and of GRPO, a panel a setting, and the table of claims."""
+    sections = settings_of(grids)
+    drawn = [s for s in sections if any(x["cell"] == DEFAULT for x in s[1]) and "first task" not in s[0]]
+    figure, axes = plt.subplots(1, max(len(drawn), 1), figsize=(2.5 * max(len(drawn), 1), 3.0), squeeze=False)
+    for axis, (title, lines, task, place) in zip(axes[0], drawn, strict=False):
+        curve(axis, lines, BASELINE, ORANGE, task, place, "plain GRPO")
+        curve(axis, lines, DEFAULT, BLUE, task, place, "held by the default")
+        axis.set(title=title.replace("`", "").replace(", ", ",\n"), xlabel="pass@1", ylim=(0, None))
+    axes[0][0].set_ylabel("distinct right answers of 16")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    parts = [comparison(sections, DEFAULT)]
+    best = [(f"{title}, at the best step", *rest) for title, *rest in sections if "4,000" in title]
+    parts.append(stopped_early(best[0][1]) if best else "")
+    parts.append("At temperature 1, which is how the runs were compared before:\n\n" + at_one(sections))
+    return figure, "\n\n".join(filter(None, parts))
+
+
+def stopped_early(lines):
+    """The long runs at the step that was best on one half of the prompts, scored on the other."""
+    body = []
+    for name in (BASELINE, DEFAULT):
+        mine = [x for x in lines if x["cell"] == name and x.get("best")]
+        if mine:
+            values = [mean([x["best"][key] for x in mine]) for key in ("step", "greedy", "accuracy", "distinct")]
+            end = mean([evaluated(x)[-1]["greedy"] for x in mine])
+            body.append([name, str(len(mine)), f"{values[0]:.0f}", *(f"{v:.3f}" for v in values[1:]), f"{end:.3f}"])
+    head = ["4,000 steps", "seeds", "best step", "greedy there", "pass@1 there", "distinct there", "greedy at the end"]
+    return table(head, body) if body else ""
+
+
+def at_one(sections):
+    body = []
+    for title, lines, task, place in sections:
+        found = pairs(lines, DEFAULT, BASELINE, task, place)
+        if found:
+            body.append([title, *(written(claim(found, f), f) for f in ("at_1", "distinct_1"))])
+    return table(["task", f"pass@1: {DEFAULT} / {BASELINE}", "distinct right answers"], body)
+
+
+def which(grids, plt):
+    """Every method on a hard task and on the second task of a sequence, as differences to GRPO."""
+    hard, sequence, rates = (grid.lines() for grid in grids)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    parts = []
+    for axis, (title, lines) in zip(axes, (("a hard task", hard), ("the second task", sequence)), strict=True):
+        body = []
+        for colour, cell in zip(COLOURS, dict.fromkeys(x["cell"] for x in lines), strict=False):
+            curve(axis, lines, cell, colour, label=cell)
+            found = pairs(lines, cell)
+            if found:
+                body.append([cell, str(len(found)), *(written(claim(found, f), f) for f in NAMES)])
+        axis.set(title=title, xlabel="pass@1", ylabel="distinct right answers of 16", ylim=(0, None))
+        head = [title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)]
+        parts.append(table(head, body))
+    axes[1].legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    body = [[x["cell"], f"{x['figures']['reward/end']:.3f}", f"{x['figures']['greedy']:.3f}"] for x in rates]
+    return figure, "\n\n".join([*parts, table(["learning rate", "reward, end", "greedy"], body)] if body else parts)
+
+
+def target(grids, plt):
+    """The candidates for the default: what they have beside GRPO on the tasks of the choice."""
+    singles, sequence = (grid.lines() for grid in grids)
+    tasks = list(dict.fromkeys(x["task"] for x in singles))
+    sections = [(t, [x for x in singles if x["task"] == t]) for t in tasks] + [("second task", sequence)]
+    figure, axes = plt.subplots(1, len(sections), figsize=(2.6 * len(sections), 3.2))
+    names = list(dict.fromkeys(x["cell"] for x in singles))
+    for axis, (title, lines) in zip(axes, sections, strict=True):
+        for colour, cell in zip(COLOURS, names, strict=False):
+            curve(axis, lines, cell, colour, label=cell)
+        axis.set(title=title, xlabel="pass@1", ylim=(0, None))
+    axes[0].set_ylabel("distinct right answers of 16")
+    axes[-1].legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    body = sorted((candidate(name, sections) for name in names if name != BASELINE), key=lambda c: (c[0], -c[1]))
+    head = ["candidate", "seeds", "least Δ greedy", "least Δ best pass@1", "distinct over GRPO's, geometric mean"]
+    head += [f"{title}: Δ greedy, Δ best pass@1, × distinct" for title, _ in sections] + ["out?"]
+    return figure, table(head, [row for *_, row in body])
+
+
+def candidate(name, sections):
+    """A candidate's row, with what orders it: whether it is out, and its geometric mean."""
+    found = [(title, pairs(lines, name)) for title, lines in sections]
+    missing = [title for title, pair in found if not pair]
+    greedy, best = ({t: claim(p, figure).difference for t, p in found if p} for figure in ("greedy", "best"))
+    ratios = {t: ratio(p) for t, p in found if p}
+    factors = [log(max(r, 1e-3)) for r in ratios.values()]
+    geometric = exp(mean(factors)) if factors else 0.0
+    reasons = [f"not run: {', '.join(missing)}"] if missing else []
+    reasons += ["accuracy"] if min([*greedy.values(), *best.values()], default=0) < -MARGIN else []
+    last = found[-1][1]
+    reasons += ["pass@16 of the second task"] if last and claim(last, "search").difference <= 0 else []
+    seeds = min((len(p) for _, p in found if p), default=0)
+    cells = [f"{greedy[t]:+.3f}, {best[t]:+.3f}, {ratios[t]:.2f}" if t in ratios else "–" for t, _ in sections]
+    least = [f"{min(values.values(), default=0):+.3f}" for values in (greedy, best)]
+    row = [name, str(seeds), *least, f"{geometric:.2f}", *cells, "; ".join(reasons) or "no"]
+    return bool(reasons), geometric, row
 
 
 def sequence(grids, plt):
-    """B after A against B alone, and how much of A is kept."""
-    after, alone = by_cell(grids[0].lines()), by_cell(grids[1].lines())
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.4))
-    head = ["recipe", "seeds", "pass@1 of A: before, after A, after B"]
-    head += ["pass@1 of B: after A, alone, P(after A better)", "pass@16 of B: the same", "distinct of B: the same"]
-    cells = []
-    for colour, name in zip(COLOURS, [n for n in after if n in alone], strict=False):
-        first = [scores_on(line, "expr") for line in after[name]]
-        kept = ", ".join(f"{statistics.mean(run[i]['pass@1'] for run in first):.3f}" for i in (0, 1, -1))
-        pairs = []
-        for key in ("pass@1", "pass@16", "distinct"):
-            a, b = ([scores_on(line, "expr-digit")[-1][key] for line in lines] for lines in (after[name], alone[name]))
-            pairs.append(f"{span(a)}, {span(b)}, {better(a, b)}")
-        cells.append([name, f"{len(after[name])}, {len(alone[name])}", kept, *pairs])
-        for axis, lines, skip in ((left, after[name], 400), (left, alone[name], 0)):
-            curve = lines[0]["curve"]
-            steps = [s - skip for s in curve["step"] if s > skip]
-            values = [
-                statistics.mean(line["curve"]["reward"][i] for line in lines)
-                for i, s in enumerate(curve["step"])
-                if s > skip
-            ]
-            axis.plot(steps, values, color=colour, lw=1.2, ls="-" if skip else ":", label=name if skip else None)
-        end = [scores_on(line, "expr-digit")[-1] for line in after[name]]
-        base = [scores_on(line, "expr-digit")[-1] for line in alone[name]]
-        for axis, key in ((middle, "pass@1"), (right, "pass@16")):
-            axis.plot(
-                statistics.mean(r[key] for r in base), statistics.mean(r[key] for r in end), "o", color=colour, ms=6
+    """The second task after the first, beside the second task alone."""
+    after, alone, others = (grid.lines() for grid in grids)
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
+    first = {"grpo": 800, "isentropic": 800}
+    for cell, colour in ((BASELINE, ORANGE), (DEFAULT, BLUE)):
+        for line in (x for x in after if x["cell"] == cell):
+            steps = line["curve"]["step"]
+            kept = [i for i, step in enumerate(steps) if step > first[cell]]
+            axes[0].plot(
+                [steps[i] - first[cell] for i in kept], [line["curve"]["reward"][i] for i in kept], color=colour, lw=0.9
             )
-    left.set(title="How is B learned?", xlabel="optimizer steps on B (dotted: from the warm start)", ylabel="reward")
-    for axis, key in ((middle, "pass@1"), (right, "pass@16")):
-        ends = [*axis.get_xlim(), *axis.get_ylim()]
-        axis.plot([min(ends), max(ends)], [min(ends), max(ends)], color=GREY, lw=0.6)
-        axis.set(xlabel=f"{key} of B, from the warm start", ylabel=f"{key} of B, after A")
-    middle.set_title("Where does B end?")
-    left.legend(frameon=False, fontsize=6.5)
-    return figure, table(head, cells)
-
-
-def better(ours, theirs):
-    """The probability that a run of ours beats one of theirs, with its interval if there are seeds enough."""
-    from isentropic.runs.statistics import probability_of_improvement, stratified_interval
-
-    value = f"**{probability_of_improvement([ours], [theirs]):.2f}**"
-    interval = stratified_interval(probability_of_improvement, [ours], [theirs])
-    return value if interval is None else f"{value} ({interval.low:.2f}..{interval.high:.2f})"
+        curve(axes[1], after, cell, colour, label=f"{cell}, after the first task")
+        curve(axes[2], alone, cell, colour, label=f"{cell}, alone")
+    axes[0].set(title="How is the second task learned?", xlabel="optimizer steps on it", ylabel="reward")
+    for axis in axes[1:]:
+        axis.set(xlabel="pass@1", ylabel="distinct right answers of 16", ylim=(0, None))
+    axes[1].set_title("After the first task")
+    axes[2].set_title("Alone, from the warm start")
+    both = [{**x, "cell": f"{x['cell']} alone"} for x in alone] + after
+    sections = [("second task", both, None, -1)]
+    parts = [comparison(sections, DEFAULT), comparison(sections, DEFAULT, f"{BASELINE} alone")]
+    parts += [comparison(sections, BASELINE, f"{BASELINE} alone")]
+    body = []
+    for cell in dict.fromkeys(x["cell"] for x in [*after, *others]):
+        runs = [evaluated(x)[-1] for x in {x["seed"]: x for x in [*after, *others] if x["cell"] == cell}.values()]
+        body.append(
+            [cell, *(", ".join(f"{row[key]:.2f}" for row in runs) for key in ("greedy", "pass@16", "distinct"))]
+        )
+    parts.append(
+        table(["second task, by seed", "greedy", "pass@16 at temperature 1", "distinct at temperature 1"], body)
+    )
+    return figure, "\n\n".join(filter(None, parts))
 
 
 def span(values):
     return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
-
-
-def offpolicy(grids, plt):
-    """Entropy and score against the number of optimizer steps a generated batch."""
-    cells = by_cell(grids[0].lines())
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    objectives = list(dict.fromkeys(name.split(",")[0] for name in cells))
-    for axis, key in zip(axes, ("entropy/end", "pass@1", "distinct"), strict=True):
-        for colour, name in zip(COLOURS, objectives, strict=False):
-            points = [(u, mean(cells[f"{name}, {u}"], key)) for u in (1, 4, 16) if f"{name}, {u}" in cells]
-            axis.plot(*zip(*points, strict=True), "o-", color=colour, ms=4, lw=1, label=name)
-        axis.set(xscale="log", xlabel="optimizer steps a generated batch", ylabel=key)
-        axis.set_xticks([1, 4, 16], ["1", "4", "16"], minor=False)
-    axes[0].set(title="Is collapse brought in by old samples?", ylabel="final nats a token")
-    axes[0].legend(frameon=False, fontsize=6.5)
-    return figure, ""
-
-
-def targets(grids, plt):
-    """Entropy and reward along the run, by target, and the final scores."""
-    cells = by_cell(grids[0].lines())
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
-    for colour, (name, lines) in zip(COLOURS, cells.items(), strict=False):
-        for axis, key in ((left, "entropy"), (middle, "reward")):
-            steps = lines[0]["curve"]["step"]
-            axis.plot(
-                steps,
-                [statistics.mean(line["curve"][key][i] for line in lines) for i in range(len(steps))],
-                color=colour,
-                lw=1.2,
-            )
-        right.plot(mean(lines, "pass@1"), mean(lines, "distinct"), "o", color=colour, ms=6, label=name)
-    left.set(title="Where does entropy go?", xlabel="optimizer steps", ylabel="nats a token", ylim=(0, None))
-    middle.set(title="What does it cost?", xlabel="optimizer steps", ylabel="reward")
-    right.set(title="What does it buy?", xlabel="pass@1, held-out", ylabel="different right answers of 16")
-    right.legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return figure, ""
-
-
-def rates(grids, plt):
-    """Reward, entropy and different answers against the learning rate, and each recipe's best rate."""
-    cells = by_cell(grids[0].lines())
-    recipes = list(dict.fromkeys(name.split(", ")[0] for name in cells))
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
-    head = ["recipe", "best rate", "reward at 2.5e-4, 5e-4, 1e-3"]
-    head += [f"{score} at its best" for score in ("final entropy", "pass@1", "distinct")]
-    best_rates = []
-    for colour, recipe in zip(COLOURS, recipes, strict=False):
-        mine = {name.split(", ")[1]: lines for name, lines in cells.items() if name.split(", ")[0] == recipe}
-        for axis, key in zip(axes, ("reward/end", "entropy/end", "distinct"), strict=True):
-            points = [(float(rate), mean(lines, key)) for rate, lines in mine.items()]
-            axis.plot(*zip(*sorted(points), strict=True), "o-", color=colour, ms=4, lw=1, label=recipe)
-        best = max(mine, key=lambda rate: mean(mine[rate], "reward/end"))
-        rewards = ", ".join(f"{mean(lines, 'reward/end'):.3f}" for lines in mine.values())
-        ends = (f"{mean(mine[best], key):.3f}" for key in ("entropy/end", "pass@1", "distinct"))
-        best_rates.append([recipe, best, rewards, *ends])
-    labels = ("reward, training prompts", "nats a token at the end", "different right answers of 16")
-    for axis, label in zip(axes, labels, strict=True):
-        axis.set(xscale="log", xlabel="learning rate", ylabel=label)
-        axis.set_xticks([2.5e-4, 5e-4, 1e-3], ["2.5e-4", "5e-4", "1e-3"])
-        axis.set_xticks([], minor=True)
-    axes[0].set_title("Which rate is best?")
-    axes[0].legend(frameon=False, fontsize=6.5)
-    return figure, table(head, best_rates)
 
 
 def smollm2(grids, plt):
@@ -315,25 +357,32 @@ def smollm2(grids, plt):
 
 
 def report(name, grids):
-    from isentropic.experiments.compare import compare, render
-
-    parts = []
-    for grid in grids if name != "journey" else []:
-        lines = grid.lines()
-        base = grid.baseline if any(line["cell"] == grid.baseline for line in lines) else None
-        parts.append(render(compare(lines, base), markdown=True))
-    figure, extra = globals()[name](grids, pyplot(8))
+    figure, text = globals()[name](grids, pyplot(8))
     save_figure(figure, f"{name}.svg")
     lines = [line for grid in grids for line in grid.lines()]
     sets = sorted({json.dumps(line["versions"], sort_keys=True) for line in lines})
     packages = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in sets)
-    count = f"{sum(len(grid.lines()) for grid in grids)} of {sum(len(grid.cells) for grid in grids)} runs of the grid"
-    dates, machines = ({line[key] for line in lines} for key in ("date", "machine"))
-    days = " to ".join(dict.fromkeys((min(dates), max(dates))))
-    line = f"{count}. {days}; {', '.join(sorted(machines))}, one thread a run; {packages}."
-    text = "\n\n".join([*([extra] if extra else []), *parts, line])
-    save(f"{name}-table.md", text + "\n")
-    print(text)
+    count = f"{sum(len(grid.lines()) for grid in grids)} of {sum(len(grid.cells) for grid in grids)} runs of the grids"
+    machines = sorted({line["machine"] for line in lines})
+    days = ", ".join(f"{num} on {day}" for day, num in sorted(counted(line["date"] for line in lines).items()))
+    made = f"{count}: {days}; {', '.join(machines)}, one thread a run; {packages}; {origins(lines)}."
+    save(f"{name}-table.md", f"{text}\n\n{made}\n")
+    print(f"{text}\n\n{made}")
+
+
+def counted(values):
+    counts = {}
+    for value in values:
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+def origins(lines):
+    """The warm start and the version of the code that lines come from, which must be one."""
+    found = {(line["origin"]["model"], line["origin"]["numbers"]) for line in lines if line.get("origin")}
+    unknown = sum(not line.get("origin") for line in lines)
+    text = ", ".join(f"warm start {model}, numbers {numbers}" for model, numbers in sorted(found))
+    return "; ".join(filter(None, [text, f"{unknown} lines without a record of their origin" if unknown else ""]))
 
 
 def main():

@@ -137,6 +137,7 @@ def line_of(record: Record, name: str | None = None) -> dict[str, Any]:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": versions(),
     }
+    line |= {"best": summary["best"]} if summary.get("best") else {}
     return plain(line | ({"stopped": summary["stopped"]} if summary.get("stopped") else {}))
 
 
@@ -145,7 +146,7 @@ def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     last = {row.get("task"): i for i, row in enumerate(rows)}
     lines = []
     for i, row in enumerate(rows):
-        lines.append({"task": row.get("task"), "k": row.get("k"), **scores(row)})
+        lines.append({key: row.get(key) for key in ("task", "k", "temperature")} | scores(row))
         if last[row.get("task")] == i and counted(row) and max(row["num_samples"]) < len(_COUNT):
             sampled = {
                 f"{t:g}": [_packed(counts["num_correct"]), _packed(counts["num_distinct"])]
@@ -211,7 +212,10 @@ def name_cells(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class Estimate(NamedTuple):
-    """A figure of a cell over its runs: mean, interquartile mean, interval (None for fewer than 3 seeds, or equal ones), and runs."""
+    """A figure of a cell over its runs: mean, interquartile mean, interval, and runs.
+
+    The interval is None for fewer than 3 seeds, and where all runs are equal.
+    """
 
     mean: float
     middle: float

@@ -35,7 +35,7 @@ class Cell(NamedTuple):
     """One run of a grid.
 
     Attributes:
-        name, task, seed: of the run.
+        name, task, seed: of the run; the task as the grid names it, which may be a sequence.
         config: its settings, checked.
         print: its fingerprint, which changes with any setting that matters.
     """
@@ -54,7 +54,7 @@ class Cell(NamedTuple):
     def matches(self, line: dict[str, Any]) -> bool:
         """Whether a line of the results file is this cell's."""
         known = (line.get("task"), line.get("seed"), line.get("fingerprint"))
-        return known == (self.task, self.seed, self.print)
+        return known == (self.config.task, self.seed, self.print)
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,13 @@ class Grid:
     jobs: int = 1
 
     def lines(self) -> list[dict[str, Any]]:
-        """The lines of the finished cells, in the order of the grid and under the grid's names."""
+        """The lines of the finished cells, in the order of the grid and under the grid's names of cells and tasks."""
         results = list(read_rows(self.results))
         lines = []
         for cell in self.cells:
             line = next((line for line in results if cell.matches(line)), None)
             if line is not None:
-                lines.append({**line, "cell": cell.name})
+                lines.append({**line, "cell": cell.name, "task": cell.task})
         return lines
 
     def refuse_stale(self, origins: Callable[[Mapping[str, Any]], dict[str, Any]] = origin) -> None:
@@ -189,13 +189,13 @@ def _cell(where: str, name: str, task: str, seed: int, settings: dict[str, Any])
     with config_errors(f"{where}{name}: "):
         config = load(None, {**settings, "task": task, "seed": seed})
         recipe = recipe_of(config)
-    return Cell(name, task, seed, config, fingerprint(*changed(as_dict(config), recipe.as_dict())))
+    return Cell(name, config.task, seed, config, fingerprint(*changed(as_dict(config), recipe.as_dict())))
 
 
 def _refuse_equal_cells(where: str, cells: Sequence[Cell]) -> None:
     seen: dict[Any, Cell] = {}
     for cell in cells:
-        other = seen.setdefault((cell.task, cell.seed, cell.print), cell)
+        other = seen.setdefault((cell.config.task, cell.seed, cell.print), cell)
         if other is not cell:
             raise ConfigError(f"{where}cells {other.name} and {cell.name} are the same run; leave one out")
 
@@ -235,7 +235,8 @@ def run(grid: Grid, say: Callable[[str], None] = show) -> list[str]:
     for cell in missing:
         check_device(cell.config.device)
     known = cache(lambda text: origin(json.loads(text)))
-    grid.refuse_stale(lambda config: known(json.dumps({k: config[k] for k in ("model", "task", "then")})))
+    with config_errors():
+        grid.refuse_stale(lambda config: known(json.dumps({k: config[k] for k in ("model", "task", "then")})))
     grid.out.mkdir(parents=True, exist_ok=True)
     with exclusive(grid.out, say) as lock, interrupted_by_sigterm():
         for model in dict.fromkeys(cell.config.model for cell in missing):

@@ -20,7 +20,9 @@ from ..models.episodes import limited
 from ..models.generation import line_break_tokens
 from ..recipes import Recipe
 from ..runs.checkpoints import rotate, seal
+from ..runs.frontier import best_step
 from ..runs.record import Record
+from ..runs.summary import counted
 from ..tasks import Task
 from ..tasks.checks import training_rows
 from ..tasks.environments import EnvironmentTask
@@ -165,6 +167,9 @@ def _batch_fields(config: RunConfig, ranks: int) -> dict[str, Any]:
 class Checkpoints(TrainerCallback):
     """Seals every checkpoint, then deletes old ones: TRL would delete the last whole one before the new one is whole.
 
+    Of a run that is evaluated along the way the best checkpoint stays too, see
+    :func:`isentropic.runs.frontier.best_step`.
+
     Args:
         keep: whole checkpoints that stay.
     """
@@ -176,7 +181,10 @@ class Checkpoints(TrainerCallback):
         if state.is_world_process_zero:
             record = Record(args.output_dir)
             seal(record.path / f"checkpoint-{state.global_step}")
-            rotate(record, self.keep)
+            rows = record.rows("evaluations")
+            last = [row for row in rows if row["task"] == rows[-1]["task"] and row["step"] and counted(row)]
+            best = best_step(last)
+            rotate(record, self.keep, None if best is None else best.step)
 
 
 class PrintSteps(TrainerCallback):

@@ -169,18 +169,19 @@ def _numbered(record: Record) -> Iterator[tuple[int, Path]]:
             yield int(number[1]), path
 
 
-def rotate(record: Record, keep: int) -> None:
+def rotate(record: Record, keep: int, spare: int | None = None) -> None:
     """Delete the checkpoints before the last ``keep`` whole ones, and those before them that were never completed.
 
     Args:
         record: the run directory.
         keep: whole checkpoints that stay, at least 1.
+        spare: the step of a further one that stays.
     """
     whole = [step for step, path in record.checkpoints() if damage(path, digests=False) is None]
     if len(whole) < keep:
         return
     for step, path in _numbered(record):
-        if step < whole[-keep]:
+        if step < whole[-keep] and step != spare:
             # Its marks go first: a checkpoint that is half deleted is none.
             for name in (CHECKPOINT_FILE, MANIFEST):
                 (path / name).unlink(missing_ok=True)
