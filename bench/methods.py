@@ -170,7 +170,7 @@ def settings_of(grids):
         *singles,
         ("`reversal`: second task", sequence, None, -1),
         ("`reversal`: first task, at the switch", sequence, "expr", 1),
-        ("`expr:need=last,product`, 4,000 steps", long, None, -1),
+        ("`expr:need=last,product`, 2,400 steps", long, None, -1),
     ]
 
 
@@ -198,7 +198,7 @@ def pays(grids, plt):
     axes[0][0].set_ylabel("distinct right answers of 16")
     axes[0][0].legend(frameon=False, fontsize=7)
     parts = [comparison(sections, DEFAULT)]
-    best = [(f"{title}, at the best step", *rest) for title, *rest in sections if "4,000" in title]
+    best = [(f"{title}, at the best step", *rest) for title, *rest in sections if "2,400" in title]
     parts.append(stopped_early(best[0][1]) if best else "")
     parts.append("At temperature 1, which is how the runs were compared before:\n\n" + at_one(sections))
     return figure, "\n\n".join(filter(None, parts))
@@ -213,7 +213,7 @@ def stopped_early(lines):
             values = [mean([x["best"][key] for x in mine]) for key in ("step", "greedy", "accuracy", "distinct")]
             end = mean([evaluated(x)[-1]["greedy"] for x in mine])
             body.append([name, str(len(mine)), f"{values[0]:.0f}", *(f"{v:.3f}" for v in values[1:]), f"{end:.3f}"])
-    head = ["4,000 steps", "seeds", "best step", "greedy there", "pass@1 there", "distinct there", "greedy at the end"]
+    head = ["2,400 steps", "seeds", "best step", "greedy there", "pass@1 there", "distinct there", "greedy at the end"]
     return table(head, body) if body else ""
 
 
