@@ -142,13 +142,11 @@ COLUMNS = {
 
 
 def cell(values, form):
-    from isentropic.runs.statistics import bootstrap_interval
+    from isentropic.runs.statistics import mean_interval
 
     mean = form.format(float(np.mean(values)))
-    if len(values) < 3:
-        return mean
-    low, high = bootstrap_interval(values)
-    return f"{mean} ({form.format(low)}..{form.format(high)})"
+    interval = mean_interval(values, bounds=(-np.inf if "+" in form else 0.0, np.inf))
+    return mean if interval is None else f"{mean} ({form.format(interval.low)}..{form.format(interval.high)})"
 
 
 def report():
@@ -166,7 +164,7 @@ def report():
                 cells.append([controller, *(cell([row[name] for row in rows], COLUMNS[name]) for name in names), gap])
             number = len(next(iter(by_controller.values())))
             lines += [f"## {plant}", "", table(["controller", *names, f"rms − {BASELINE}'s"], cells), ""]
-            lines += [f"Mean over {number} seeds (0 to {number - 1}), 95 % bootstrap interval over seeds.", ""]
+            lines += [f"Mean over {number} seeds (0 to {number - 1}), 95 % interval over seeds (Student's t).", ""]
         lines += [f"{facts['made']}.", ""]
         if part == "embedded":
             draw(facts["plants"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from results import ROOT, load, made, pyplot, run_cells, save, save_figure, table
 
-# As in bench/hold.py.
+# The settings of a run on the embedded task.
 SHARED = {"prompts": 32, "generations": 16, "updates": 4, "learning_rate": 5e-4, "warmup": 50}
 # The fused head makes fp32 logits of bf16 hidden states, and so would undo the cast.
 SHARED |= {"head": "trl"}
@@ -154,7 +154,7 @@ def by_cell(cells):
 
 def differences(cells):
     """bf16 minus fp32 at the same seed: the mean, and its 95 % interval over seeds."""
-    from isentropic.runs.statistics import bootstrap_interval
+    from isentropic.runs.statistics import mean_interval
 
     rows, result = [], {}
     for recipe, cast in CELLS:
@@ -168,7 +168,7 @@ def differences(cells):
             gaps = [other[s][name] - exact[s][name] for s in seeds if None not in (other[s][name], exact[s][name])]
             row[name] = {"by_seed": gaps}
             if gaps:
-                bounds = bootstrap_interval(gaps)
+                bounds = mean_interval(gaps)
                 row[name] |= {"mean": statistics.mean(gaps), "interval": None if bounds is None else list(bounds)}
         result[f"{recipe}, {cast}"] = row
         gaps = [interval(row[name]) for name in ("H end", "reward", "pass@1")]
@@ -216,7 +216,7 @@ whatever the run itself read; *end* is the last tenth of the steps, and log-prob
 
 {by_cell(facts["cells"])}
 
-## The same seed in bf16 and in fp32: mean difference [95 % bootstrap interval over seeds]
+## The same seed in bf16 and in fp32: mean difference [95 % interval over seeds, Student's t]
 
 {differences(facts["cells"])[0]}
 

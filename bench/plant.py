@@ -1,7 +1,7 @@
 """How well does every controller hold a first-order plant, if it acts once in 1 to 32 optimizer steps?
 
 The plant of `isentropic.control.plant`: an entropy that a knob moves by 2 to 4 % of its target a step, read with noise,
-with and without lag, delay, forecasts and a sign that turns. Under a minute on one core.
+with and without lag, delay, forecasts, a rate that decays and a sign that turns. A minute on one core.
 
     python bench/plant.py
 """
@@ -18,8 +18,10 @@ from isentropic.control.plant import Plant, bound_to_bound, rms_error, run
 from isentropic.control.watchdog import Watchdog, WatchdogState
 
 EVERY = [1, 2, 4, 8, 16, 32]
-STEPS, AFTER, SEEDS = 800, 200, range(3)
+STEPS, AFTER, SEEDS = 800, 200, range(2)
+RUNS = [(seed, sign) for seed in SEEDS for sign in (1, -1)]
 LATE = "4 %, lag 10, delay 8"
+DECAY, DECAY_LATE = "4 %, learning rate to 0", "8 %, learning rate to 0, noise 5 %, wander 1 %, delay 2"
 PLANTS = {
     "2 % a step": Plant(authority=0.02),
     "4 % a step": Plant(authority=0.04),
@@ -31,7 +33,10 @@ PLANTS = {
     "8 %": Plant(authority=0.08),
     "4 %, forecast every tenth step": Plant(authority=0.04, forecast_every=10),
     "4 %, no forecast": Plant(authority=0.04, forecast_every=0),
+    DECAY: Plant(authority=0.04, warm_up=50, decays_at=STEPS),
+    DECAY_LATE: Plant(authority=0.08, noise=0.05, wander=0.01, delay=2, warm_up=50, decays_at=STEPS),
 }
+DELAYS, AUTHORITIES = [0, 2, 4, 8, 16], [0.005, 0.01, 0.02, 0.04, 0.08]
 COLOURS = {"pi": "#e69f00", "predictive": "#2f7fd1"}
 
 
@@ -39,24 +44,38 @@ def knob(sign):
     return Range(0.0, -1.0, 1.0, 1e-3, sign)
 
 
-def cell(controller, plant, every):
-    """RMS error and trips from bound to bound, means over seeds and both signs."""
-    errors, trips = [], []
-    for seed in SEEDS:
-        for sign in (1, -1):
-            span = knob(sign)
-            rows = run(
-                lambda span: parse_controller(controller, span), plant, span, steps=STEPS, every=every, seed=seed
-            )
-            errors.append(rms_error(rows, AFTER))
-            trips.append(bound_to_bound(rows, span, AFTER))
-    return fmean(errors), fmean(trips)
+def cell(controller, plant, every, runs=RUNS):
+    """RMS error, trips from bound to bound and share of the time at one, means over runs of a seed and a sign."""
+    errors, trips, held = [], [], []
+    for seed, sign in runs:
+        span = knob(sign)
+        rows = run(lambda span: parse_controller(controller, span), plant, span, steps=STEPS, every=every, seed=seed)
+        errors.append(rms_error(rows, AFTER))
+        trips.append(bound_to_bound(rows, span, AFTER))
+        held.append(fmean(span.saturated(row.knob) for row in rows[AFTER:]))
+    return fmean(errors), fmean(trips), fmean(held)
 
 
 def section(title, names):
     """The table of a plant."""
-    lines = [[name, *(f"{e:.1%}{f' ({t:.0f})' if round(t) else ''}" for e, t in figures)] for name, figures in names]
+    lines = [[name, *(f"{e:.1%}{f' ({t:.0f})' if round(t) else ''}" for e, t, _ in figures)] for name, figures in names]
     return f"## {title}\n\n{table(['controller', *(f'every {n}' for n in EVERY)], lines, right=len(EVERY))}"
+
+
+def corners(controller):
+    """The table of a controller over every authority, delay and wait; ``{delay}`` in its text is told."""
+    lines = []
+    for authority in AUTHORITIES:
+        # A knob of ½ % can hold a fall of at most ¼ % a step.
+        weak = Plant(authority=authority, fall=min(0.002, authority / 5))
+        for delay in DELAYS:
+            told, plant = controller.format(delay=delay), weak._replace(delay=delay)
+            row = [cell(told, plant, every, RUNS[::3]) for every in EVERY]
+            shown = [f"{error:.1%}{f' ({held:.0%})' if held >= 0.005 else ''}" for error, _, held in row]
+            lines.append([f"{100 * authority:g} %", str(delay), *shown])
+    head = ["authority", "delay", *(f"every {n}" for n in EVERY)]
+    title = f"`{controller.replace('{delay}', 'D')}` at each authority, delay and wait"
+    return f"## {title}\n\n{table(head, lines, right=len(EVERY) + 1)}"
 
 
 def seen_after(name, plant):
@@ -94,7 +113,7 @@ def draw(figures):
                 continue
             main = COLOURS.get(name)
             style = {"color": main or "#9a9a9a", "lw": 1.8 if main else 0.8, "marker": "o", "ms": 3 if main else 1.5}
-            errors = [100 * error for error, _ in figures[title][name]]
+            errors = [100 * error for error, *_ in figures[title][name]]
             axis.plot(EVERY, errors, zorder=3 if main else 2, label=name if main else None, **style)
         axis.set(title=title, xscale="log", yscale="log", xticks=EVERY, xticklabels=EVERY, ylim=(0.3, 100))
         axis.minorticks_off()
@@ -109,7 +128,7 @@ def draw(figures):
 
 def main():
     names = [name for name in CONTROLLERS if name != "schedule"]
-    told = {LATE: ["pi:delay=18"]}
+    told = {LATE: ["pi:delay=18", "predictive:delay=16"]}
     figures = {
         title: {n: [cell(n, plant, e) for e in EVERY] for n in [*names, *told.get(title, [])]}
         for title, plant in PLANTS.items()
@@ -121,7 +140,12 @@ def main():
     note = (
         "RMS error, share of the target; in brackets, trips of the knob from one bound to the other, if there were any."
     )
-    text = [note, *(section(title, rows.items()) for title, rows in figures.items()), turned()]
+    legend = (
+        "The whole range of the knob moves entropy by the authority, a share of the target, in a step. RMS error; in "
+        "brackets, share of the time at a bound; a seed for each sign. D: the controller is told the delay."
+    )
+    grids = [corners(name) for name in ("pi", "predictive", "predictive:delay={delay}")]
+    text = [note, *(section(title, rows.items()) for title, rows in figures.items()), turned(), legend, *grids]
     save("plant-table.md", "\n\n".join([*text, made(versions("python", "isentropic"), *facts)]) + "\n")
     draw(figures)
 

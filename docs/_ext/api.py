@@ -34,6 +34,7 @@ PAGES = {
             "lock",
             "statistics",
             "summary",
+            "frontier",
             "calibration",
             "explain",
             "frames",
@@ -74,7 +75,7 @@ PAGES = {
         *(f"engines.trl.{name}" for name in ("trainer", "callbacks", "audit", "rollout", "settings", "sequence")),
         "engines.tabular",
     ],
-    "experiments": [f"experiments.{name}" for name in ("config", "train", "evaluate", "compare", "grid")],
+    "experiments": [f"experiments.{name}" for name in ("config", "train", "evaluate", "compare", "grid", "origin")],
     "report": ["report", "report.watch"],
     "cli": ["cli.main"],
 }

@@ -95,6 +95,8 @@ class EntropyReading(NamedTuple):
             ``entropy.prediction`` computes it, times the learning rate.
         gain: Σ over the same steps of its derivative by the controlled knob.
         steps: number of optimizer steps with a prediction; 0 if none was predicted.
+        rate: learning rate of the step, the same on every rank; ``None`` if it is not known or stays the same. What a
+            knob can move falls with it, and controllers allow for that.
 
     Example:
         >>> EntropyReading(sum=6.0, count=4.0).mean
@@ -112,6 +114,7 @@ class EntropyReading(NamedTuple):
     predicted: float = 0.0
     gain: float = 0.0
     steps: int = 0
+    rate: float | None = None
 
     @property
     def mean(self) -> float:

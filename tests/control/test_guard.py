@@ -19,7 +19,17 @@ def test_counts_steps_in_a_row():
     assert guard.exceeded(GuardState(1.0, 3))
     assert not guard.exceeded(GuardState(1.0, 2))
     assert above(guard, 1.0, 2.1, target=1.2) == 0
+    # A target below the start is no reference: 1.5 is below 2 × 1.0.
+    assert above(guard, 1.0, 1.5, 1.5, target=0.6) == 0
     assert not Guard(0.0).exceeded(GuardState(1.0, 99))
+
+
+def test_it_speaks_at_the_last_step_of_its_patience():
+    guard, state = Guard(2.0), GuardState()
+    for entropy in (1.0, *[2.1] * 19):
+        state = guard.update(state, entropy, None)
+    assert not guard.exceeded(state)
+    assert guard.exceeded(guard.update(state, 2.1, None))
 
 
 def test_the_bound_is_capped_by_log_of_the_vocabulary():

@@ -35,19 +35,22 @@ def test_share_of_initial():
 
 def test_anneal_from_the_start_to_a_constant():
     seen = levels("anneal:100%:0.5:4", 1.5, 1.5, 1.5, 1.5, 1.5, 1.5)
-    assert [level for level, _ in seen] == pytest.approx([1.5, 1.25, 1.0, 0.75, 0.5, 0.5])
+    assert [level for level, _ in seen] == pytest.approx([1.5, 1.5 - 1 / 3, 1.5 - 2 / 3, 0.5, 0.5, 0.5])
     assert [hold for _, hold in seen] == [True] + [False] * 5
 
 
 def test_a_target_over_the_whole_run_needs_its_length():
     assert levels("anneal:2.0:1.0", *[1.5] * 6, steps=4) == levels("anneal:2.0:1.0:4", *[1.5] * 6)
     assert levels("anneal:2.0:1.0:2", 1.5, 1.5, steps=4) == levels("anneal:2.0:1.0:2", 1.5, 1.5)
+    # The first step of the run is at FROM, the last one at TO.
+    assert [level for level, _ in levels("anneal:2.0:1.0", *[1.5] * 5, steps=5)] == [2.0, 1.75, 1.5, 1.25, 1.0]
+    assert levels("anneal:2.0:1.0", 1.5, steps=1) == [(2.0, False)]
     with pytest.raises(ValueError, match=r"got steps=None; pass steps, or write anneal:100%:50%:STEPS"):
         parse_target("anneal:100%:50%")
 
 
 def test_a_longer_run_goes_on_from_where_the_level_is():
-    short, long = (parse_target("anneal:2.0:1.0", steps=steps) for steps in (4, 8))
+    short, long = (parse_target("anneal:2.0:1.0", steps=steps) for steps in (5, 9))
     state = short.init()
     for _ in range(4):
         state = short.update(state, 1.5, 1.0)
@@ -63,6 +66,17 @@ def test_band_waits_inside_and_comes_back_to_the_middle():
     # Middle 2: below 1 it steers up until 2 is passed, above 3 down until 2 is passed.
     seen = [hold for _, hold in levels("band:1.0:3.0", 1.5, 0.9, 1.9, 2.05, 2.9, 3.1, 2.1, 1.9)]
     assert seen == [True, False, False, True, True, False, False, True]
+
+
+@pytest.mark.parametrize(("start", "low", "high"), [(3.0, 1.5, 2.0), (1.0, 0.5, 2.0), (6.0, 2.0, 3.0)])
+def test_a_band_of_nats_and_a_share_lies_between_them(start, low, high):
+    """2 nats and half of the start: below the lower one it steers up, above the higher one down, inside it waits."""
+    for text in ("band:2.0:50%", "band:50%:2.0"):
+        target = parse_target(text)
+        begun = target.update(target.init(), start, 10.0)
+        for entropy, side in ((low - 0.1, 1), (low + 0.1, 0), (high - 0.1, 0), (high + 0.1, -1)):
+            state = target.update(begun._replace(active=0), entropy, 10.0)
+            assert (target.level(state), state.active) == (pytest.approx((low + high) / 2), side)
 
 
 def test_state_is_plain_numbers():

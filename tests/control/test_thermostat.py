@@ -58,11 +58,11 @@ def test_each_update_is_told_what_came_since_the_one_before_and_no_more():
         state = t.update(state, reading(mean)._replace(predicted=predicted, gain=gain, steps=steps))
     (first, second) = told
     assert first[:2] == pytest.approx((0.6, 1.0))
-    assert first[2] == pytest.approx(Forecast(-0.4, 0.04, 2, 2))
+    assert first[2] == pytest.approx(Forecast(-0.4, 0.04, 2, 2, 2))
     assert first[3] == 2
     # The mean of the last two alone, and their predictions alone: 8.5 and 9.05 are theirs, 1 step of the two had one.
     assert second[:2] == pytest.approx((0.9, 1.0))
-    assert second[2] == pytest.approx(Forecast(8.5, 9.05, 1, 2))
+    assert second[2] == pytest.approx(Forecast(8.5, 9.05, 1, 2, 2))
     assert second[3] == 2
     assert (state.sum, state.count, state.waited, state.predicted, state.gain, state.steps) == (0, 0, 0, 0, 0, 0)
     assert state.readings == 4
@@ -74,7 +74,34 @@ def test_what_was_read_while_the_start_was_measured_is_not_kept():
     state = t.update(t.init(), reading(1.0)._replace(predicted=-0.1, gain=0.1, steps=1))
     assert not told
     t.update(state, reading(0.8)._replace(predicted=-0.2, gain=0.2, steps=1))
-    assert told == [(pytest.approx(0.8), 1.0, Forecast(-0.2, 0.2, 1, 1), 1)]
+    assert told == [(pytest.approx(0.8), 1.0, Forecast(-0.2, 0.2, 1, 1, 1), 1)]
+
+
+def test_time_is_counted_in_the_largest_learning_rate_so_far():
+    # 0 of nothing is no time; then 1, 1 (the largest so far) and half of it: 2.5 of four readings.
+    controller, told = recorder()
+    t = thermostat(controller, parse_target("1.0"), every=4)
+    state = t.init()
+    for rate in (0.0, 1e-4, 4e-4, 2e-4):
+        state = t.update(state, reading(0.5)._replace(rate=rate))
+    assert told == [(0.5, 1.0, Forecast(0, 0, 0, 4, 2.5), 2.5)]
+    assert (state.rate, state.time) == (4e-4, 0.0)
+    # A reading without a rate counts as one.
+    for rate in (1e-4, None, 1e-4, 0.0):
+        state = t.update(state, reading(0.5)._replace(rate=rate))
+    assert told[1] == (0.5, 1.0, Forecast(0, 0, 0, 4, 1.5), 1.5)
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_constant_learning_rate_is_as_none(name, every):
+    t = thermostat(CONTROLLERS[name](KNOB), parse_target("1.0"), every)
+    with_rate = without = t.init()
+    for i in range(60):
+        one = reading(1.0 + 0.1 * (i % 7 - 3))._replace(predicted=-1e-3, gain=5e-3, steps=1)
+        without = t.update(without, one)
+        with_rate = t.update(with_rate, one._replace(rate=3e-4))
+    assert with_rate == without._replace(rate=3e-4)
 
 
 def test_a_controller_is_told_only_what_it_takes():
@@ -135,16 +162,25 @@ def test_the_knob_is_held_while_the_start_is_measured():
     assert t.update(state, reading(0.9)).value == 0.1
 
 
-def test_resumes_bit_for_bit_through_json():
-    t = loop("anneal:100%:50%:7")
-    straight = t.init()
-    for i in range(20):
-        straight = t.update(straight, reading(1.0 + 0.1 * (i % 3), 10.0 + i), act=i % 4 == 3)
-        if i == 9:
-            saved = json.dumps(to_json(straight))
-    resumed = t.restore(json.loads(saved))
-    for i in range(10, 20):
-        resumed = t.update(resumed, reading(1.0 + 0.1 * (i % 3), 10.0 + i), act=i % 4 == 3)
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_resumes_bit_for_bit_through_json(name):
+    t = thermostat(CONTROLLERS[name](KNOB), parse_target("anneal:100%:50%:7"))
+    straight = before = t.init()
+
+    def step(state, i):
+        one = reading(1.0 + 0.1 * (i % 3), 10.0 + i)._replace(
+            predicted=-1e-3, gain=5e-3, steps=i % 2, rate=1 - 0.03 * i
+        )
+        return t.update(state, one, act=i % 4 == 3)
+
+    for i in range(30):
+        straight = step(straight, i)
+        if i == 17:
+            before = straight
+    resumed = t.restore(json.loads(json.dumps(to_json(before))))
+    assert resumed == before
+    for i in range(18, 30):
+        resumed = step(resumed, i)
     assert resumed == straight
 
 

@@ -166,7 +166,8 @@ def test_monitoring_alone_only_warns_and_never_stops(caplog):
 def test_a_resumed_loop_equals_an_uninterrupted_one(tmp_path):
     recipe = compose("isentropic", target="1.0")
     readings = [
-        EntropyReading(8.0 + i, 10.0, predicted=-1e-3 * i, gain=2e-3, steps=1) if i != 3 else BROKEN for i in range(8)
+        EntropyReading(8.0 + i, 10.0, predicted=-1e-3 * i, gain=2e-3, steps=1, rate=1 / (1 + i)) if i != 3 else BROKEN
+        for i in range(8)
     ]
     straight, first = ControlLoop(recipe, 8), ControlLoop(recipe, 8)
     for reading in readings:
@@ -195,7 +196,7 @@ def test_a_checkpoint_of_another_control_is_not_continued(tmp_path, caplog):
 
 def test_a_target_over_the_whole_run_learns_its_length():
     loop = ControlLoop(compose(HELD, target="anneal:2.0:1.0"), 1)
-    loop.extend_to(4)
+    loop.extend_to(5)
     targets = []
     for _ in range(5):
         loop.regulate(GOOD, act=True)

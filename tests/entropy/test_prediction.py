@@ -331,6 +331,10 @@ def test_theorem_2_counts_rows_that_left():
     count = bound_violations(now, entropy_old, torch.tensor([[1, 1, 1, 1]]), 0.2, 0.28)
     assert (count.sum.item(), count.count.item()) == (2, 4)
     assert bound_violations(now, entropy_old, torch.tensor([[1, 1, 0, 0]]), 0.2, 0.28).sum.item() == 1
+    # The lower bound is by the lower width, the upper one by the upper: 0.8 and 1.28, not 0.72 and 1.2.
+    for row, left in enumerate((1, 0, 1, 0)):
+        mask = torch.nn.functional.one_hot(torch.tensor([row]), 4)
+        assert bound_violations(now, entropy_old, mask, 0.2, 0.28).sum.item() == left
 
 
 def test_weights_need_a_gradient():

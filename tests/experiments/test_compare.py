@@ -7,6 +7,7 @@ import pytest
 
 from isentropic.experiments.compare import compare, fingerprint, line_of, name_cells, render, write
 from isentropic.runs.record import Record, write_json
+from isentropic.runs.statistics import mean_interval, paired_interval
 
 
 def line(cell, seed, task="expr", settings=None, **figures):
@@ -26,7 +27,7 @@ def test_a_hand_worked_comparison():
     lines += [line("b", seed, **{"pass@1": value}) for seed, value in enumerate([0.3, 0.5, 0.7])]
     comparison = compare(lines, "a")
     assert comparison.cells["a"]["pass@1"].mean == pytest.approx(0.5)
-    assert comparison.cells["b"]["pass@1"].interval.low >= 0.3
+    assert comparison.cells["b"]["pass@1"].interval == mean_interval([0.3, 0.5, 0.7])
     # b beats a in (0.3 > 0.2), (0.5 > 0.2, 0.4), (0.7 > 0.2, 0.4): 5 of 9.
     chance, interval = comparison.better["b"]["pass@1"]
     assert chance == pytest.approx(5 / 9)
@@ -37,19 +38,19 @@ def test_a_hand_worked_comparison():
 def test_fewer_than_three_seeds_give_no_interval_and_it_says_so():
     comparison = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1)])
     assert comparison.cells["a"]["pass@1"].interval is None
-    assert "fewer than 3 seeds: a" in render(comparison)
+    assert "over runs for fewer than 3 seeds: a" in render(comparison)
     three = compare([line("a", seed, **{"pass@1": 0.5}) for seed in (0, 1, 2)])
     assert "fewer than" not in render(three)
-    assert "0.500 (0.500..0.500)" in render(three)
+    assert "0.500 (" not in render(three)  # equal runs show no spread
 
 
-def test_every_task_weighs_the_same_and_the_bootstrap_keeps_them_apart():
-    lines = [line("a", seed, "easy", **{"pass@1": 1.0}) for seed in range(6)]
-    lines += [line("a", seed, "hard", **{"pass@1": 0.0}) for seed in range(3)]
+def test_every_task_weighs_the_same_and_the_interval_keeps_them_apart():
+    lines = [line("a", seed, "easy", **{"pass@1": 0.9 + seed / 100}) for seed in range(6)]
+    lines += [line("a", seed, "hard", **{"pass@1": 0.1 + seed / 100}) for seed in range(3)]
     estimate = compare(lines).cells["a"]["pass@1"]
-    assert estimate.mean == pytest.approx(0.5)
-    # Resampling within a task leaves nothing to vary; over all runs it would.
-    assert tuple(estimate.interval) == (0.5, 0.5)
+    assert estimate.mean == pytest.approx((0.925 + 0.11) / 2)
+    # Within a task there is little to vary; over all runs there would be much.
+    assert estimate.interval.high - estimate.interval.low < 0.05
 
 
 def test_bad_comparisons_are_refused():
@@ -148,6 +149,81 @@ def test_a_run_counts_once():
     with pytest.raises(ValueError, match="a on expr has 2 runs of seed 1, which count once"):
         compare([line("a", 0), line("a", 1), line("a", 1)])
     assert compare([line("a", 1), line("a", 1, "other")]).seeds == {"a": 1}
+
+
+def evaluated(cell, seed, by_temperature, greedy, **more):
+    """A line of two temperatures, by each the right and the distinct answers of four prompts among 2."""
+    points = {
+        t: {"pass@1": sum(right) / 8, "pass@2": 1.0, "distinct": sum(kinds) / 4}
+        for t, (right, kinds) in by_temperature.items()
+    }
+    counts = {t: ["".join(map(str, column)) for column in columns] for t, columns in by_temperature.items()}
+    entry = {"task": "expr", "k": 2, **points["1"], "at": {"0.5": points["0.5"]}, "greedy": sum(greedy) / 4}
+    entry["counts"] = counts | {"greedy": "".join(map(str, greedy))}
+    best = max(point["pass@1"] for point in points.values())
+    return line(cell, seed, greedy=sum(greedy) / 4, **{"best_pass@1": best}) | {"evaluations": [entry]} | more
+
+
+WARM = {"1": ([1, 1, 1, 1], [1, 1, 1, 1]), "0.5": ([2, 2, 1, 1], [1, 1, 1, 1])}
+VARIED = {"1": ([2, 2, 1, 1], [2, 2, 1, 1]), "0.5": ([2, 2, 2, 1], [1, 1, 1, 1])}
+WRONG = {"1": ([0, 0, 0, 0], [0, 0, 0, 0]), "0.5": ([1, 1, 0, 0], [1, 1, 0, 0])}
+
+
+def test_distinct_answers_are_compared_at_equal_accuracy():
+    lines = [evaluated("base", 0, WARM, [1, 1, 1, 0]), evaluated("varied", 0, VARIED, [1, 1, 1, 0])]
+    lines.append(evaluated("wrong", 0, WRONG, [0, 0, 0, 0]))
+    comparison = compare(lines, "base")
+    assert comparison.floors == {"expr": pytest.approx(0.73)}
+    distinct = {name: cell["distinct/equal"].mean for name, cell in comparison.cells.items()}
+    # The varied one has 1.5 at 0.75; the wrong one is below at any temperature.
+    assert distinct == {"base": 1.0, "varied": 1.5, "wrong": 0.0}
+    assert comparison.better["varied"]["distinct/equal"][0] == 1.0
+    text = render(comparison)
+    assert "distinct answers at a pass@1 of at least 0.730 on expr" in text
+    assert "Not as accurate as the baseline at any temperature" in text
+    assert "equal accuracy: wrong on expr, seed 0." in text
+    assert "distinct/equal" not in compare(lines).cells["base"]
+
+
+def test_differences_of_one_seed_are_bounded_over_prompts(tmp_path):
+    lines = [evaluated("base", 0, WARM, [1, 1, 1, 0]), evaluated("wrong", 0, WRONG, [0, 0, 0, 0])]
+    comparison = compare(lines, "base")
+    mean, interval = comparison.differences["wrong"]["greedy"]
+    assert mean == -0.75
+    assert interval == paired_interval([0, 0, 0, 0], [1, 1, 1, 0])
+    mean, interval = comparison.differences["wrong"]["best_pass@1"]
+    assert mean == -0.5
+    assert interval == paired_interval([0.5, 0.5, 0, 0], [1, 1, 0.5, 0.5])
+    assert "-0.750 (" in render(comparison)
+    assert comparison.as_json()["differences"]["wrong"]["greedy"]["mean"] == -0.75
+    write(comparison, lines, tmp_path)
+    with (tmp_path / "compare.csv").open() as file:
+        assert [row["distinct/equal"] for row in csv.DictReader(file)] == ["1.0", "0.0"]
+    # Without counts there is a mean alone.
+    for row in lines:
+        del row["evaluations"][0]["counts"]
+    assert compare(lines, "base").differences["wrong"]["greedy"] == (-0.75, None)
+
+
+def test_differences_of_several_seeds_are_paired_by_seed():
+    # Seeds scatter widely, their differences little.
+    lines = [line("a", seed, greedy=0.2 * seed) for seed in range(4)]
+    lines += [line("b", seed, greedy=0.2 * seed + 0.1 + 0.01 * seed) for seed in (3, 2, 1, 0)]
+    lines.append(line("b", 9, greedy=0.0))
+    mean, interval = compare(lines, "a").differences["b"]["greedy"]
+    assert mean == pytest.approx(0.115)
+    assert interval == pytest.approx(mean_interval([0.1, 0.11, 0.12, 0.13]))
+    assert "+0.115 (+0.094..+0.136)" in render(compare(lines, "a"))
+    assert compare(lines).differences["b"] == {}
+
+
+def test_the_table_is_split_so_that_it_can_be_read():
+    figures = {"entropy/mean": 1.0, "seconds": 3.0, "greedy": 0.5, "best_pass@1": 0.5, "pass@1": 0.4, "pass@16": 1.0}
+    text = render(compare([line(name, s, **figures) for name in "ab" for s in range(3)], "a"))
+    first, second = text.split("\n\n")[:2]
+    assert first.splitlines()[0].split("  ") == ["cell", "seeds", "mean H", "seconds"]
+    assert second.splitlines()[0].split("  ") == ["cell", "seeds", "greedy", "best pass@1", "pass@1", "pass@16"]
+    assert max(map(len, text.splitlines()[:-1])) <= 165
 
 
 def test_what_makes_a_comparison_unfair_is_said():

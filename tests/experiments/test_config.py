@@ -5,8 +5,19 @@ from dataclasses import fields
 import pytest
 
 from isentropic.experiments.compare import changed
-from isentropic.experiments.config import GROUPS, ConfigError, RunConfig, as_dict, eval_settings, load, recipe_of
+from isentropic.experiments.config import (
+    GROUPS,
+    ConfigError,
+    RunConfig,
+    as_dict,
+    eval_settings,
+    load,
+    recipe_of,
+    steps_of,
+    total_steps,
+)
 from isentropic.recipes.stages import STAGES
+from isentropic.tasks.sequence import SEQUENCES
 
 
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
@@ -84,6 +95,82 @@ def test_every_setting_is_in_a_group_and_says_what_it_is():
 
 def test_evaluation_takes_the_settings_of_the_first_run():
     run = {"task": "expr", "eval_k": 4, "eval_rows": 7, "seed": 3, "temperature": 0.5, "max_completion_length": None}
-    assert eval_settings({"k": None}, [run]) == ("expr", 4, 7, 0.5, 3, None, None)
-    assert eval_settings({"k": 2, "greedy": True, "task": "expr-digit"}, [run])[:2] == ("expr-digit", 2)
-    assert eval_settings({"greedy": True}, [run]).greedy_limit == 7
+    assert eval_settings({"k": None}, [run]) == ("expr", 4, 7, 0.5, [1.5, 1.0, 0.6, 0.3], 3, None)
+    assert eval_settings({"k": 2, "task": "expr-digit"}, [run])[:2] == ("expr-digit", 2)
+    assert eval_settings({}, [{**run, "eval_temperatures": [2.0]}]).temperatures == [2.0]
+    assert eval_settings({"also": [0.1]}, [{**run, "eval_temperatures": [2.0]}]).temperatures == [0.1]
+    assert eval_settings({"task": "expr"}, []).temperatures == RunConfig().eval_temperatures
+
+
+def test_tasks_that_follow_are_a_list_however_they_are_written(tmp_path):
+    path = tmp_path / "run.toml"
+    for text, then in (("", []), ('then = "expr-digit"', ["expr-digit"]), ('then = ["a.py:b"]', None)):
+        path.write_text(text + "\nsteps = 8\n")
+        if then is None:
+            with pytest.raises(ConfigError, match=r"then: .*no such file"):
+                load(str(path), {})
+            continue
+        config = load(str(path), {})
+        assert config.then == then
+        assert steps_of(config) == [8] * (1 + len(then))
+    config = load(str(path), {"then": ["expr-digit", "expr:need=odd"], "then_steps": 4})
+    assert (config.then, steps_of(config), total_steps(config)) == (["expr-digit", "expr:need=odd"], [8, 4, 4], 16)
+    # Two configs do not share a list.
+    RunConfig().then.append("expr")
+    assert RunConfig().then == []
+
+
+def test_a_named_sequence_stands_for_its_tasks(tmp_path):
+    first, *others = SEQUENCES["reversal"].tasks
+    config = load(None, {"task": "reversal", "steps": 8})
+    assert (config.task, config.then) == (first, others)
+    assert load(None, {"task": "reversal", "then": ["expr-digit"]}).then == [*others, "expr-digit"]
+    path = tmp_path / "run.toml"
+    path.write_text('task = "reversal"\n')
+    assert load(str(path), {}) == load(None, {"task": "reversal"})
+    # The settings of a run that is resumed hold the tasks already, and the same command continues it.
+    for again in (load(str(path), {}, as_dict(config)), load(None, {"task": "reversal"}, as_dict(config))):
+        assert again == config
+    assert load(None, {}, as_dict(config)) == config
+
+
+def test_temperatures_of_evaluations(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("eval_temperatures = [2, 0.5]\n")
+    assert load(str(path), {}).eval_temperatures == [2, 0.5]
+    path.write_text("eval_temperatures = 0.5\n")
+    assert load(str(path), {}).eval_temperatures == [0.5]
+    assert load(str(path), {"eval_temperatures": []}).eval_temperatures == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"then": ["expr"]}, "then: got 'expr' twice in one run"),
+        ({"then": ["expr-digit", "expr-digit"]}, "then: got 'expr-digit' twice"),
+        ({"then": ["expr:rate=0.37"]}, "then: got 'expr:rate=0.37', the same task as 'expr'"),
+        ({"task": "expr:need=odd,last", "then": ["expr:need=last,odd"]}, "the same task as 'expr:need=odd,last'"),
+        ({"task": "reversal", "then": ["expr:need=no-plus"]}, "then: got 'expr:need=no-plus' twice"),
+        ({"then_steps": 4}, "then_steps: got 4 without a second task"),
+        ({"then": ["expr-digit"], "then_steps": 0}, "then-steps: got 0, must be at least 1"),
+        ({"then": ["exprdigit"]}, "then: .*did you mean expr-digit"),
+        ({"then": ["reversal"]}, "then: task must be one of"),
+        ({"then": 3}, "then: got 3, must be str"),
+        ({"then": ["expr-digit", None]}, "then: got None, must be str"),
+        ({"task": ["expr"]}, r"task: got \['expr'\], must be str"),
+        ({"task": "reversl"}, "task: .*got 'reversl'"),
+        ({"eval_temperatures": [1.5, 0]}, "eval_temperatures: got 0, must be > 0 and finite"),
+        ({"eval_temperatures": -1}, "eval_temperatures: got -1, must be > 0"),
+        ({"eval_temperatures": [float("nan")]}, "eval_temperatures: got nan"),
+        ({"eval_temperatures": [float("inf")]}, "eval_temperatures: got inf"),
+        ({"eval_temperatures": ["1.5"]}, "eval-temperatures: got '1.5', must be float"),
+        ({"eval_temperatures": [True]}, "eval-temperatures: got True, must be float"),
+        ({"eval_every": -4}, "eval-every: got -4, must be at least 0"),
+        ({"eval_every": 2.5}, "eval-every: got 2.5, must be int"),
+        ({"eval_every": 6}, r"eval_every: got 6, must be a multiple of updates \(4\)"),
+    ],
+)
+def test_mistakes_in_sequences_and_evaluations_are_one_line(settings, says):
+    with pytest.raises(ConfigError, match=says) as refused:
+        load(None, settings)
+    assert "\n" not in str(refused.value)

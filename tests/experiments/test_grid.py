@@ -134,6 +134,93 @@ def test_a_compressed_results_file_is_read(tmp_path):
     assert [line["cell"] for line in grid.lines()] == ["grpo", "dapo"]
 
 
+OURS = {"numbers": 1, "model": "a", "tasks": "b"}
+
+
+def with_lines(tmp_path, *origins):
+    """A grid of three runs, and a results file with lines of the first of them."""
+    grid = load_grid(None, {"recipes": ["grpo", "dapo", "loop"], "results": str(tmp_path / "results.jsonl")})
+    for cell, theirs in zip(grid.cells, origins, strict=False):
+        line = {"task": cell.task, "seed": cell.seed, "fingerprint": cell.print, "cell": cell.name}
+        append_row(grid.results, line | ({} if theirs is None else {"origin": theirs}))
+    return grid
+
+
+@pytest.mark.parametrize(
+    ("theirs", "says"),
+    [
+        ({**OURS, "numbers": 0}, "1 of another version of the code"),
+        ({**OURS, "model": "z"}, "1 of another warm start"),
+        ({**OURS, "tasks": "z"}, "1 of other rows"),
+        (None, "1 without a record of their warm start, rows and code"),
+    ],
+)
+def test_a_line_of_another_origin_is_refused(tmp_path, theirs, says):
+    grid = with_lines(tmp_path, OURS, theirs)
+    with pytest.raises(ConfigError) as refused:
+        grid.refuse_stale(lambda config: OURS)
+    text = str(refused.value)
+    assert text.startswith(f"{grid.results}: 1 of 3 runs have a line")
+    assert (
+        f": {says}; name another results file, delete those lines, or tabulate them as they are by --only-table" in text
+    )
+    assert "\n" not in text
+    # They can be read as they are.
+    assert [line["cell"] for line in grid.lines()] == ["grpo", "dapo"]
+
+
+def test_lines_of_several_origins_are_counted_each(tmp_path):
+    grid = with_lines(tmp_path, None, {**OURS, "model": "z"}, None)
+    with pytest.raises(ConfigError, match=r"3 of 3 runs .*: 2 without a record of .*; 1 of another warm start; name"):
+        grid.refuse_stale(lambda config: OURS)
+
+
+def test_lines_of_one_origin_and_of_other_grids_stay(tmp_path):
+    grid = with_lines(tmp_path, OURS, OURS)
+    append_row(grid.results, {"task": "expr", "seed": 0, "fingerprint": "of another grid"})
+    grid.refuse_stale(lambda config: OURS)
+
+
+def test_the_origin_of_a_cell_is_asked_for_its_own_settings(tmp_path):
+    grid = with_lines(tmp_path, OURS)
+    asked = []
+    grid.refuse_stale(lambda config: asked.append(config) or OURS)
+    assert [(config["recipe"], config["task"], config["then"]) for config in asked] == [("grpo", "expr", [])]
+
+
+def test_a_grid_with_stale_lines_runs_nothing_and_its_table_can_be_had(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--recipes", "grpo", "dapo", "--results", "old.jsonl", "--out", "o"]
+    line = {"seed": 0, "task": "expr", "figures": {"steps": 8}, "settings": {}, "recipe": {}, "curve": {}}
+    cell = load_grid(None, {"recipes": ["grpo"]}).cells[0]
+    append_row(tmp_path / "old.jsonl", {**line, "fingerprint": cell.print, "cell": "grpo"})
+    monkeypatch.setattr("isentropic.experiments.grid.origin", lambda config: OURS)
+    monkeypatch.setattr("isentropic.experiments.grid.Processes", lambda *args: pytest.fail("a run was started"))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "old.jsonl: 1 of 2 runs have a line" in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "o").iterdir())
+    assert main(["compare", *flags, "--only-table"]) == 0
+    assert "grpo" in capsys.readouterr().out
+
+
+def test_the_lines_of_a_named_sequence_are_found_under_its_name(tmp_path):
+    flags = {"recipes": ["grpo"], "tasks": ["expr", "reversal"], "results": str(tmp_path / "results.jsonl")}
+    grid = load_grid(None, flags)
+    assert [(cell.task, cell.config.task, len(cell.config.then)) for cell in grid.cells] == [
+        ("expr", "expr", 0),
+        ("reversal", "expr", 1),
+    ]
+    # A run writes the task that it starts with, and its settings are in the fingerprint.
+    for cell in grid.cells:
+        append_row(grid.results, {"task": cell.config.task, "seed": 0, "fingerprint": cell.print})
+    assert grid.missing() == []
+    assert [line["task"] for line in grid.lines()] == ["expr", "reversal"]
+
+
 def test_dry_run_lists_the_cells(capsys):
     assert main(["compare", "--recipes", "grpo", "dapo", "--seeds", "0", "1", "--set", "steps=8", "--dry-run"]) == 0
     out = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A whole run from the command line: a custom task, a local model, the closing table, and its evaluation."""
 
 import json
+import shutil
 
 import pytest
 
@@ -8,9 +9,13 @@ pytest.importorskip("trl")
 from trl_case import save_model
 
 from isentropic.cli import main
+from isentropic.experiments import train as module
 from isentropic.experiments.config import load
+from isentropic.experiments.evaluate import evaluate
+from isentropic.experiments.origin import origin
 from isentropic.experiments.terminal import closing_table
 from isentropic.experiments.train import train
+from isentropic.runs.frontier import best_step
 from isentropic.runs.record import Record
 
 
@@ -64,12 +69,13 @@ def test_the_summary_is_what_the_rows_say(run):
 def test_eval_recomputes_from_a_checkpoint(run, capsys):
     last = run.rows("evaluations")[-1]
     assert main(["eval", str(run.path)]) == 0
-    *rows, note = capsys.readouterr().out.splitlines()
-    assert "the intervals of rates near 0 or 1 are too narrow" in note
-    shown = dict(row.split(maxsplit=1) for row in rows)
-    assert shown["pass@1"].startswith(f"{last['pass@1']:.3f} (")
-    assert shown["distinct"] == f"{last['distinct']:.3f}"
-    assert len({len(row) - len(row.split(maxsplit=1)[1]) for row in rows}) == 1  # a column
+    text = capsys.readouterr().out
+    assert f"{last['pass@1']:.3f} (" in text
+    assert f"{last['distinct']:.2f}" in text
+    assert main(["eval", str(run.path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    for name in ("num_correct", "num_distinct", "greedy_correct", "at", "pass@4", "task", "k", "temperature"):
+        assert row[name] == last[name]
     assert main(["eval", str(run.path), "--step", "16", "--k", "8"]) == 0
     assert "pass@8" in capsys.readouterr().out
     with pytest.raises(SystemExit):
@@ -90,6 +96,86 @@ def test_save_every_0_keeps_the_last_checkpoint(tmp_path):
     flags = ["--model", model, "--steps", "6", "--save-every", "0", "--eval-k", "0", "--prompts", "4"]
     assert main(["train", *flags, "--generations", "8", "--out", str(tmp_path / "out")]) == 0
     assert [step for step, _ in Record(tmp_path / "out").checkpoints()] == [6]
+
+
+SMALL = "--task task_cases:letters --prompts 4 --generations 4 --updates 2 --eval-k 2 --audit off --recipe loop".split()
+SMALL += "--knob zeta --target 80% --learning-rate 1e-3 --steps 10 --keep 9".split()
+
+
+def without_seconds(record, name="metrics"):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in record.rows(name)]
+
+
+@pytest.fixture(scope="module")
+def along(tmp_path_factory):
+    """A run that is evaluated every four steps, with no other checkpoint, and the same one without."""
+    home = tmp_path_factory.mktemp("along")
+    model = save_model(home / "model")
+    for name, flags in (("with", ["--eval-every", "4", "--save-every", "0"]), ("without", ["--save-every", "4"])):
+        assert main(["train", "--model", model, *SMALL, *flags, "--out", str(home / name)]) == 0
+    return Record(home / "with"), Record(home / "without")
+
+
+def test_evaluations_along_a_run_have_checkpoints_and_change_nothing(along):
+    run, other = along
+    rows = run.rows("evaluations")
+    assert [row["step"] for row in rows] == [0, 4, 8, 10]
+    assert [step for step, _ in run.checkpoints()] == [4, 8, 10]
+    assert [list(row["at"]) for row in rows] == [["1.5", "0.6", "0.3"]] * 4
+    assert all(len(row["greedy_correct"]) == 6 for row in rows)
+    assert without_seconds(run) == without_seconds(other)
+    assert [rows[0], rows[-1]] == other.rows("evaluations")
+    weights, others = (record.path / "checkpoint-10" / "model.safetensors" for record in along)
+    assert weights.read_bytes() == others.read_bytes()
+
+
+def test_a_resumed_run_repeats_no_evaluation(along, tmp_path, monkeypatch):
+    run, _ = along
+    for kept in (4, 8):
+        out = tmp_path / f"from-{kept}"
+        shutil.copytree(run.path, out)
+        again = Record(out)
+        for step, path in again.checkpoints():
+            if step > kept:
+                shutil.rmtree(path)
+        (out / "summary.json").unlink()
+        evaluated = []
+
+        def count(model, tokenizer, task, *args, evaluated=evaluated, **more):
+            evaluated.append(task.name)
+            return evaluate(model, tokenizer, task, *args, **more)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(module, "evaluate", count)
+            assert main(["train", "--resume", "--out", str(out)]) == 0
+        assert len(evaluated) == {4: 2, 8: 1}[kept]
+        assert again.rows("evaluations") == run.rows("evaluations")
+        assert without_seconds(again) == without_seconds(run)
+
+
+def test_the_summary_has_the_best_evaluation(along):
+    run, other = along
+    best = json.loads((run.path / "summary.json").read_text())["best"]
+    assert best["step"] in (4, 8, 10)
+    assert best == best_step([row for row in run.rows("evaluations") if row["step"]])._asdict()
+    assert "best" not in json.loads((other.path / "summary.json").read_text())
+
+
+def test_the_header_has_the_origin_of_the_numbers(along):
+    run, other = along
+    assert run.header()["origin"] == other.header()["origin"] == origin(run.header()["config"])
+
+
+def test_a_task_without_rows_to_train_on_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    (tmp_path / "aime24.jsonl").write_text('{"problem": "Three digits?", "answer": "025"}\n')
+    task = f"aime24:path={tmp_path}:prompt=plain"
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--model", save_model(tmp_path / "model"), "--task", task, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "no rows to train on" in error
+    assert not (tmp_path / "out" / "run.json").exists()
 
 
 @pytest.mark.parametrize("fails", [False, True])

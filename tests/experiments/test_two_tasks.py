@@ -1,4 +1,4 @@
-"""Two tasks in one run: the switch in its run directory, and resuming; the guard against exploding entropy."""
+"""Tasks in one run: the switches in its run directory, and resuming; the guard against exploding entropy."""
 
 import json
 import shutil
@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 pytest.importorskip("trl")
+import torch
 from task_cases import walk
 from trl_case import save_model
 
@@ -47,7 +48,9 @@ def test_the_summary_is_of_the_last_task_and_keeps_the_first(run, capsys):
     by = {(row["step"], row["task"]): row["pass@1"] for row in run[0].rows("evaluations")}
     assert result["start"]["pass@1"] == by[0, "spaces"]
     assert result["end"]["pass@1"] == by[14, "spaces"]
-    assert "pass@1, letters (start, switch, end)" in closing_table(result, "out")
+    table = closing_table(result, "out")
+    assert "letters" in table
+    assert "switch" in table
 
 
 def test_a_sequence_resumed_before_the_switch_equals_one_that_was_not(run, tmp_path):
@@ -66,11 +69,67 @@ def test_a_sequence_resumed_before_the_switch_equals_one_that_was_not(run, tmp_p
     assert resumed == whole
 
 
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    home = tmp_path_factory.mktemp("three")
+    flags = [*TASKS, "--then", "task_cases:empty", *SMALL, "--model", save_model(home / "model"), "--recipe", "grpo"]
+    flags += ["--steps", "4", "--save-every", "2", "--keep", "9", "--schedule", "linear", "--learning-rate", "1e-3"]
+    flags += ["--eval-every", "2"]
+    assert main(["train", *flags, "--out", str(home / "out")]) == 0
+    return Record(home / "out")
+
+
+def test_every_task_of_three_starts_anew_and_is_evaluated_at_every_switch(three):
+    rows = three.rows("metrics")
+    assert [row["task"] for row in rows] == ["letters"] * 4 + ["spaces"] * 4 + ["empty"] * 4
+    # Of four steps with a warm-up of two: up in two, down in two.
+    assert [row["learning_rate"] * 1e3 for row in rows] == pytest.approx([0, 0.5, 1, 0.5] * 3)
+    longest = [max(row["entropy/tokens"] for row in rows[at : at + 4]) for at in (0, 4, 8)]
+    assert all(tokens <= 8 * limit for tokens, limit in zip(longest, (6, 4, 5), strict=True))
+    # A switch is evaluated once, though an evaluation along the run falls on it too.
+    seen = [(row["step"], row["task"]) for row in three.rows("evaluations")]
+    assert seen == [(step, task) for step in range(0, 13, 2) for task in ("letters", "spaces", "empty")]
+    before = json.loads((three.path / "summary.json").read_text())["before"]
+    assert {task: [row["step"] for row in before[task]] for task in before} == {
+        task: list(range(0, 13, 2)) for task in ("letters", "spaces")
+    }
+
+
+def test_the_optimizer_forgets_at_every_switch(three):
+    steps = {}
+    for step, path in three.checkpoints():
+        state = torch.load(path / "optimizer.pt", weights_only=True)["state"]
+        steps[step] = {int(moments["step"]) for moments in state.values()}
+    assert steps == {step: {(step - 1) % 4 + 1} for step in (2, 4, 6, 8, 10, 12)}
+
+
+@pytest.mark.parametrize("kept", [10, 8, 6])
+def test_a_run_of_three_tasks_resumed_at_and_after_a_switch_equals_one_that_was_not(three, tmp_path, kept):
+    shutil.copytree(three.path, tmp_path / "out")
+    again = Record(tmp_path / "out")
+    for step, path in again.checkpoints():
+        if step > kept:
+            shutil.rmtree(path)
+    (again.path / "summary.json").unlink()
+    assert main(["train", "--resume", "--out", str(again.path)]) == 0
+    for name in ("metrics", "evaluations", "samples"):
+        resumed, whole = (
+            [{k: v for k, v in r.items() if k != "seconds"} for r in x.rows(name)] for x in (again, three)
+        )
+        assert resumed == whole
+    last, other = (run.path / "checkpoint-12" / "model.safetensors" for run in (again, three))
+    assert last.read_bytes() == other.read_bytes()
+    summaries = [json.loads((run.path / "summary.json").read_text()) | {"seconds": 0} for run in (again, three)]
+    assert summaries[0] == summaries[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
         (["--then", "exprdigit"], ["then: ", "did you mean expr-digit?"]),
-        (["--then", "expr"], ["the first task"]),
+        (["--then", "expr"], ["got 'expr' twice in one run"]),
+        (["--then", "expr-digit", "--then", "expr-digit"], ["got 'expr-digit' twice in one run"]),
+        (["--task", "reversal", "--then", "expr"], ["got 'expr' twice in one run"]),
         (["--then-steps", "8"], ["without a second task"]),
         (["--then", "expr-digit", "--steps", "10"], ["multiple of updates (4)"]),
         (["--then", "expr-digit", "--then-steps", "10"], ["then_steps: got 10", "multiple of updates"]),

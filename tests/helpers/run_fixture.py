@@ -141,4 +141,16 @@ def evaluations(rng, steps, tasks, hold):
                 miss = [math.comb(16 - c, k) / math.comb(16, k) for c in correct]
                 row[f"pass@{k}"] = 1 - sum(miss) / len(miss)
             row |= {"distinct": sum(distinct) / 60, "num_samples": [16] * 60, "num_correct": correct}
-            yield row | {"num_distinct": distinct, "prompts": ["42 8>"] * 60}
+            yield row | {"num_distinct": distinct, "prompts": ["42 8>"] * 60} | at_other_temperatures(row, correct)
+
+
+def at_other_temperatures(row, correct):
+    """A hotter policy is worse, a cooler one better and less varied; greedy is better still."""
+    others = {}
+    for temperature, share in (("1.5", 0.6), ("0.6", 1.15), ("0.3", 1.25)):
+        right = [min(16, round(share * c)) for c in correct]
+        kinds = [min(c, round(9 * float(temperature) ** 0.5)) for c in right]
+        figures = {"pass@1": sum(right) / 960, "pass@16": sum(c > 0 for c in right) / 60, "distinct": sum(kinds) / 60}
+        others[temperature] = figures | {"num_correct": right, "num_distinct": kinds}
+    greedy = [int(c >= 5) for c in correct]
+    return {"at": others, "greedy": sum(greedy) / 60, "greedy_correct": greedy}

@@ -26,6 +26,16 @@ spaces = Task(
     max_completion_length=4,
 )
 
+empty = Task(
+    name="empty",
+    description="Say nothing.",
+    train=lambda seed: [{"prompt": f"{i % 90 + 10}=", "place": i} for i in range(7)],
+    heldout=lambda: [{"prompt": f"{i}=", "place": i} for i in range(3)],
+    verify=lambda completion, place: not completion,
+    normalise=lambda text: text[:1],
+    max_completion_length=5,
+)
+
 
 def _fail(completion):
     raise RuntimeError("verifier is down")

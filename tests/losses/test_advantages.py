@@ -54,6 +54,17 @@ def test_unscorable_samples_are_as_if_never_drawn():
     check(none(torch.tensor([[NAN, NAN]])), [0.0, 0.0])
 
 
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_an_infinite_reward_is_not_scorable(value):
+    infinite, missing = (torch.tensor([[1.0, x, 0.0, 0.0], [1.0, 1.0, x, 1.0]]) for x in (value, NAN))
+    for baseline in BASELINES.values():
+        check(baseline(infinite), baseline(missing).tolist())
+    for method in ("linear", "lower", "inverted_cdf"):
+        check(quantile(infinite, 0.4, method), quantile(missing, 0.4, method).tolist())
+    check(group_rate(infinite), [1 / 3] * 4 + [1.0] * 4)
+    assert informative_groups(infinite).tolist() == [True, False]
+
+
 @pytest.mark.parametrize("name", GROUPED)
 def test_degenerate_groups_are_exactly_zero(name):
     # Three times 0.1 or 0.7 does not always average to itself in binary; division by a tiny std would blow that up.

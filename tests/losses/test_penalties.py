@@ -8,6 +8,7 @@ from defaults import default, table
 
 from isentropic import TokenBatch, compose
 from isentropic.recipes import loss
+from isentropic.recipes.apply import penalty
 
 aent = default("penalty", "aent")
 kl_cov = default("penalty", "kl_cov")
@@ -116,6 +117,47 @@ def test_aent_by_hand():
     _, even = rows_of([0.25] * 4)
     close(aent(even, torch.ones(1, 1), aent_drop=0.0).detach(), [[-math.log(4)]])
     assert aent(even, torch.zeros(1, 1)).item() == 0
+
+
+def test_a_token_that_is_never_sampled_adds_nothing():
+    # (½, ½, 0, 0): −log 2 over the two that can be, and no slope by the others.
+    logits, rows = rows_of([0.5, 0.5, 0.0, 0.0])
+    term = aent(rows, torch.ones(1, 1), aent_drop=0.0)
+    close(term.detach(), [[-math.log(2)]])
+    close(torch.autograd.grad(term.sum(), logits)[0], torch.zeros(1, 1, 4))
+    logits, rows = rows_of([0.9, 0.1, 0.0, 0.0])
+    term = lp_reg(rows, rows[..., 0], -torch.ones(1, 1), torch.ones(1, 1), lp_kappa=0.2)
+    close(term.detach(), [[-math.log(0.9)]])
+    assert torch.autograd.grad(term.sum(), logits)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("field", ["logp", "entropy", "logp_rows"])
+@pytest.mark.parametrize("name", ["aent", "lp_reg", "kl_cov"])
+def test_a_broken_token_is_outside_the_mask_of_a_penalty(name, field):
+    """Its penalty is 0, it has no gradient, and the others are as if it had been masked."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 5, generator=generator).log_softmax(-1)
+    ids = torch.randint(5, (2, 3, 1), generator=generator)
+    kept = {"logp": rows.gather(-1, ids)[..., 0], "entropy": -(rows.exp() * rows).sum(-1), "logp_rows": rows}
+    broken = {name: x.clone() for name, x in kept.items()}
+    broken[field][1, 2] = math.nan
+    mask = torch.ones(2, 3)
+    mask[1, 2] = 0
+    constants = {"lp_share": 1.0, "lp_kappa": 0.3} if name == "lp_reg" else {}
+    recipe, adv = compose("grpo", penalty=name, constants=constants), torch.tensor([-1.0, -2.0])
+
+    def cost(values, mask):
+        leaves = {name: x.clone().requires_grad_() for name, x in values.items()}
+        batch = TokenBatch(leaves["logp"], kept["logp"] - 0.1, adv, mask, leaves["entropy"], None, leaves["logp_rows"])
+        by_token = penalty(recipe, batch)
+        slopes = torch.autograd.grad(by_token.sum(), list(leaves.values()), allow_unused=True)
+        return by_token.detach(), [x for x in slopes if x is not None]
+
+    got, slopes = cost(broken, torch.ones(2, 3))
+    wanted, _ = cost(kept, mask)
+    assert wanted.abs().max() > 0
+    close(got, wanted)
+    assert all(x.isfinite().all() and x[1, 2].abs().max() == 0 for x in slopes)
 
 
 @pytest.mark.parametrize("name", table("penalty"))

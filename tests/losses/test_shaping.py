@@ -3,13 +3,14 @@
 import inspect
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.losses.shaping import one_sided, repo, repo_d, repo_r, sign_weight
+from isentropic.losses.shaping import one_sided, repo, repo_d, repo_failing, repo_r, sign_weight
 from isentropic.recipes.stages import SHAPINGS
 
 LOGP = torch.tensor([[-0.5, -3.0], [-0.5, -3.0]])
@@ -88,14 +89,14 @@ def test_repo_r_is_repo_with_beta_by_token():
 
 def test_repo_d_by_hand():
     predicted = torch.tensor([[-1.0, 0.5], [-2.0, 0.5]])
-    # By token: A + 0.5·ΔH·L = 2 − 0.25, 2 − 0.5; −2 − 0.5, −2 − 0.5
-    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, ONES), [[1.75, 1.5], [-2.5, -2.5]])
+    # By token: A + 0.5·min(ΔH, 0)·L = 2 − 0.25, 2; −2 − 0.5, −2
+    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, ONES), [[1.75, 2.0], [-2.5, -2.0]])
     # As one scalar: mean −0.5, so β = 0.25 and A − 0.25·L
     close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, ONES, per="batch"), [[1.875, 2.5], [-2.125, -1.5]])
-    # The mean is over the tokens inside the mask: (−1 + 0.5 + 0.5)/3 = 0
+    # The mean is over the tokens inside the mask: (−1 − 0.5 + 0.75)/3 = −0.25, so β = 0.125
     mask = torch.tensor([[1, 1], [0, 1]])
-    predicted[1, 0] = math.nan
-    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, mask, per="batch"), [[2.0, 2.0], [-2.0, -2.0]])
+    predicted = torch.tensor([[-1.0, -0.5], [math.nan, 0.75]])
+    close(repo_d(ADV, LOGP, ENTROPY, predicted, 0.5, mask, per="batch"), [[1.9375, 2.25], [-2.0625, -1.75]])
 
 
 def test_repo_d_raises_what_is_predicted_to_fall():
@@ -103,6 +104,24 @@ def test_repo_d_raises_what_is_predicted_to_fall():
     assert torch.equal(repo_d(ADV, LOGP, ENTROPY, falling, 0.5, ONES), repo(ADV, LOGP, ENTROPY, 0.5))
     for per in ("token", "batch"):  # a constant is its own mean: the way to pass the mean of a whole step
         assert torch.equal(repo_d(ADV, LOGP, ENTROPY, falling, 0.5, ONES, per=per), repo(ADV, LOGP, ENTROPY, 0.5))
+
+
+@pytest.mark.parametrize("per", ["token", "batch"])
+def test_repo_d_leaves_rises_alone(per):
+    rising = torch.full((2, 2), 0.5)
+    assert torch.equal(repo_d(ADV, LOGP, ENTROPY, rising, 8.0, ONES, per=per), repo(ADV, LOGP, ENTROPY, 0.0))
+
+
+@pytest.mark.parametrize("per", ["token", "batch"])
+@pytest.mark.parametrize("seed", range(8))
+def test_a_larger_zeta_of_repo_d_never_asks_for_less_entropy(per, seed):
+    """Its term is that of REPO with a β that is >= 0 and grows with ζ, whether entropy falls or recovers."""
+    adv, logp, entropy = random_tokens(seed)
+    predicted = torch.randn(4, 5, generator=torch.Generator().manual_seed(seed))
+    ones, centred = torch.ones(4, 5), logp + entropy
+    betas = [(adv - repo_d(adv, logp, entropy, predicted, zeta, ones, per=per)) / centred for zeta in (0.5, 1.0, 4.0)]
+    for low, high in pairwise([torch.zeros(4, 5), *betas]):
+        assert (high >= low - 1e-5).all()
 
 
 @pytest.mark.parametrize("zero", [0.0, -0.0, 0, torch.tensor(0.0), torch.zeros(4, 5)])
@@ -234,11 +253,66 @@ def test_nothing_waits_for_the_device():
     adv, logp, entropy, ones = (x.to("meta") for x in (ADV, LOGP, ENTROPY, ONES))
     for knob in (0.1, torch.tensor(0.1, device="meta")):
         assert repo(adv, logp, entropy, knob).is_meta
+        assert repo_failing(adv, logp, entropy, adv.abs() / 4, knob).is_meta
         assert repo_r(adv, logp, knob, entropy).is_meta
         for per in ("token", "batch"):
             assert repo_d(adv, logp, entropy, logp, knob, ones, per=per).is_meta
 
 
 def test_every_signature_starts_alike():
-    for function in (repo, repo_r, repo_d, sign_weight, one_sided, surprisal_boost):
+    for function in (repo, repo_failing, repo_r, repo_d, sign_weight, one_sided, surprisal_boost):
         assert list(inspect.signature(function).parameters)[:2] == ["adv", "logp"]
+
+
+def test_repo_failing_by_hand():
+    # A − β·(1 − ρ)·L with L = 0.5, −2: a group that never succeeds, and one that does three times in four.
+    rate = torch.tensor([0.0, 0.75])
+    close(repo_failing(ADV, LOGP, ENTROPY, rate, 0.5), [[1.75, 3.0], [-2.0625, -1.75]])
+    close(repo_failing(ADV, LOGP, ENTROPY, rate, torch.tensor(-1.0)), [[2.5, 0.0], [-1.875, -2.5]])
+    by_token = torch.tensor([[0.5, -1.0], [0.0, 2.0]])
+    close(repo_failing(ADV, LOGP, ENTROPY, rate, by_token), [[1.75, 0.0], [-2.0, -1.0]])
+
+
+def test_repo_failing_is_repo_where_all_fail_and_nothing_where_all_succeed():
+    adv, logp, entropy = random_tokens(7)
+    close(repo_failing(adv, logp, entropy, torch.zeros(4), 0.3), repo(adv, logp, entropy, 0.3))
+    assert torch.equal(repo_failing(adv, logp, entropy, torch.ones(4), 0.3), adv)
+    assert torch.equal(repo_failing(adv, logp, entropy, torch.rand(4), 0.0), adv)
+
+
+def test_the_success_rate_of_the_group_reaches_training_in_trl(tmp_path, monkeypatch):
+    """The rates that the shaping gets are those of the rewards, group by group; the advantages it returns train."""
+    pytest.importorskip("trl")
+    from trl_case import train, weights
+
+    from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+    from isentropic.losses import shaping
+
+    seen, rewards, native = [], [], shaping.repo_failing
+
+    def reward(completions, **columns):
+        rewards.append([float(len(text) > 0 and text[0].isdigit()) for text in completions])
+        return rewards[-1]
+
+    def spy(adv, logp, entropy, group_rate, beta):
+        seen.append((group_rate.clone(), beta))
+        return native(adv, logp, entropy, group_rate, beta)
+
+    def run(name, **options):
+        settings = {"recipe": "loop", "recipe_options": {"shaping": name, **options}, "shuffle_dataset": False}
+        return train(IsentropicTrainer, IsentropicConfig, tmp_path / str(len(rewards)), 4, reward=reward, **settings)
+
+    plain = weights(run("repo_failing", beta=0.0))
+    monkeypatch.setattr(shaping, "repo_failing", spy)
+    rewards.clear()
+    pushed = weights(run("repo_failing", beta=0.5))
+    rates = torch.tensor(rewards[0]).view(-1, 8).mean(1)
+    assert len(rates.unique()) > 2
+    assert (
+        torch.cat([rate for rate, _ in seen[:4]]).sort().values.tolist()
+        == rates.repeat_interleave(8).sort().values.tolist()
+    )
+    assert {float(beta) for _, beta in seen} == {0.5}
+    assert any(not torch.equal(plain[name], pushed[name]) for name in plain)
+    everywhere = weights(run("repo", beta=0.5))
+    assert any(not torch.equal(everywhere[name], pushed[name]) for name in plain)

@@ -1,5 +1,6 @@
 """A recipe at work on components of one's own: what they get, what they must return, whose gradient is carried."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -170,3 +171,37 @@ def test_an_object_that_has_no_hash_is_a_component():
 
 def test_a_selection_may_be_of_booleans():
     assert select(compose("loop", selection=lambda adv: adv > 0), tokens()).tolist() == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize("shaping", ["repo", "repo_r", "repo_r_raw", "repo_d", "repo_d_token", "repo_r_positive"])
+@pytest.mark.parametrize("field", ["logp", "entropy"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_shaping_never_makes_an_advantage_that_is_not_finite(shaping, field, value):
+    """A broken token keeps its advantage, and so do the others if a mean over the batch is broken by it."""
+    knob = "beta" if shaping == "repo" else "zeta"
+    recipe = compose("loop", shaping=shaping, constants={knob: 0.5})
+    batch = tokens()._replace(adv=torch.tensor([-2.0, 1.0]))  # entropy is predicted to fall, by token and on average
+    whole = shape(recipe, batch)
+    wrong = getattr(batch, field).detach().clone()
+    wrong[1, 0] = value
+    shaped = shape(recipe, batch._replace(**{field: wrong}))
+    assert shaped.isfinite().all()
+    kept = [[-2.0, -2.0], [1.0, 1.0]]
+    assert whole.tolist() != kept
+    if field == "entropy" and shaping in ("repo_r_raw", "repo_r_positive"):
+        assert torch.equal(shaped, whole)
+    elif shaping == "repo_d":
+        assert shaped.tolist() == kept
+    else:
+        others = torch.tensor([[True, True], [False, True]])
+        assert torch.equal(shaped[others], whole[others])
+
+
+def test_a_broken_entropy_adds_nothing_to_a_bonus():
+    recipe, batch = compose("loop", entropy_coef=0.5), tokens()
+    entropy = torch.tensor([[1.0, math.nan], [2.0, math.inf]], requires_grad=True)
+    total, _ = loss(recipe, batch._replace(entropy=entropy))
+    plain, _ = loss(compose("loop"), batch)
+    assert (plain.sum - total.sum).item() == pytest.approx(0.5 * (1.0 + 2.0))
+    slope = torch.autograd.grad(total.sum, entropy)[0]
+    assert slope.tolist() == [[-0.5, 0.0], [-0.5, 0.0]]

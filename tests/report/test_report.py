@@ -20,7 +20,8 @@ from isentropic.runs.record import Record
 from isentropic.runs.summary import summary
 
 MAX_BYTES = 2_500_000
-EVERY = "hold phase knob passk distinct quadrants places predicted clip cov length samples precision config".split()
+EVERY = """hold phase knob frontier passk distinct quadrants places predicted clip cov length samples precision
+    config""".split()
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,52 @@ def test_key_numbers(tmp_path):
     figures |= {"pass@1, held-out": ("0.750", "from 0.250"), "pass@8, held-out": ("0.875", "from 0.500")}
     figures |= {"different right answers": ("3.00", "from 1.25")}
     assert values(read([record.path])) == figures
+
+
+def test_key_numbers_at_any_temperature(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    counts = {"num_samples": [2] * 4, "num_correct": [1] * 4, "pass@1": 0.5, "pass@2": 1.0, "distinct": 1.0}
+    for step, right in ((0, 1), (9, 2)):
+        cold = {"0.5": {"num_correct": [right] * 4, "pass@1": right / 2, "pass@2": 1.0, "distinct": 1.0}}
+        record.append("evaluations", {"step": step, "task": "expr", "k": 2, **counts, "at": cold, "greedy": right / 4})
+    assert values(read([record.path])) == {
+        "greedy, held-out": ("0.500", "from 0.250"),
+        "best pass@1, held-out": ("1.000", "from 0.500"),
+        "different right answers": ("1.00", "from 1.00"),
+    }
+
+
+def test_the_curve_over_temperatures_ends_in_greedy_answers(run, tmp_path):
+    panel = answers.frontier(read([run]))
+    (figure,) = panel.figures
+    start, end = figure.traces
+    row = Record(run).rows("evaluations")[-1]
+    assert end["x"] == pytest.approx(
+        [
+            row["at"]["1.5"]["pass@1"],
+            row["pass@1"],
+            row["at"]["0.6"]["pass@1"],
+            row["at"]["0.3"]["pass@1"],
+            row["greedy"],
+        ]
+    )
+    assert end["y"][1] == pytest.approx(row["distinct"], abs=1e-4)
+    assert end["text"] == ["1.5", "1", "0.6", "0.3", ""]
+    assert [trace["line"]["dash"] for trace in (start, end)] == ["dot", "solid"]
+    assert (start["marker"]["symbol"][-1], end["marker"]["symbol"][-1]) == ("star-open", "star")
+    # Labels of several runs: one curve of each colour.
+    other = make_run(tmp_path / "other", steps=40, recipe="grpo", hold=False)
+    modes = [trace["mode"] for trace in answers.frontier(read([run, other])).figures[0].traces]
+    assert modes == ["lines+markers", "lines+markers+text"] * 2
+
+
+def test_one_temperature_has_no_curve(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    figures = {"k": 2, "pass@1": 0.5, "pass@2": 1.0, "distinct": 1.0, "greedy": 0.5}
+    record.append("evaluations", {"step": 0, "task": "expr", **figures}, {"step": 1, "task": "b", **figures, "at": "x"})
+    assert answers.frontier(read([record.path])) is None
 
 
 def test_the_page_shows_the_figures_of_the_summary(run):

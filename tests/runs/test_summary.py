@@ -2,7 +2,7 @@
 
 import pytest
 
-from isentropic.runs.summary import summary
+from isentropic.runs.summary import counted, scores, summary
 
 
 def row(step, **fields):
@@ -58,3 +58,81 @@ def test_what_is_missing_is_none():
     assert figures.pop("steps") == 2
     assert set(figures.values()) == {None}
     assert summary([row(t, **{"entropy/target": 0.0}) for t in range(1, 30)])["entropy/rms_error"] is None
+
+
+def evaluation(step, correct, **fields):
+    """Of 4 prompts with 4 samples each."""
+    pass_1 = sum(correct) / 16
+    counts = {"num_correct": correct, "num_distinct": [min(c, 2) for c in correct], "num_samples": [4] * 4}
+    return {
+        "step": step,
+        "task": "a",
+        "k": 4,
+        "temperature": 1.0,
+        "pass@1": pass_1,
+        "distinct": 1.0,
+        **counts,
+        **fields,
+    }
+
+
+def test_scores_are_an_evaluation_without_its_counts():
+    cold = {
+        "pass@1": 0.75,
+        "pass@4": 0.75,
+        "distinct": 0.5,
+        "majority": 0.75,
+        "num_correct": [4, 4, 0, 4],
+        "num_tokens": 9,
+    }
+    row = evaluation(8, [4, 2, 4, 2], at={"0.5": cold}, greedy=0.25, majority=0.5, truncated_frac=0.1, intervals={})
+    assert scores(row) == {
+        "step": 8,
+        "pass@1": 0.75,
+        "distinct": 1.0,
+        "majority": 0.5,
+        "greedy": 0.25,
+        "at": {"0.5": {"pass@1": 0.75, "pass@4": 0.75, "distinct": 0.5, "majority": 0.75}},
+        # Even prompts are best at 1 (1 against 0.5), odd ones at 0.5; each is scored on the other half: 1 and 1/2 of
+        # the halves at 1 and at 0.5.
+        "best_pass@1": pytest.approx((0.5 + 0.5) / 2),
+        "best_temperatures": [1.0, 0.5],
+    }
+
+
+def test_what_an_evaluation_lacks_its_scores_lack():
+    row = {"step": 3, "pass@1": 0.5, "distinct": None, "greedy": None, "at": {"0.5": 3}}
+    assert scores(row) == {"step": 3, "pass@1": 0.5, "at": {}}
+    assert not counted(row)
+    whole = evaluation(0, [1, 1, 1, 1])
+    assert counted(whole)
+    assert not counted({**whole, "num_samples": []})
+    assert not counted({**whole, "num_correct": [1, 1]})
+    assert not counted({**whole, "at": {"0.5": {"num_correct": [1]}}})
+    assert counted({**whole, "at": {"0.5": {"num_correct": [1, 2, 3, 4]}}})
+
+
+def test_the_best_evaluation_is_chosen_on_the_even_prompts_and_scored_on_the_odd_ones():
+    rows = [evaluation(0, [4, 4, 4, 4]), evaluation(4, [3, 1, 3, 0]), evaluation(8, [2, 4, 2, 4])]
+    figures = summary([row(1)], rows)
+    # The start, before training, is no candidate; of the others step 4 is better on prompts 0 and 2.
+    assert figures["best"] == {"step": 4, "greedy": None, "accuracy": 0.125, "distinct": 0.5, "search": 0.5}
+    hot = {"num_correct": [0, 0, 0, 0], "num_distinct": [0, 0, 0, 0]}
+    cold = {"num_correct": [4, 2, 4, 4], "num_distinct": [1, 1, 1, 1]}
+    rows[2] |= {"at": {"1.5": hot, "0.5": cold}, "greedy_correct": [1, 0, 1, 1]}
+    assert summary([row(1)], rows)["best"] == {"step": 8, "greedy": 0.5, "accuracy": 0.75, "distinct": 1, "search": 1}
+
+
+def test_a_run_evaluated_at_its_ends_alone_has_no_best_evaluation():
+    rows = [evaluation(0, [1, 1, 1, 1]), evaluation(8, [1, 1, 1, 1])]
+    assert "best" not in summary([row(1)], rows)
+    assert "best" in summary([row(1)], [*rows, evaluation(9, [1, 1, 1, 1])])
+    assert "best" not in summary([row(1)], [*rows, {"step": 9, "task": "a", "pass@1": 0.5}])
+
+
+def test_the_best_evaluation_is_of_the_last_task():
+    rows = [evaluation(step, [4, 4, 4, 4], task=task) for step in (0, 4, 8) for task in ("a", "b")]
+    rows[0::2] = [{**row, "num_correct": [1, 1, 1, 1]} for row in rows[0::2]]
+    figures = summary([row(1)], rows)
+    assert figures["best"]["accuracy"] == 1.0
+    assert [list(scored) for scored in figures["before"].values()] == [[scores(row) for row in rows[0::2]]]

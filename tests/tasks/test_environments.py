@@ -13,6 +13,7 @@ from task_cases import corridor
 from isentropic.tasks import load_task
 from isentropic.tasks.environments import EnvironmentTask, demonstrate
 from isentropic.tasks.environments.textworld import Games, content_hash, tidy
+from isentropic.tasks.sequence import SEQUENCES
 from isentropic.tasks.spec import options
 
 NAME = "textworld:coin_collector:level=102:train=1:test=1:text=brief:turns=5:commands=4"
@@ -161,6 +162,29 @@ def test_textworld_games_that_are_held_out_are_others(textworld):
     store._known = {0: twin, 1: {**twin, "seed": 1}, 2: {**twin, "hash": "", "seed": 2}, 1_000_000: {**twin, "seed": 5}}
     assert [row["seed"] for row in store.rows("test", 1, 1)] == [5]
     assert [row["seed"] for row in store.rows("train", 1, 1)] == [2]
+
+
+def test_in_treasure_hunter_a_wrong_thing_taken_loses(textworld):
+    task = load_task("textworld:treasure_hunter:level=1:train=1:test=1:text=brief:turns=9")
+    (row,) = task.heldout()
+    player, draw = task.make(), random.Random(0)
+    parts, total = demonstrate(task, row, player)
+    right = [text.strip() for text, is_action in parts if is_action][-1]
+    assert (total, right[:5]) == (1.0, "take ")
+    player.reset(**row)
+    done = False
+    for _ in range(300):
+        wrong = [c for c in player.choices() if c.startswith("take ") and c != right]
+        _, reward, done = player.step((wrong or draw.sample([c for c in player.choices() if c[:3] == "go "], 1))[0])
+        if done:
+            break
+    assert (wrong != [], reward, done) == (True, 0.0, True)
+
+
+def test_the_games_of_a_sequence_ask_by_texts_and_have_different_names(textworld):
+    tasks = [load_task(name) for name in SEQUENCES["textworld-two-games"].tasks]
+    assert all(isinstance(task, EnvironmentTask) for task in tasks)
+    assert len({task.name.split(":text")[0] for task in tasks}) == len(tasks) == 2
 
 
 def test_a_game_s_hash_forgets_names_and_sees_the_map(textworld):

@@ -185,7 +185,7 @@ def test_a_task_in_a_file_may_import_its_neighbour(tmp_path):
         "from neighbour_of_task import operands\nshort = expressions(operands)\n"
     )
     try:
-        assert load_task(f"{tmp_path}/own_task_file.py:short").name == "expr-3"
+        assert load_task(f"{tmp_path}/own_task_file.py:short").name == "expr:operands=3"
     finally:
         sys.path.remove(str(tmp_path))
 

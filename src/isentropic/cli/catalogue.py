@@ -89,7 +89,15 @@ def _constants(component: Component) -> str:
 
 
 def tasks() -> str:
-    """Tasks by name, and the generators of reasoning-gym if it is installed."""
+    """Tasks by name, what may be asked of an expression, sequences, and the generators of reasoning-gym.
+
+    Example:
+        >>> print(tasks()[:14])
+        TASKS (--task)
+    """
+    from ..tasks.expressions import PROPERTIES
+    from ..tasks.sequence import SEQUENCES
+
     built_in = [(name, load_task(name).description) for name in TASKS]
     kinds = [row for kind in KINDS.values() for row in ((kind.form, ""), ("", kind.meaning))]
     custom = [("FILE.py:NAME", ""), ("", "a Task of your own; or package.module:attribute")]
@@ -99,7 +107,33 @@ def tasks() -> str:
         from ..tasks.gym import names
 
         generators = f"GENERATORS of reasoning-gym (rg:NAME)\n  {', '.join(names())}"
-    return f"{_section('TASKS (--task)', [*built_in, *kinds, *custom])}\n\n{generators}"
+    sequences = [
+        row
+        for name, one in SEQUENCES.items()
+        for row in ((name, one.meaning), *(("", f"{i}. {task}") for i, task in enumerate(one.tasks, start=1)))
+    ]
+    return "\n\n".join(
+        [
+            _section("TASKS (--task)", [*built_in, *kinds, *custom]),
+            _section(
+                "PROPERTIES of an expression (--task expr:need=NAME,NAME...)",
+                [(name, one.meaning) for name, one in PROPERTIES.items()],
+            ),
+            _ladder(),
+            _section("SEQUENCES (--task), or tasks of your own by --task A --then B --then C", sequences),
+            generators,
+        ]
+    )
+
+
+def _ladder() -> str:
+    """The rungs of the expression tasks, from easy to hard."""
+    from ..tasks.expressions import RUNGS
+
+    rows = [("pass@1", "pass@64  distinct of 64  task")]
+    rows += [(f"{r.rate:g}", f"{r.pass64:7.2f}  {r.distinct:14.1f}  {r.name}") for r in RUNGS]
+    title = "LADDER of base rates (--task expr:rate=SHARE takes the nearest), of the tiny model before training"
+    return "\n".join([title, *(f"  {rate:8} {text}" for rate, text in rows)])
 
 
 def _section(title: str, rows: Iterable[tuple[str, str]]) -> str:

@@ -16,7 +16,7 @@ from .parser import add_command, heavy
 
 def add_to(commands: Any) -> None:
     """Add the command."""
-    help = "pass@k, distinct answers, majority votes: models and runs side by side on held-out prompts"
+    help = "what models and runs can do at any temperature, side by side on held-out prompts"
     parser = add_command(commands, "eval", evaluate, help)
     parser.add_argument(
         "models", nargs="+", metavar="MODEL | RUN", help="run directories, model directories, names, hub ids"
@@ -35,7 +35,11 @@ def add_to(commands: Any) -> None:
         help="further sampling temperatures [the first run's, or 1.5 0.6 0.3]",
     )
     parser.add_argument(
-        "--at-least", type=float, nargs="+", metavar="P", help="accuracies at which the frontier is printed [by the best]"
+        "--at-least",
+        type=float,
+        nargs="+",
+        metavar="P",
+        help="pass@1 at which the frontier is printed [99, 95 and 90 %% of the first model's best]",
     )
     parser.add_argument(
         "--max-completion-length", type=int, help="token limit of a completion [the run's, or the task's]"
@@ -44,7 +48,7 @@ def add_to(commands: Any) -> None:
         "--dtype", choices=("float32", "bfloat16"), help="of weights [the run's, or as they were saved]"
     )
     parser.add_argument("--out", help="append a row a model, with the counts by prompt, to this JSONL file")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+    parser.add_argument("--json", action="store_true", help="print the rows, with the frontiers, as JSON")
 
 
 def evaluate(args: dict[str, Any]) -> int:
@@ -54,18 +58,22 @@ def evaluate(args: dict[str, Any]) -> int:
     for model in models:
         if model.config is not None and (problem := damage(Path(model.path))):
             raise ConfigError(f"{model.path} is damaged: {problem}; name an earlier one by --step")
+    wrong = next((p for p in args["at_least"] or () if not 0 < p <= 1), None)
+    if wrong is not None:
+        raise ConfigError(f"--at-least: got {wrong:g}, must be > 0 and at most 1; write 80 % as 0.8")
     if args["out"]:
         check_file("--out", args["out"])
     settings = eval_settings(args, [model.config for model in models if model.config is not None])
     experiment = heavy("experiments.evaluate")
     heavy("models.loading").quiet()
     rows = experiment.evaluate_models(settings, models, args["out"], _print_progress)
-    if args["json"]:
-        print(as_json(rows))
-        return 0
-    from ..experiments.terminal import evaluation_table
+    from ..experiments.terminal import at_best, evaluation_table, floors
 
-    show(evaluation_table(rows))
+    if args["json"]:
+        at_least = args["at_least"] or floors(rows[0])
+        print(as_json([row | at_best(row, at_least) for row in rows]))
+    else:
+        show(evaluation_table(rows, args["at_least"] or ()))
     return 0
 
 

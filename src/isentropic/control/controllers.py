@@ -16,7 +16,7 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 from .names import suggest
-from .predictive import HORIZON, MEMORY, Forecast, PredictiveState, follow
+from .predictive import DELAYS, MEMORY, Forecast, PredictiveState, follow, plan
 
 
 class Range(NamedTuple):
@@ -92,7 +92,8 @@ class Controller(NamedTuple):
     Attributes:
         init, update: the pair.
         forecasts: it takes a :class:`Forecast`.
-        counts: it takes, last, how many readings the entropy is the mean of: the optimizer steps since the last update.
+        counts: it takes, last, how many readings the entropy is the mean of: the optimizer steps since the last update,
+            each counted by its learning rate as a share of the largest so far, if readings carry one.
         steers: the knob follows the readings; one that does not is at a bound because it was put there.
     """
 
@@ -344,6 +345,9 @@ def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05, delay: float
     (3 + f)/4 times, so that its swings stay damped. ``delay`` is what the readings do not show: optimizer steps from a
     knob to its effect, as momentum or an engine that samples ahead makes them.
 
+    A step at a share ρ of the largest learning rate so far counts as ρ readings, and f is at least 1: while the rate
+    decays the sum does not wind up.
+
     Anti-windup: the sum does not grow while the output is held at the bound that the error pushes against.
 
     Reference: [ours]; EntroPIC (arXiv:2511.15248) steers sample weights by PI, its gains are unknown.
@@ -368,9 +372,9 @@ def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05, delay: float
         raise ValueError(f"delay must be >= 0 and finite, got {delay}; count optimizer steps")
     span = knob.high - knob.low
 
-    def update(state: IntegralState, entropy: float, target: float, readings: int = 1) -> IntegralState:
+    def update(state: IntegralState, entropy: float, target: float, readings: float = 1) -> IntegralState:
         error = relative_error(entropy, target) * knob.sign
-        slower = 1 + REACH * gain * (readings - 1 + delay)
+        slower = 1 + REACH * gain * (max(readings - 1, 0) + delay)
         integral = state.integral + error * (readings / (slower * (3 + slower) / 4))
         value = knob.start + span * (gain / slower * error + integral_gain * integral)
         pushing = (value > knob.high and error > 0) or (value < knob.low and error < 0)
@@ -379,51 +383,57 @@ def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05, delay: float
     return Controller(lambda: IntegralState(knob.start, 0.0), update, counts=True)
 
 
-def predictive(knob: Range) -> Controller:
+def predictive(knob: Range, delay: float | None = None) -> Controller:
     """Solve for the knob whose predicted change is the wanted drift, corrected by the measured slope; no gain to tune.
 
-    ``knob = ((H* − Ĥ)·min(1/n, 1/τ) − d − s·p₀) / (s·g)``, n the readings since the last update, p₀ the predicted
-    change of a step with the knob at 0, g its derivative by the knob, τ = 8 steps
+    ``knob = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, ``τ = (5 + n + delay/2)·(1 + Var s/s²)``, p₀ the predicted change of a
+    step with the knob at 0, g its derivative by the knob, n the steps since the last update
 
     A Kalman filter of three numbers holds what a prediction lacks: the entropy Ĥ behind noisy readings, the slope s of
-    measured on predicted change, and the drift d that no prediction explains; from one reading to the next
-    ``Ĥ ← Ĥ + s·(p₀ + g·knob) + d``. The slope never falls below a tenth of the first guess, so that a doubtful one
-    does not throw the knob about. The knob that was really in force enters, so nothing winds up at a bound; a reading
-    five deviations off restarts Ĥ. If the prediction gives the knob no effect (g of the wrong sign, or 0), it drifts
-    to the bound that its ``sign`` names. All constants are relative to the target.
+    measured on predicted change, and the drift d that no prediction explains. The slope never falls below a tenth of
+    the first guess, and a doubtful one lengthens the horizon τ, so that it does not throw the knob about. The knobs
+    that were really in force enter, so nothing winds up at a bound. If the prediction gives the knob no effect (g of
+    the wrong sign, or 0), it drifts to the bound that its ``sign`` names. All constants are relative to the target.
 
-    A forecast is optional. An update without one keeps the means p₀ and g of those before it, and the filter goes on.
+    **Delay.** A filter for each delay of 0, 2, 4, 8 and 16 steps says where entropy will be when the knob begins to
+    act; the knob is the mean of their answers, weighted by how well each foresaw the readings. ``delay`` leaves one.
+
+    **Learning rate.** If readings carry it, a step at the share ρ of the largest rate so far counts as ρ steps. A
+    decaying rate so stretches the horizon, and the knob is not turned up to make good what it can no longer move.
+
+    A forecast is optional. An update without one keeps the means p₀ and g of those before it, and the filters go on.
     Before the first one, or if none ever comes, p₀ = 0 and g is a guess, ``g = sign · 0.01 · H* / (high − low)``: the
-    whole range of the knob moves entropy by a hundredth of its target in a step. The filter then learns from readings
-    alone how far from this guess the knob is. The first forecast restarts it on the scale of the predictions.
+    whole range of the knob moves entropy by a hundredth of its target in a step. The filters then learn from readings
+    alone how far from this guess the knob is. The first forecast restarts them on the scale of the predictions.
 
     Reference: [ours]; the predicted change is Theorem 1 of arXiv:2603.11682.
 
     Raises:
-        ValueError: a range that is wrong; at an update, a target that is not positive.
+        ValueError: a range or a delay that is wrong; at an update, a target that is not positive.
 
     Example:
-        >>> c = predictive(Range(0.0, -1.0, 1.0))
-        >>> state = c.update(c.init(), 0.9, 1.0, Forecast(change=-0.001, gain=0.005, steps=1, readings=1))
-        >>> round(state.slope, 3), round(state.drift, 3), round(state.value, 3)  # at its bound
-        (1.0, 0.0, 1.0)
-        >>> c.update(c.init(), 0.99, 1.0, Forecast(change=0.0, gain=0.0, steps=0, readings=1)).value  # none: by sign
-        0.25
+        >>> c = predictive(Range(0.0, -1.0, 1.0), delay=0)
+        >>> state = c.update(c.init(), 0.9, 1.0, Forecast(change=-0.001, gain=0.005, steps=1, readings=1, time=1.0))
+        >>> round(state.best().slope, 3), round(state.value, 3)  # (0.101/(6 · 5) + 0.001)/0.005
+        (1.0, 0.873)
+        >>> none = Forecast(change=0.0, gain=0.0, steps=0, readings=1, time=1.0)
+        >>> round(c.update(c.init(), 0.9, 1.0, none).value, 3)  # by sign
+        0.667
     """
     knob.check()
+    if delay is not None and not 0 <= delay < math.inf:
+        raise ValueError(f"delay must be >= 0 and finite, got {delay}; count optimizer steps, or leave it out")
+    delays = DELAYS if delay is None else (round(delay),)
 
     def update(state: PredictiveState, entropy: float, target: float, forecast: Forecast) -> PredictiveState:
-        relative_error(entropy, target)
-        state = follow(state, entropy, target, forecast, knob.high - knob.low, knob.sign)
-        n, slope = forecast.readings, max(state.slope, 0.1 * state.unit)
-        wanted = (target - state.entropy) * min(1.0, n / HORIZON) - n * (state.drift + slope * state.base)
-        hold = n * slope * state.gain
-        if hold * knob.sign > 0:
-            return state._replace(value=knob.clip(wanted / hold))
-        bound = knob.high if wanted * knob.sign > 0 else knob.low
+        error = relative_error(entropy, target) * knob.sign
+        state = follow(state, entropy, target, forecast, knob.high - knob.low, knob.sign, delays)
+        if state.gain * knob.sign > 0:
+            return state._replace(value=plan(state, target, forecast, knob.clip))
+        bound = knob.high if error > 0 else knob.low
         return state._replace(value=knob.clip(state.value + (bound - state.value) / MEMORY))
 
-    return Controller(lambda: PredictiveState(knob.start), update, forecasts=True)
+    return Controller(lambda: PredictiveState(knob.start, (knob.start,) * max(delays)), update, forecasts=True)
 
 
 CONTROLLERS: dict[str, Callable[..., Controller]] = {

@@ -1,7 +1,8 @@
 """A plant to try a controller on, in milliseconds: an entropy that answers a knob, read with noise.
 
 Relative to the target, with ``u`` the knob in its range (``u = (knob − rest)/(high − low)``), a step does
-``H ← H + a·sign·u(t − delay, lagged) − fall + wander·ξ``, and what is read of it is ``H·(1 + noise·ξ)``. [ours]
+``H ← H + ρ·(a·sign·u(t − delay, lagged) − fall + wander·ξ)``, ρ the learning rate as a share of its peak, and what is
+read of it is ``H·(1 + noise·ξ)``. [ours]
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class Plant(NamedTuple):
         forecast_every: a reading in so many carries a predicted change; 0 none.
         scale: measured change per predicted change.
         explained: share of the fall that the prediction knows.
+        warm_up: steps over which the learning rate rises from 0 to its peak.
+        decays_at: step at which it has fallen to 0, linearly from the end of the warm-up; it stays at its peak if None.
     """
 
     authority: float = 0.02
@@ -46,6 +49,19 @@ class Plant(NamedTuple):
     forecast_every: int = 1
     scale: float = 3.0
     explained: float = 0.5
+    warm_up: int = 0
+    decays_at: int | None = None
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, as a share of its peak.
+
+        Example:
+            >>> [Plant(warm_up=2, decays_at=6).rate(step) for step in (0, 1, 2, 3, 7)]
+            [0.0, 0.5, 1.0, 0.75, 0.0]
+        """
+        if step < self.warm_up:
+            return step / self.warm_up
+        return 1.0 if self.decays_at is None else max(self.decays_at - step, 0) / (self.decays_at - self.warm_up)
 
 
 class Step(NamedTuple):
@@ -91,18 +107,19 @@ def run(
     span, rest = knob.high - knob.low, knob.clip(0.0)
     waiting, rows = [0.0] * plant.delay, []
     for step in range(steps):
+        rate = plant.rate(step)
         waiting.append((state.value - rest) / span)
         effect += (waiting.pop(0) - effect) / plant.lag
         sign = knob.sign if plant.turns_at is None or step < plant.turns_at else -knob.sign
         predicted, gain = 0.0, 0.0
         told = plant.forecast_every > 0 and step % plant.forecast_every == 0
         if told:
-            gain = plant.authority * knob.sign / span * target / plant.scale
-            predicted = gain * (state.value - rest) - plant.explained * plant.fall * target / plant.scale
+            gain = rate * plant.authority * knob.sign / span * target / plant.scale
+            predicted = gain * (state.value - rest) - rate * plant.explained * plant.fall * target / plant.scale
         seen = max(entropy * (1 + plant.noise * rng.gauss(0, 1)), 1e-3) * target
-        reading = EntropyReading(seen, 1.0, predicted=predicted, gain=gain, steps=int(told))
+        reading = EntropyReading(seen, 1.0, predicted=predicted, gain=gain, steps=int(told), rate=rate)
         rows.append(Step(entropy, reading, state.value))
-        entropy += plant.authority * sign * effect - plant.fall + plant.wander * rng.gauss(0, 1)
+        entropy += rate * (plant.authority * sign * effect - plant.fall + plant.wander * rng.gauss(0, 1))
         entropy = min(max(entropy, LOWEST), HIGHEST)
         state = loop.update(state, reading)
     return rows

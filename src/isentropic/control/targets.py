@@ -160,7 +160,9 @@ def constant(level: Level, first: int = 1) -> Target:
 
 
 def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
-    """Move linearly from ``start`` to ``end`` over ``steps`` readings, then stay.
+    """Move linearly from ``start`` to ``end`` over ``steps`` readings, the first of them at ``start``, then stay.
+
+    ``start + (end − start)·(n − 1)/(steps − 1)`` at reading n, and ``end`` from the last of the steps on
 
     The level of a run that is resumed with more steps never moves back: it stays until the schedule reaches it.
 
@@ -168,7 +170,7 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
         ValueError: ``steps`` or ``first`` below 1.
 
     Example:
-        >>> t = anneal(parse_level("2.0"), parse_level("1.0"), steps=2)
+        >>> t = anneal(parse_level("2.0"), parse_level("1.0"), steps=3)
         >>> s = t.init()
         >>> for h in (2.0, 2.0, 2.0, 2.0):
         ...     s = t.update(s, h, 1); print(t.level(s))
@@ -193,7 +195,7 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
 
     def update(state: TargetState, entropy: float, tokens: float) -> TargetState:
         state = _measure(first, state, entropy, tokens)
-        return state._replace(done=max(state.done, min((state.readings - 1) / steps, 1.0)))
+        return state._replace(done=max(state.done, min((state.readings - 1) / max(steps - 1, 1), 1.0)))
 
     return Target(TargetState, update, level, hold)
 
@@ -202,6 +204,9 @@ def band(low: Level, high: Level, first: int = 1) -> Target:
     """Leave entropy alone inside ``[low, high]``; once it leaves, steer until it has come back to the middle.
 
     The hysteresis keeps a controller from chattering at an edge. ``level`` is the middle.
+
+    Of a level in nats and a share of the initial entropy, which is the lower is known once the start is measured: the
+    band is what lies between the two, in whichever order they are.
 
     Raises:
         ValueError: ``low`` not below ``high``, both of one kind.
@@ -226,7 +231,7 @@ def band(low: Level, high: Level, first: int = 1) -> Target:
         state = _measure(first, state, entropy, tokens)
         if state.readings < first and measured:
             return state._replace(active=0)
-        a, b = low.at(state), high.at(state)
+        a, b = sorted((low.at(state), high.at(state)))
         centre = (a + b) / 2
         # Which edge was crossed is the sign carried in `active`: below the band 1, above it -1.
         side = 1 if entropy < a else -1 if entropy > b else 0
@@ -244,8 +249,8 @@ TARGETS: dict[str, str] = {
     "initial": "the entropy before training, measured over the first readings",
     "NATS (0.8)": "a constant, nats per token",
     "SHARE% (80%)": "a share of the initial entropy",
-    "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another over optimizer steps, or else the whole run",
-    "band:LOW:HIGH": "leave it alone inside the band, steer back to the middle when it leaves",
+    "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another; at TO in the last of the steps or of the run",
+    "band:LOW:HIGH": "leave it alone between two NATS or SHARE%, steer back to the middle when it leaves",
 }
 
 

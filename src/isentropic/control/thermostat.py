@@ -27,6 +27,9 @@ class ThermostatState(NamedTuple):
         predicted, gain, steps: Σ of those readings' predictions, and how many optimizer steps had one.
         refused: readings refused in a row.
         readings: readings accepted in all.
+        rate: the largest learning rate so far; 0 before a reading carries one.
+        time: Σ of the learning rates since the controller last acted, each as a share of the largest so far; a reading
+            without a rate counts as 1.
     """
 
     controller: Any
@@ -39,6 +42,8 @@ class ThermostatState(NamedTuple):
     gain: float = 0.0
     steps: int = 0
     readings: int = 0
+    rate: float = 0.0
+    time: float = 0.0
 
     @property
     def value(self) -> float:
@@ -107,10 +112,11 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
         if level is not None and not target.hold(state.target):
             updated = controller.update(state.controller, state.sum / state.count, level, *_told(controller, state))
             state = state._replace(controller=updated)
-        return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0)
+        return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0, time=0.0)
 
     def restore(saved: dict[str, Any]) -> ThermostatState:
         blank = init()
+        saved = _tuples(saved)
         controller, target = type(blank.controller)(**saved["controller"]), type(blank.target)(**saved["target"])
         fields: dict[str, Any] = {**saved, "controller": controller, "target": target}
         return blank._replace(**fields)
@@ -125,6 +131,10 @@ def _added(state: ThermostatState, reading: EntropyReading) -> ThermostatState:
     """The sums with a reading more; a prediction that is not finite is none."""
     if not (math.isfinite(reading.predicted) and math.isfinite(reading.gain)):
         reading = reading._replace(predicted=0.0, gain=0.0, steps=0)
+    share = 1.0
+    if reading.rate is not None:
+        state = state._replace(rate=max(state.rate, reading.rate))
+        share = reading.rate / state.rate if state.rate else 0.0
     return state._replace(
         sum=state.sum + reading.sum,
         count=state.count + reading.count,
@@ -134,6 +144,7 @@ def _added(state: ThermostatState, reading: EntropyReading) -> ThermostatState:
         gain=state.gain + reading.gain,
         steps=state.steps + reading.steps,
         readings=state.readings + 1,
+        time=state.time + share,
     )
 
 
@@ -141,8 +152,15 @@ def _told(controller: Controller, state: ThermostatState) -> tuple[Any, ...]:
     """What a controller takes beside the entropy and the target."""
     told: tuple[Any, ...] = ()
     if controller.forecasts:
-        told += (Forecast(state.predicted, state.gain, state.steps, state.waited),)
-    return (*told, state.waited) if controller.counts else told
+        told += (Forecast(state.predicted, state.gain, state.steps, state.waited, state.time),)
+    return (*told, state.time) if controller.counts else told
+
+
+def _tuples(saved: Any) -> Any:
+    """What JSON made lists of, as tuples again."""
+    if isinstance(saved, dict):
+        return {name: _tuples(value) for name, value in saved.items()}
+    return tuple(map(_tuples, saved)) if isinstance(saved, list) else saved
 
 
 def to_json(state: ThermostatState) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 from ..control.names import choose
 from ..recipes import Recipe
 from ..runs.explain import readable
-from ..runs.frontier import by_temperature
+from ..runs.frontier import by_temperature, frontier
 from ..runs.record import Record, is_number, plain, versions, write_json
 from ..runs.statistics import (
     MIN_VALUES,
@@ -30,10 +30,12 @@ from ..runs.statistics import (
     improvement_interval,
     interquartile_mean,
     mean_interval,
+    paired_interval,
     probability_of_improvement,
 )
 from ..runs.summary import counted, scores
 from .config import RunConfig, as_dict
+from .terminal import aligned, best_shares, with_interval
 
 # figure: (title, meaning); larger is better for SCORES.
 FIGURES = {
@@ -41,14 +43,25 @@ FIGURES = {
     "entropy/mean": ("mean H", "nats a token, mean over all optimizer steps after 20: cumulative entropy a step"),
     "entropy/end": ("final H", "nats a token, mean over the last tenth of the steps"),
     "reward/end": ("reward", "on training prompts, mean over the last tenth of the steps"),
-    "pass@1": ("pass@1", "held-out prompts, unbiased"),
-    "pass@4": ("pass@4", "held-out prompts, unbiased"),
-    "pass@K": ("pass@K", "held-out prompts, unbiased, K the largest number of samples"),
+    "greedy": ("greedy", "held-out prompts, share of right greedy answers"),
+    "best_pass@1": ("best pass@1", "held-out prompts, at the policy's own best temperature"),
+    "pass@1": ("pass@1", "held-out prompts, at the temperature of training"),
+    "pass@4": ("pass@4", "held-out prompts"),
+    "pass@K": ("pass@K", "held-out prompts, K the largest number of samples"),
     "distinct": ("distinct", "different right answers among the samples of a held-out prompt"),
+    "distinct/equal": (
+        "distinct at equal accuracy",
+        "the most at any temperature with a pass@1 of at least the baseline's best less 0.02, or 0",
+    ),
     "steps": ("steps", "optimizer steps"),
     "seconds": ("seconds", "wall clock of the whole run, evaluations included"),
 }
-SCORES = ("pass@1", "pass@K", "distinct")
+_Row = dict[str, tuple[float, Interval | None]]  # by figure: a value and its interval
+SCORES = ("greedy", "best_pass@1", "pass@K", "distinct/equal")
+PAIRED = ("greedy", "best_pass@1")  # subtracted run by run
+_MARGIN = 0.02  # of pass@1, within which accuracy is equal
+_EQUAL = "distinct/equal"
+_RUN = ("entropy/error", "entropy/mean", "entropy/end", "reward/end", "steps", "seconds")  # the first table
 _CURVE_POINTS = 50
 _COUNT = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a count of samples in one character
 # Settings that do not change a run's numbers, and those that distinguish the runs of a cell.
@@ -214,7 +227,7 @@ def name_cells(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 class Estimate(NamedTuple):
     """A figure of a cell over its runs: mean, interquartile mean, interval, and runs.
 
-    The interval is None for fewer than 3 seeds, and where all runs are equal.
+    No interval for fewer than 3 seeds, nor for equal runs.
     """
 
     mean: float
@@ -229,6 +242,9 @@ class Comparison(NamedTuple):
     Attributes:
         cells: by cell, by figure.
         better: by cell, by score: the probability of improvement over the baseline and its interval.
+        differences: by cell, by score of ``PAIRED``: the mean difference from the baseline's run of the same seed, and
+            its interval over seeds, or, of a single one, over prompts.
+        floors: by task, the pass@1 that counts as equal to the baseline's.
         baseline: a cell's name, or None.
         tasks: of the runs.
         seeds: by cell, the smallest number of seeds on a task.
@@ -237,7 +253,9 @@ class Comparison(NamedTuple):
     """
 
     cells: dict[str, dict[str, Estimate]]
-    better: dict[str, dict[str, tuple[float, Interval | None]]]
+    better: dict[str, _Row]
+    differences: dict[str, _Row]
+    floors: dict[str, float]
     baseline: str | None
     tasks: list[str]
     seeds: dict[str, int]
@@ -247,11 +265,12 @@ class Comparison(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """The same as nested dicts with names."""
         cells = {name: {f: e._asdict() for f, e in cell.items()} for name, cell in self.cells.items()}
-        better = {
-            name: {f: {"probability": value, "interval": interval} for f, (value, interval) in row.items()}
-            for name, row in self.better.items()
-        }
-        return {**self._asdict(), "cells": cells, "better": better}
+
+        def named(by_cell: dict[str, _Row], name: str) -> dict[str, dict[str, Any]]:
+            return {cell: {f: {name: x, "interval": i} for f, (x, i) in row.items()} for cell, row in by_cell.items()}
+
+        better, differences = named(self.better, "probability"), named(self.differences, "mean")
+        return {**self._asdict(), "cells": cells, "better": better, "differences": differences}
 
 
 def _mean_of_tasks(tasks: Sequence[Any]) -> float:
@@ -278,11 +297,15 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
     (name, task, seed), num = runs.most_common(1)[0]
     if num > 1:
         raise ValueError(f"{name} on {task} has {num} runs of seed {seed}, which count once; leave the others out")
+    floors = _floors(lines, baseline)
+    lines = [_at_equal_accuracy(line, floors) for line in lines]
     tasks, largest = list(dict.fromkeys(line["task"] for line in lines)), _largest_pass(lines)
     others = [name for name in names if baseline is not None and name != baseline]
     return Comparison(
         cells={name: _estimates(lines, name, largest) for name in names},
         better={name: _improvements(lines, name, str(baseline), largest) if name in others else {} for name in names},
+        differences={name: _differences(lines, name, str(baseline)) if name in others else {} for name in names},
+        floors=floors,
         baseline=baseline,
         tasks=tasks,
         seeds={
@@ -292,6 +315,61 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
         largest_pass=largest,
         notes=_notes(lines, names, tasks),
     )
+
+
+def _floors(lines: Sequence[dict[str, Any]], baseline: str | None) -> dict[str, float]:
+    """By task, the baseline's mean best pass@1 less the margin."""
+    by_task = {} if baseline is None else _values(lines, baseline, "best_pass@1", "")
+    return {task: float(np.mean(values)) - _MARGIN for task, values in by_task.items()}
+
+
+def _at_equal_accuracy(line: dict[str, Any], floors: dict[str, float]) -> dict[str, Any]:
+    """The line with its distinct right answers at the baseline's accuracy, if its evaluation tells."""
+    row = _last_row(line)
+    if line["task"] not in floors or not {"k", f"pass@{row.get('k')}", "pass@1", "distinct"} <= set(row):
+        return line
+    reached = frontier(row, floors[line["task"]])
+    return {**line, "figures": {**line["figures"], _EQUAL: reached.distinct if reached else 0.0}}
+
+
+def _last_row(line: dict[str, Any]) -> dict[str, Any]:
+    """The last evaluation of a line as the row that it was, as far as the line holds it."""
+    temperature = line["settings"].get("temperature", RunConfig.temperature)
+    row = {"temperature": temperature, **(line.get("evaluations") or [{}])[-1]}
+    counts = {t: [_COUNT.index(c) for c in packed[0]] for t, packed in row.get("counts", {}).items() if t != "greedy"}
+    if own := counts.get(f"{temperature:g}"):
+        row |= {"num_correct": own, "num_samples": [row["k"]] * len(own)}
+        row["greedy_correct"] = [_COUNT.index(c) for c in row["counts"].get("greedy", "")]
+        row["at"] = {t: {**row.get("at", {})[t], "num_correct": counts[t]} for t in row.get("at", {}) if t in counts}
+    return row
+
+
+def _by_prompt(line: dict[str, Any], figure: str) -> np.ndarray:
+    """[p] a figure of ``PAIRED`` by prompt, in the last evaluation of a line; empty without its counts."""
+    row = _last_row(line)
+    if figure == "greedy":
+        return np.array(row.get("greedy_correct") or [], float)
+    return best_shares(row) if counted(row) else np.zeros(0)
+
+
+def _differences(lines: Sequence[dict[str, Any]], cell: str, baseline: str) -> _Row:
+    """Mean differences of runs of the same task and seed, by score; every task has the same weight."""
+    theirs = {(x["task"], x["seed"]): x for x in lines if x["cell"] == baseline}
+    pairs = [(x, theirs[x["task"], x["seed"]]) for x in lines if x["cell"] == cell and (x["task"], x["seed"]) in theirs]
+    differences = {}
+    for figure in PAIRED:
+        both = [pair for pair in pairs if all(is_number(x["figures"].get(figure)) for x in pair)]
+        gaps: dict[str, list[float]] = {}
+        for x, y in both:
+            gaps.setdefault(x["task"], []).append(x["figures"][figure] - y["figures"][figure])
+        if len(both) == 1:
+            ours, other = (_by_prompt(x, figure) for x in both[0])
+            interval = paired_interval(ours, other) if len(ours) == len(other) else None
+        else:
+            interval = mean_interval(*gaps.values(), bounds=(-1, 1)) if both else None
+        if both:
+            differences[figure] = (_mean_of_tasks([*gaps.values()]), interval)
+    return differences
 
 
 def _values(lines: Sequence[dict[str, Any]], cell: str, figure: str, largest_pass: str) -> dict[str, list[float]]:
@@ -310,15 +388,14 @@ def _estimates(lines: Sequence[dict[str, Any]], cell: str, largest_pass: str) ->
         by_task = list(_values(lines, cell, figure, largest_pass).values())
         if by_task:
             pooled = [value for values in by_task for value in values]
-            bounds = (-np.inf if figure == "reward/end" else 0.0, 1.0 if figure.startswith("pass@") else np.inf)
+            is_share = figure == "greedy" or "pass@" in figure
+            bounds = (-np.inf if figure == "reward/end" else 0.0, 1.0 if is_share else np.inf)
             interval = mean_interval(*by_task, bounds=bounds)
             estimates[figure] = Estimate(_mean_of_tasks(by_task), interquartile_mean(pooled), interval, len(pooled))
     return estimates
 
 
-def _improvements(
-    lines: Sequence[dict[str, Any]], cell: str, baseline: str, largest_pass: str
-) -> dict[str, tuple[float, Interval | None]]:
+def _improvements(lines: Sequence[dict[str, Any]], cell: str, baseline: str, largest_pass: str) -> _Row:
     """Probability of improvement over the baseline, by score, on the tasks that both have."""
     improvements = {}
     for figure in _columns(SCORES, largest_pass):
@@ -337,63 +414,73 @@ def _notes(lines: Sequence[dict[str, Any]], names: Sequence[str], tasks: Sequenc
     samples = {name: [x["figures"].get("samples") for x in lines if x["cell"] == name] for name in names}
     most = {name: max(numbers) for name, numbers in samples.items() if None not in numbers}
     unequal = [f"{name} {num:,}" for name, num in most.items()] if len(set(most.values())) > 1 else []
+    unreached = [f"{x['cell']} on {x['task']}, seed {x['seed']}" for x in lines if x["figures"].get(_EQUAL) == 0]
     notes = (
         ("Stopped early, and counted with the figures at that step: ", stopped),
         ("Not run on every task, so no fair mean: ", incomplete),
         ("Not the same number of generated answers: ", unequal),
+        ("Not as accurate as the baseline at any temperature, so 0 distinct answers at equal accuracy: ", unreached),
     )
     return [head + "; ".join(items) + "." for head, items in notes if items]
 
 
-def _formatted(figure: str, value: float, interval: Interval | None) -> str:
-    digits = 0 if figure in ("steps", "seconds") else 2 if figure == "distinct" else 3
-    text = f"{value:.{digits}f}"
-    if interval is None or digits == 0:
-        return text
-    return f"{text} ({interval.low:.{digits}f}..{interval.high:.{digits}f})"
+def _formatted(figure: str, value: float, interval: Interval | None, sign: str = "") -> str:
+    whole = figure in ("steps", "seconds")
+    digits = 0 if whole else 2 if figure.startswith("distinct") else 3
+    return with_interval(value, None if whole else interval, sign, digits)
 
 
 def render(comparison: Comparison, markdown: bool = False) -> str:
-    """The tables as text, aligned for a terminal or as Markdown."""
-    cells, better = comparison.cells, comparison.better
-    columns = _columns(FIGURES, comparison.largest_pass)
-    figures = [f for f in columns if any(f in cell for cell in cells.values())]
-    titles = {f: comparison.largest_pass if f == "pass@K" else FIGURES[f][0] for f in FIGURES}
-    head = ["cell", "seeds", *(titles[f] for f in figures)]
-    rows = [
-        [name, str(comparison.seeds[name])]
-        + [_formatted(f, cell[f].mean, cell[f].interval) if f in cell else "-" for f in figures]
-        for name, cell in cells.items()
-    ]
-    sections = [_table(head, rows, markdown)]
-    scores = [f for f in _columns(SCORES, comparison.largest_pass) if f in figures]
-    if scores:
-        compared = [f for f in scores if any(f in row for row in better.values())]
-        head = ["cell", *(f"P({titles[f]} better)" for f in compared), *(f"IQM {titles[f]}" for f in scores)]
-        rows = [
-            [name]
-            + [_formatted(f, *better[name][f]) if f in better.get(name, {}) else "-" for f in compared]
-            + [_formatted(f, cell[f].middle, None) if f in cell else "-" for f in scores]
-            for name, cell in cells.items()
-        ]
-        title = f"Probability that a run beats one of {comparison.baseline}, and interquartile means:"
-        sections += [title if compared else "Interquartile means:", _table(head, rows, markdown)]
+    """The tables as text, aligned for a terminal or as Markdown: runs, held-out figures, and against the baseline."""
+    cells, largest, baseline = comparison.cells, comparison.largest_pass, comparison.baseline
+    figures = [f for f in _columns(FIGURES, largest) if any(f in cell for cell in cells.values())]
+    titles = {f: largest if f == "pass@K" else FIGURES[f][0] for f in FIGURES}
+    means: dict[str, _Row] = {name: {f: (e.mean, e.interval) for f, e in cell.items()} for name, cell in cells.items()}
+    middles: dict[str, _Row] = {name: {f: (e.middle, None) for f, e in cell.items()} for name, cell in cells.items()}
+    scores = [f for f in _columns(SCORES, largest) if f in figures]
+
+    def columns(
+        names: Iterable[str], by_cell: dict[str, _Row], title: str = "{}", sign: str = ""
+    ) -> dict[str, dict[str, str]]:
+        texts = {f: {n: _formatted(f, *row[f], sign) for n, row in by_cell.items() if f in row} for f in names}
+        return {title.format(titles[f]): text for f, text in texts.items() if text}
+
+    seeds = {"seeds": {name: str(num) for name, num in comparison.seeds.items()}}
+    run = columns([f for f in figures if f in _RUN], means)
+    heldout = columns([f for f in figures if f not in (*_RUN, _EQUAL)], means)
+    equal = columns([_EQUAL], means)
+    floors = ", ".join(f"{floor:.3f} on {task}" for task, floor in comparison.floors.items())
+    reached = f", and distinct answers at a pass@1 of at least {floors}" if equal else ""
+    groups = (
+        ("", seeds | run if run else {}),
+        ("", seeds | heldout if heldout else {}),
+        (
+            f"Differences from {baseline} by seed{reached}:",
+            columns(PAIRED, comparison.differences, "Δ {} (95 %)", "+") | equal,
+        ),
+        (f"Probability that a run beats one of {baseline}:", columns(scores, comparison.better, "P({} better)")),
+        ("Interquartile means:", columns(scores, middles, "IQM {}")),
+    )
+    sections = []
+    for title, group in groups:
+        named = [name for name in cells if any(name in column for column in group.values())]
+        rows = [[name, *(column.get(name, "-") for column in group.values())] for name in named]
+        sections += [title] * bool(title and group) + [_table(["cell", *group], rows, markdown)] * bool(group)
     sections.append(
         f"Tasks: {', '.join(comparison.tasks)}. Mean over runs (95 % interval: of means by Student's t, of P by exact "
-        "ranks; none where all runs are equal)."
+        "ranks, of Δ over seeds, or over prompts if there is one; none where all runs are equal)."
     )
     sections += comparison.notes
     few = sorted(name for name, num in comparison.seeds.items() if num < MIN_VALUES)
     if few:
-        sections.append(f"No interval for fewer than {MIN_VALUES} seeds: {', '.join(few)}.")
+        sections.append(f"No interval over runs for fewer than {MIN_VALUES} seeds: {', '.join(few)}.")
     return "\n\n".join(sections)
 
 
 def _table(head: list[str], rows: list[list[str]], markdown: bool) -> str:
     if markdown:
         return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows])
+    return "\n".join(aligned([head, *rows], left=len(head)))
 
 
 def write(comparison: Comparison, lines: Sequence[dict[str, Any]], folder: Path) -> None:
@@ -404,6 +491,6 @@ def write(comparison: Comparison, lines: Sequence[dict[str, Any]], folder: Path)
         largest = comparison.largest_pass
         names = [largest if f == "pass@K" else f for f in _columns(FIGURES, largest)]
         out.writerow(["cell", "task", "seed", *names])
-        for line in lines:
+        for line in (_at_equal_accuracy(line, comparison.floors) for line in lines):
             out.writerow([line["cell"], line["task"], line["seed"], *(line["figures"].get(f) for f in names)])
     write_json(folder / "compare.json", comparison.as_json())

@@ -91,7 +91,9 @@ class RunConfig:
     task: str = _setting("expr", "run", "a task or a sequence of `isentropic tasks`, or FILE.py:NAME of your own")
     recipe: str = _setting("isentropic", "run", "an algorithm of `isentropic recipes`, or FILE.py:NAME of your own")
     steps: int = _setting(800, "run", "optimizer steps", low=1)
-    then: list[str] = _setting((), "run", "another task, trained on after those before it in the same run; may be repeated")
+    then: list[str] = _setting(  # noqa: RUF009  (a field with a factory)
+        (), "run", "another task, trained on after those before it in the same run; may be repeated"
+    )
     then_steps: int | None = _setting(
         None, "run", "optimizer steps on each task after the first [as on the first]", low=1
     )
@@ -202,7 +204,7 @@ class RunConfig:
     eval_every: int = _setting(
         0, "evaluation", "optimizer steps between two evaluations along the run, with a checkpoint each; 0 none", low=0
     )
-    eval_temperatures: list[float] = _setting(
+    eval_temperatures: list[float] = _setting(  # noqa: RUF009
         (1.5, 1.0, 0.6, 0.3), "evaluation", "sampling temperatures, besides that of training; may be repeated"
     )
 
@@ -218,16 +220,15 @@ def load(path: str | None, flags: dict[str, Any], base: dict[str, Any] | None = 
     Raises:
         ConfigError: anything that cannot work.
     """
-    values: dict[str, Any] = dict(base or {})
-    if path is not None:
-        values |= _read(Path(path))
-    values |= flags
+    given: dict[str, Any] = {**(_read(Path(path)) if path is not None else {}), **flags}
+    values = dict(base or {}) | given
     for key, value in values.items():
         where = f"--{key.replace('_', '-')}" if key in flags else f"{path or 'run.json'}: key {key}"
         values[key] = _checked_value(where, key, value)
     if values.get("task") in SEQUENCES:
         first, *others = SEQUENCES[values["task"]].tasks
-        values |= {"task": first, "then": [*others, *values.get("then", [])]}
+        # The tasks of a run that is resumed are those of the sequence already.
+        values |= {"task": first, "then": [*others, *(values["then"] if "then" in given else [])]}
     return _check(RunConfig(**values), path, "updates" in values)
 
 
@@ -347,6 +348,11 @@ def _check_batch(config: RunConfig, where: str) -> None:
             f"{where}micro_batch: got {config.micro_batch}, which does not divide the {batch // config.updates} "
             "completions of an optimizer step; choose a divisor"
         )
+    if config.eval_every % config.updates:
+        raise ConfigError(
+            f"{where}eval_every: got {config.eval_every}, must be a multiple of updates ({config.updates}): the "
+            "checkpoint of an evaluation falls between two generated batches"
+        )
 
 
 def steps_of(config: RunConfig) -> list[int]:
@@ -378,9 +384,13 @@ def _check_then(config: RunConfig, where: str) -> None:
 
 def _check_names(config: RunConfig, where: str) -> None:
     """A task is loaded, which reads no rows; a model is judged by its name and its directory. No hub is asked."""
+    seen: dict[str, str] = {}
     for key, task in (("task", config.task), *(("then", name) for name in config.then)):
         with config_errors(f"{where}{key}: "):
-            load_task(task)
+            name = load_task(task).name
+        if name in seen:
+            raise ConfigError(f"{where}{key}: got {task!r}, the same task as {seen[name]!r}; name another")
+        seen[name] = task
     with config_errors(where):
         check_saved(config.model)
 

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from ..models.candidates import Candidate
 from ..models.episodes import Sampling, count_wins, limited
 from ..models.generation import OnProgress, evaluating, line_break_tokens, sample, seeded
 from ..models.loading import load_tokenizer, load_weights, suit_threads
-from ..runs.record import append_row, read_rows
+from ..runs.record import append_row, plain, read_rows
 from ..runs.statistics import majority_vote, pass_at_k, proportion_interval
 from ..tasks import Task, load_task
 from ..tasks.checks import constant_line
@@ -65,7 +66,13 @@ class Counts(NamedTuple):
 
     def and_then(self, other: Counts) -> Counts:
         """These prompts, and after them others."""
-        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+        return Counts(
+            self.correct + other.correct,
+            self.distinct + other.distinct,
+            self.truncated + other.truncated,
+            self.majority + other.majority,
+            self.num_tokens + other.num_tokens,
+        )
 
 
 class Parts:
@@ -120,37 +127,39 @@ def evaluate(
         others: further temperatures, whose figures are under ``at`` by temperature.
         seed: of sampling.
         max_tokens: limit of a completion; None is the task's.
-        progress: called after every batch of completions, with numbers of the whole evaluation.
+        progress: called after every batch of completions, with numbers of all that was not finished before.
         parts: finished parts of the same evaluation.
     """
     parts = parts or Parts()
     others = [t for t in dict.fromkeys(others) if t != temperature]
-    total = len(rows) * (k * (1 + len(others)) + 1)
+    cuts = {start: list(rows[start : start + PART]) for start in range(0, len(rows), PART)}
+    nums: dict[float | None, int] = {**dict.fromkeys((temperature, *others), k), None: 1}
+    sizes = {(t, start): num * len(part) for t, num in nums.items() for start, part in cuts.items()}
+    total = sum(num for place, num in sizes.items() if _part_name(*place) not in parts.done)
     done = tokens = 0
 
-    def count(at: float | None, num: int) -> Counts:
+    def shifted(n: int, _: int, new: int) -> None:
+        if progress is not None:
+            progress(done + n, total, tokens + new)
+
+    def count(at: float | None) -> Counts:
         nonlocal done, tokens
         counts = Counts([], [], [], [], 0)
-        for start in range(0, len(rows), PART):
-            part = list(rows[start : start + PART])
-
-            def shifted(n: int, _: int, new: int) -> None:
-                if progress is not None:
-                    progress(done + n, total, tokens + new)
-
-            counted = parts(
-                f"{'greedy' if at is None else at} {start}",
-                lambda part=part: _count(model, tokenizer, task, part, num, at, seed + start, max_tokens, shifted),
-            )
+        for start, part in cuts.items():
+            name = _part_name(at, start)
+            known = name in parts.done
+            job = partial(_count, model, tokenizer, task, part, nums[at], at, seed + start, max_tokens, shifted)
+            counted = parts(name, job)
             counts = counts.and_then(counted)
-            done, tokens = done + num * len(part), tokens + counted.num_tokens
+            if not known:
+                done, tokens = done + sizes[at, start], tokens + counted.num_tokens
         return counts
 
     prompts = [_prompt_text(row["prompt"]) for row in rows]
     if isinstance(task, EnvironmentTask):
         prompts = [str(row.get("seed", row["prompt"])) for row in rows]
-    sampled = {t: _figures(k, count(t, k)) for t in (temperature, *others)}
-    greedy = count(None, 1)
+    sampled = {t: _figures(k, count(t)) for t in (temperature, *others)}
+    greedy = count(None)
     return {
         "task": task.name,
         "k": k,
@@ -162,6 +171,10 @@ def evaluate(
         "greedy_correct": greedy.correct,
         "at": {f"{t:g}": sampled[t] for t in sorted(others, reverse=True)},
     }
+
+
+def _part_name(temperature: float | None, start: int) -> str:
+    return f"{'greedy' if temperature is None else temperature} {start}"
 
 
 def _count(
@@ -273,22 +286,33 @@ def evaluate_models(
             check_prompts(task, tokenizers[-1], model.name)
     if line := constant_line(task, rows):
         say(line)
-    evaluated, all_parts = [], []
-    threads = torch.get_num_threads()
-    for model, tokenizer in zip(models, tokenizers, strict=True):
-        all_parts.append(Parts(_parts_path(model, settings, rows)))
-        if all_parts[-1].done:
-            say(f"{model.name}: continuing an evaluation that was interrupted; {len(all_parts[-1].done)} parts are done")
+    evaluated, threads = [], torch.get_num_threads()
+    all_parts = [Parts(_parts_path(model, settings, rows)) for model in models]
+    interrupted = any(parts.done for parts in all_parts)
+    for model, tokenizer, parts in zip(models, tokenizers, all_parts, strict=True):
+        if parts.done:
+            say(f"{model.name}: continuing an evaluation that was interrupted; {len(parts.done)} parts are done")
         try:
-            evaluated.append(_evaluate_model(model, tokenizer, task, settings, rows, all_parts[-1], say))
+            evaluated.append(_evaluate_model(model, tokenizer, task, settings, rows, parts, say))
         finally:
             torch.set_num_threads(threads)
     if out:
-        for row in evaluated:
-            append_row(Path(out), row)
+        _append(Path(out), evaluated, interrupted)
     for parts in all_parts:
         parts.forget()
     return evaluated
+
+
+def _append(out: Path, rows: list[dict[str, Any]], interrupted: bool) -> None:
+    """Append rows to a file; after an interruption without those that were written just before it."""
+
+    def figures(row: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in plain(row).items() if name != "tokens_per_second"}
+
+    written = [figures(row) for row in read_rows(out)] if interrupted else []
+    for row in rows:
+        if figures(row) not in written:
+            append_row(out, row)
 
 
 def _parts_path(model: Candidate, settings: EvalSettings, rows: list[dict[str, Any]]) -> Path:

@@ -189,7 +189,7 @@ def _cell(where: str, name: str, task: str, seed: int, settings: dict[str, Any])
     with config_errors(f"{where}{name}: "):
         config = load(None, {**settings, "task": task, "seed": seed})
         recipe = recipe_of(config)
-    return Cell(name, config.task, seed, config, fingerprint(*changed(as_dict(config), recipe.as_dict())))
+    return Cell(name, task, seed, config, fingerprint(*changed(as_dict(config), recipe.as_dict())))
 
 
 def _refuse_equal_cells(where: str, cells: Sequence[Cell]) -> None:

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..runs.clock import duration
+from ..runs.frontier import best_temperature, by_temperature, frontier, points
+from ..runs.record import is_number
+from ..runs.statistics import Interval, paired_interval, proportion_interval
 from ..runs.summary import SETTLED
 
-# Figures of `isentropic eval` besides pass@k.
-EVAL_FIGURES = (
-    "distinct",
-    "majority",
-    "greedy",
-    "greedy_prompts",
-    "truncated_frac",
-    "greedy_truncated",
-    "tokens_per_second",
-)
-_WHOLE_NUMBERS = ("tokens_per_second", "greedy_prompts")
+_MOST_TASKS = 3  # in the closing table; a longer sequence is cut to its first and last tasks
+_TASK_WIDTH = 40
+_FLOORS = (0.99, 0.95, 0.9)  # of the best pass@1
+_NOT_KNOWN = "–"
 
 
 def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any]) -> str:
@@ -76,17 +74,17 @@ class Progress:
 
 
 def closing_table(summary: dict[str, Any], out: str) -> str:
-    """The table at the end of a run.
+    """The table at the end of a run, in less than 20 lines of at most 100 columns, but for long paths.
 
     Args:
         summary: as summary.json holds it.
         out: the run directory.
     """
 
-    def row(name: str, start: Any = None, target: Any = None, end: Any = None) -> tuple[str, ...]:
-        return name, *("" if x is None else x if isinstance(x, str) else f"{x:.3f}" for x in (start, target, end))
+    def row(name: str, start: Any = None, target: Any = None, end: Any = None) -> list[str]:
+        return [name, *("" if x is None else x if isinstance(x, str) else f"{x:.3f}" for x in (start, target, end))]
 
-    rows = [row("", "start", "target", "end")]
+    rows = [row(f"{summary['steps']} steps, {summary['seconds']:.0f} seconds", "start", "target", "end")]
     rows.append(
         row("entropy (nats a token)", summary["entropy/start"], summary["entropy/target"], summary["entropy/end"])
     )
@@ -95,63 +93,183 @@ def closing_table(summary: dict[str, Any], out: str) -> str:
     if summary["knob/saturated"]:
         rows.append(row("steps with the knob at its bound", end=f"{summary['knob/saturated']:.0%}"))
     rows.append(row("reward (training prompts)", summary["reward/start"], None, summary["reward/end"]))
-    start, end = summary.get("start", {}), summary.get("end", {})
-    scores = [key for key in end if key.startswith("pass@")]
-    for key in dict.fromkeys([*scores[:1], *scores[-1:]]):
-        rows.append(row(f"{key} (held-out)", start.get(key), None, end[key]))
-    if end:
-        rows.append(row("distinct right answers (held-out)", start.get("distinct"), None, end["distinct"]))
-    for name, scored in summary.get("before", {}).items():
-        middle = scored[len(scored) // 2]
-        rows += [
-            row(f"{key}, {name} (start, switch, end)", scored[0][key], f"{middle[key]:.3f}", scored[-1][key])
-            for key in (*scores[:1], "distinct")
-        ]
-    rows.append(row("seconds", end=f"{summary['seconds']:.0f}"))
     width = max(len(name) for name, *_ in rows)
-    text = "\n".join(f"{a:{width}}  {b:>8}  {c:>8}  {d:>8}".rstrip() for a, b, c, d in rows)
-    stopped = f"\n\nstopped early: {summary['stopped']}" if summary.get("stopped") else ""
-    return f"\n{text}{stopped}\n\nrun directory: {out}"
+    lines = ["", *("  ".join([f"{name:{width}}", *(f"{x:>8}" for x in cells)]).rstrip() for name, *cells in rows)]
+    lines += _heldout(summary)
+    lines += [f"stopped early: {summary['stopped']}"] if summary.get("stopped") else []
+    return "\n".join([*lines, f"run directory: {out}"])
 
 
-def evaluation_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Models as columns, with their figures below one another.
+def _heldout(summary: dict[str, Any]) -> list[str]:
+    """The evaluations of each task at the start, at the switch from it and at the end."""
+    moments = [row for row in _moments(summary) if row[2]]
+    if not moments:
+        return []
+    scored = [scores for *_, scores in moments]
+    passes = [key for key in scored[-1] if key.startswith("pass@")]
+    # Without its own best temperature, as of a run with counts at one temperature alone, pass@1 is shown as it is.
+    single = "best_pass@1" if any("best_pass@1" in row for row in scored) else "pass@1"
+    titles = {"greedy": "greedy", single: single.replace("best_pass@1", "best pass@1*")}
+    titles |= {key: key for key in passes[-1:]} | {"distinct": "distinct"}
+    names = [name for name in titles if any(is_number(row.get(name)) for row in scored)]
+    cells = [["held-out", "", "step", *(titles[name] for name in names)]]
+    for task, moment, scores in moments:
+        figures = [f"{scores[n]:.{2 if n == 'distinct' else 3}f}" if n in scores else _NOT_KNOWN for n in names]
+        cells.append([task, moment, str(scores.get("step", "")), *figures])
+    more = len(summary.get("before", {})) + 1 - _MOST_TASKS
+    note = [f"(tasks between the first and the last two, in summary.json: {more})"] if more > 0 else []
+    if single in names and single != "pass@1":
+        note.append("* temperature chosen on one half of the prompts, scored on the other; the rest as in training")
+    return ["", *aligned(cells, left=2), *note]
+
+
+def _moments(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    """Task, moment and scores; the task at its first moment only.
+
+    Of more than three tasks the first and the last two, at the start and at the end.
+    """
+    before = list(summary.get("before", {}).items())
+    tasks: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = []
+    for i, (name, scored) in enumerate(before):
+        shown = [("start", scored[0]), ("end", scored[-1])] if len(scored) > 1 else [("end", scored[0])]
+        # With evaluations in between it is not known which is that at the switch.
+        if len(scored) == len(before) + 2 and len(before) < _MOST_TASKS:
+            shown.insert(1, ("switch", scored[i + 1]))
+        tasks.append((_cut(name), shown))
+    last = [(moment, summary.get(moment) or {}) for moment in ("start", "end")]
+    tasks.append(("last task" if before else "", last))
+    tasks = tasks if len(tasks) <= _MOST_TASKS else [tasks[0], *tasks[-2:]]
+    return [
+        (name if i == 0 else "", moment, scores)
+        for name, shown in tasks
+        for i, (moment, scores) in enumerate(row for row in shown if row[1])
+    ]
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _TASK_WIDTH else name[: _TASK_WIDTH - 1] + "…"
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of a table whose first columns, ``left`` of them, are aligned to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    pad = [str.ljust if i < left else str.rjust for i in range(len(widths))]
+    return ["  ".join(p(x, w) for p, x, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows]
+
+
+def best_shares(row: Mapping[str, Any]) -> np.ndarray:
+    """[p] shares of right samples at the policy's own best temperature, chosen on the half that a prompt is not in.
+
+    Args:
+        row: an evaluation with its counts by prompt.
+
+    Example:
+        >>> row = {"temperature": 1.0, "num_samples": [2] * 4, "num_correct": [1, 2, 1, 2]}
+        >>> best_shares({**row, "at": {"0.5": {"num_correct": [2, 0, 2, 0]}}}).tolist()
+        [0.5, 0.0, 0.5, 0.0]
+    """
+    of_even, of_odd = best_temperature(row).temperatures
+    num, counts = np.array(row["num_samples"]), by_temperature(row)
+    even, odd = (np.array(counts[t]["num_correct"]) / num for t in (of_odd, of_even))
+    return np.where(np.arange(len(num)) % 2 == 0, even, odd)
+
+
+def floors(row: Mapping[str, Any]) -> list[float]:
+    """The accuracies of a frontier unless others are named: 99, 95 and 90 % of a model's best pass@1."""
+    return [share * best_temperature(row).accuracy for share in _FLOORS]
+
+
+def at_best(row: Mapping[str, Any], at_least: Sequence[float]) -> dict[str, Any]:
+    """pass@1 at the policy's own best temperature, and its frontier, for a JSON row.
+
+    Args:
+        row: of :func:`isentropic.experiments.evaluate.evaluate_models`.
+        at_least: accuracies.
+
+    Returns:
+        ``best_pass@1``, ``best_temperatures`` and, by accuracy, ``frontier``; None in it is out of reach.
+    """
+    best, reached = best_temperature(row), [frontier(row, floor) for floor in at_least]
+    return {
+        "best_pass@1": best.accuracy,
+        "best_temperatures": list(best.temperatures),
+        "frontier": [
+            {"at_least": p, "distinct": f and f.distinct, f"pass@{row['k']}": f and f.search}
+            for p, f in zip(at_least, reached, strict=True)
+        ],
+    }
+
+
+def evaluation_table(rows: Sequence[dict[str, Any]], at_least: Sequence[float] = ()) -> str:
+    """Each model by temperature, then their frontiers, then differences from the first.
 
     Args:
         rows: of :func:`isentropic.experiments.evaluate.evaluate_models`.
+        at_least: accuracies of the frontier; by default :func:`floors` of the first model.
     """
     first = rows[0]
-    figures = [name for name in first if name.startswith("pass@")]
-    figures += [name for name in EVAL_FIGURES if name in first]
-    lines = [["model", *(_model_name(row) for row in rows)]]
-    lines += [[name, *(_cell(row, name) for row in rows)] for name in figures]
-    if len(rows) == 1:
-        head = [["task", first["task"]], ["prompts", str(len(first["prompts"]))], ["k", str(first["k"])]]
-        lines = [lines[0], *head, *lines[1:]]
-        width = max(len(name) for name, _ in lines)
-        return "\n".join([f"{name:{width}}  {value}" for name, value in lines] + _too_narrow(first))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [f"task {first['task']}, {len(first['prompts'])} prompts, k = {first['k']}"]
-    text += ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    note = ["(95 % interval, bootstrap over prompts)"] if any(first["intervals"].values()) else []
-    return "\n".join([*text, *note, *_too_narrow(first)])
+    text = [f"task {first['task']}, {len(first['prompts'])} prompts, {first['k']} samples each; (95 % intervals)"]
+    for row in rows:
+        text += ["", *_by_temperature(row)]
+    at_least = at_least or floors(first)
+    text += ["", f"most distinct right answers of {first['k']}, and best pass@{first['k']}, at any temperature with"]
+    cells = [["model", *(f"pass@1 >= {floor:.3f}" for floor in at_least)]]
+    for row in rows:
+        reached = [frontier(row, floor) for floor in at_least]
+        cells.append([_model_name(row), *(f"{f.distinct:.2f}, {f.search:.3f}" if f else _NOT_KNOWN for f in reached)])
+    text += aligned(cells)
+    if len(rows) > 1:
+        text += ["", f"difference from {_model_name(first)} on the same prompts"]
+        cells = [["model", "greedy", "best pass@1"]]
+        cells += [[_model_name(row), *(_gap(*pair) for pair in _pairs(row, first))] for row in rows[1:]]
+        text += aligned(cells)
+    return "\n".join(text)
 
 
-FEW_PROMPTS = 100
+def _by_temperature(row: dict[str, Any]) -> list[str]:
+    """The table of a model."""
+    k, counts = row["k"], by_temperature(row)
+    shares = [np.array(c["num_correct"]) / np.array(row["num_samples"]) for c in counts.values()]
+    intervals = [proportion_interval(values) for values in [*shares, np.array(row["greedy_correct"])]]
+    cells = [["temperature", "pass@1", f"pass@{k}", "distinct", "majority"]]
+    for point, interval in zip(points(row), intervals, strict=True):
+        figures = [f"{point.search:.3f}", f"{point.distinct:.2f}"]
+        figures.append(_NOT_KNOWN if point.majority is None else f"{point.majority:.3f}")
+        # One answer a prompt: no search, no variety, no vote.
+        figures = figures if point.temperature else [_NOT_KNOWN] * 3
+        name = f"{point.temperature:g}" if point.temperature else "greedy"
+        cells.append([name, with_interval(point.accuracy, interval), *figures])
+    best, by_prompt = best_temperature(row), best_shares(row)
+    cells.append(["best", with_interval(best.accuracy, proportion_interval(by_prompt)), "", "", ""])
+    *lines, last = aligned(cells)
+    low, high = sorted(best.temperatures)
+    chosen = f"{low:g}" if low == high else f"{low:g} and {high:g}"
+    about = f"{row['dtype']}, {row['truncated_frac']:.1%} truncated at temperature {row['temperature']:g}"
+    about += f", {row['tokens_per_second']:.0f} tokens a second"
+    note = f"  at {chosen}: chosen on one half of the prompts, scored on the other"
+    return [f"{_model_name(row)}  ({about})", *lines, last + note]
 
 
-def _too_narrow(row: dict[str, Any]) -> list[str]:
-    """What to say of the intervals of few prompts."""
-    if len(row["prompts"]) >= FEW_PROMPTS or not any(row["intervals"].values()):
-        return []
-    return [f"(with {len(row['prompts'])} prompts the intervals of rates near 0 or 1 are too narrow)"]
+def _pairs(ours: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Two models by prompt: greedy, and at the best temperature of each."""
+    greedy = np.array(ours["greedy_correct"], float), np.array(theirs["greedy_correct"], float)
+    return [greedy, (best_shares(ours), best_shares(theirs))]
+
+
+def _gap(ours: np.ndarray, theirs: np.ndarray) -> str:
+    return with_interval(float((ours - theirs).mean()), paired_interval(ours, theirs), "+")
+
+
+def with_interval(value: float, interval: Interval | None, sign: str = "", digits: int = 3) -> str:
+    """A figure and its interval; ``sign`` is "+" for a difference.
+
+    Example:
+        >>> with_interval(0.5, Interval(0.25, 0.75)), with_interval(0.5, None, "+", 1)
+        ('0.500 (0.250..0.750)', '+0.5')
+    """
+    text, *ends = (f"{x:{sign}.{digits}f}" for x in (value, *(interval or ())))
+    return f"{text} ({ends[0]}..{ends[1]})" if ends else text
 
 
 def _model_name(row: dict[str, Any]) -> str:
     return row["model"] if row["step"] is None else f"{row['model']} step {row['step']}"
-
-
-def _cell(row: dict[str, Any], name: str) -> str:
-    text = f"{row[name]:.0f}" if name in _WHOLE_NUMBERS else f"{row[name]:.3f}"
-    interval = row["intervals"].get(name)
-    return f"{text} ({interval[0]:.3f}..{interval[1]:.3f})" if interval else text

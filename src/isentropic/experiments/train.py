@@ -77,7 +77,8 @@ def _train(
     checkpoint = _checkpoint_to_resume(record, say, is_main) if resume else None
     if is_main and not (resume and record.begun()):
         settings = as_dict(config)
-        about = {"task": config.task, "model": config.model, "origin": origin(settings)}
+        with config_errors():
+            about = {"task": config.task, "model": config.model, "origin": origin(settings)}
         record.start(settings, recipe.as_dict(), config.seed, **about)
     suit_threads(model)
     trainer = build_trainer(config, recipe, tasks, model, tokenizer, say)

@@ -1,8 +1,8 @@
 """Rewards [p g] to advantages [b], with b = p·g and the samples of a prompt side by side.
 
-Shared rules. A NaN reward means "not scorable": the sample takes no part in the statistics of its group and its
-advantage is 0. For every baseline computed from the group, a group whose scorable rewards are all equal (or that has
-only one) gets exactly 0, so that rounding in the baseline never becomes a gradient.
+Shared rules. A reward that is NaN or infinite means "not scorable": the sample takes no part in the statistics of its
+group and its advantage is 0. For every baseline computed from the group, a group whose scorable rewards are all equal
+(or that has only one) gets exactly 0, so that rounding in the baseline never becomes a gradient.
 """
 
 import math
@@ -14,8 +14,10 @@ from torch import Tensor
 INTERPOLATIONS = ("linear", "lower", "higher", "midpoint", "nearest", "inverted_cdf")
 
 
-def _at_least_fp32(x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+def _scorable(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p g"]:
+    """Return the rewards at least in fp32, with NaN for every one that is not scorable."""
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    return torch.where(rewards.isfinite(), rewards, math.nan)
 
 
 def _mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, "p 1"]:
@@ -36,7 +38,7 @@ def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
     ``max_g R > min_g R``
 
     Args:
-        rewards: [p g] rewards; NaN for a sample that is not scorable.
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable.
 
     Returns:
         [p] true for a group with a learning signal.
@@ -46,7 +48,7 @@ def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
     >>> informative_groups(torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, float("nan")]]))
     tensor([ True, False, False])
     """
-    missing = rewards.isnan()
+    missing = ~rewards.isfinite()
     highest = rewards.masked_fill(missing, -math.inf).amax(dim=1)
     lowest = rewards.masked_fill(missing, math.inf).amin(dim=1)
     return highest > lowest
@@ -60,7 +62,7 @@ def none(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     Groups are ignored: equal rewards are kept, and only a sample that is not scorable gets 0.
 
     Args:
-        rewards: [p g] rewards; NaN for a sample that is not scorable.
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable.
 
     Returns:
         [b] advantages in the unit of the reward.
@@ -70,7 +72,7 @@ def none(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     >>> none(torch.tensor([[1.0, float("nan")], [0.5, 0.5]]))
     tensor([1.0000, 0.0000, 0.5000, 0.5000])
     """
-    return _at_least_fp32(rewards.masked_fill(rewards.isnan(), 0.0)).flatten()
+    return _scorable(rewards).nan_to_num(nan=0.0).flatten()
 
 
 def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
@@ -81,7 +83,7 @@ def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     A group of one is always equal to itself: its advantage is 0.
 
     Args:
-        rewards: [p g] rewards; NaN for a sample that is not scorable.
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable.
 
     Returns:
         [b] advantages in the unit of the reward.
@@ -91,7 +93,7 @@ def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     >>> group_mean(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     tensor([ 0.7500, -0.2500, -0.2500, -0.2500])
     """
-    rewards = _at_least_fp32(rewards)
+    rewards = _scorable(rewards)
     return _zero_uninformative(rewards - _mean(rewards), rewards)
 
 
@@ -101,7 +103,7 @@ def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, 
     ``A = (R − mean_g R) / (std_g R + eps)``, with ``std² = Σ (R − mean)² / (n − 1)`` over the n scorable samples
 
     Args:
-        rewards: [p g] rewards, g >= 2; NaN for a sample that is not scorable.
+        rewards: [p g] rewards, g >= 2; NaN or infinite for a sample that is not scorable.
         eps: keeps nearly equal groups finite, in the unit of the reward.
 
     Returns:
@@ -121,7 +123,7 @@ def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, 
         )
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}; 1e-4 is TRL's")
-    rewards = _at_least_fp32(rewards)
+    rewards = _scorable(rewards)
     centred = rewards - _mean(rewards)
     num_others = (~rewards.isnan()).sum(dim=1, keepdim=True) - 1
     std = (centred.square().nansum(dim=1, keepdim=True) / num_others.clamp(min=1)).sqrt()
@@ -136,7 +138,7 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     The baseline does not depend on the sample it is used for, so the gradient estimate stays unbiased.
 
     Args:
-        rewards: [p g] rewards, g >= 2; NaN for a sample that is not scorable.
+        rewards: [p g] rewards, g >= 2; NaN or infinite for a sample that is not scorable.
 
     Returns:
         [b] advantages in the unit of the reward.
@@ -153,7 +155,7 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
         raise ValueError(
             f"leave_one_out needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'none'"
         )
-    rewards = _at_least_fp32(rewards)
+    rewards = _scorable(rewards)
     num_scorable = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)
     return _zero_uninformative((rewards - _mean(rewards)) * (num_scorable / (num_scorable - 1).clamp(min=1)), rewards)
 
@@ -173,7 +175,7 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
     higher 1, inverted_cdf 1.
 
     Args:
-        rewards: [p g] rewards; NaN for a sample that is not scorable.
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable.
         quantile: k, in [0, 1].
         interpolation: one of INTERPOLATIONS.
 
@@ -192,7 +194,7 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
         raise ValueError(f"quantile must be in [0, 1], got {quantile}; 0.4 is the paper's")
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {interpolation!r}; choose one")
-    rewards = _at_least_fp32(rewards)
+    rewards = _scorable(rewards)
     if interpolation == "inverted_cdf":
         num_scorable = (~rewards.isnan()).sum(dim=1, keepdim=True)
         # k·n is rarely exact in binary: 0.3·50 must be 15 and not the next sample.
@@ -238,7 +240,7 @@ def group_rate(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     that reward is above 0, else 0.
 
     Args:
-        rewards: [p g] rewards; NaN for a sample that is not scorable, which does not count.
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable, which does not count.
 
     Returns:
         [b] rates; a group without a scorable sample gets 0.
@@ -250,7 +252,7 @@ def group_rate(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     >>> group_rate(torch.tensor([[3.0, 1.0, 2.0, 1.0], [-2.0, -2.0, -2.0, -2.0]]))
     tensor([0.3750, 0.3750, 0.3750, 0.3750, 0.0000, 0.0000, 0.0000, 0.0000])
     """
-    rewards = _at_least_fp32(rewards)
+    rewards = _scorable(rewards)
     missing = rewards.isnan()
     mean = _mean(rewards)
     highest = rewards.masked_fill(missing, -math.inf).amax(dim=1, keepdim=True)

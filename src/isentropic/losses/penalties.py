@@ -112,5 +112,6 @@ def aent(logp_rows: Float[Tensor, "b t v"], mask: Shaped[Tensor, "b t"], *, aent
     """
     size = logp_rows.shape[-1]
     likeliest = logp_rows.topk(size - int(aent_drop * size), dim=-1).values.log_softmax(-1)
-    negative_entropy = (likeliest.exp() * likeliest).sum(-1)
+    # A token that is never sampled, log π = −∞, adds 0 and not 0·∞.
+    negative_entropy = (likeliest.exp() * likeliest.clamp(min=torch.finfo(likeliest.dtype).min)).sum(-1)
     return torch.where(mask.bool(), negative_entropy, torch.zeros_like(negative_entropy))

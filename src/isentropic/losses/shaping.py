@@ -57,6 +57,37 @@ def repo(adv: Advantage, logp: Float[Tensor, "b t"], entropy: Float[Tensor, "b t
     return _unless_zero(beta, adv - beta * (logp + entropy).detach(), adv)
 
 
+def repo_failing(
+    adv: Advantage,
+    logp: Float[Tensor, "b t"],
+    entropy: Float[Tensor, "b t"],
+    group_rate: Float[Tensor, " b"],
+    beta: Knob,
+) -> Float[Tensor, "b t"]:
+    """REPO where the group fails: full strength on prompts that are never solved, none on those that always are.
+
+    ``A' = A − β·(1 − ρ)·L``, ``L = logp + H``
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        entropy: [b t] entropy of their rows, nats.
+        group_rate: [b] ρ, the success rate of the completion's group, a share.
+        beta: advantage per nat; a number, a 0-d tensor or [b t].
+
+    Returns:
+        [b t] advantages.
+
+    REPO (arXiv:2603.11682) [paper]; the weight is ours.
+
+    >>> logp, entropy = torch.tensor([[-3.0], [-3.0]]), torch.ones(2, 1)
+    >>> repo_failing(torch.tensor([1.0, 1.0]), logp, entropy, torch.tensor([0.0, 0.75]), beta=0.5)  # L = −2
+    tensor([[2.0000],
+            [1.2500]])
+    """
+    return repo(adv, logp, entropy, beta * (1 - group_rate[:, None]).expand_as(logp))
+
+
 def repo_r(
     adv: Advantage,
     logp: Float[Tensor, "b t"],
@@ -124,19 +155,21 @@ def repo_d(
     *,
     per: str = "token",
 ) -> Float[Tensor, "b t"]:
-    """Oppose the entropy change that the step is predicted to make.
+    """Oppose the fall of entropy that the step is predicted to make.
 
-    ``A' = A − β·L``, ``β = −ζ·ΔĤ``, with ΔĤ of each token or its mean over the batch
+    ``A' = A − β·L``, ``β = ζ·max(−ΔĤ, 0)``, with ΔĤ of each token or its mean over the batch
 
-    ζ > 0 opposes falls and damps rises as well; ζ < 0 amplifies both. With ``per="token"`` the term opposes the change
-    in 92–94 % of random states, with ``per="batch"`` in all of those tried [derived].
+    ζ > 0 opposes falls, ζ < 0 amplifies them; a predicted rise leaves the advantage as it was. So a larger ζ never asks
+    for less entropy, and a controller that holds entropy at a target is not turned against it while it recovers. With
+    ``per="token"`` the term opposes the fall in 92–94 % of random states, with ``per="batch"`` in all of those tried
+    [derived].
 
     Args:
         adv: [b t], [b 1] or [b] advantages.
         logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
         entropy: [b t] entropy of their rows, nats.
         predicted: [b t] predicted entropy change ΔĤ of each token, as ``entropy.prediction`` computes it.
-        zeta: advantage per nat and unit of ΔĤ; a number, a 0-d tensor or [b t].
+        zeta: ζ, advantage per nat and unit of ΔĤ; a number, a 0-d tensor or [b t].
         mask: [b t] non-zero where the token counts; read with ``per="batch"`` only.
         per: ``token`` uses each token's own ΔĤ, ``batch`` the mean over the tokens of this call. For a mean over more
             than this call (micro-batches, ranks) pass that mean, repeated to [b t], as ``predicted`` with ``token``.
@@ -147,20 +180,20 @@ def repo_d(
     Raises:
         ValueError: unknown per.
 
-    REPO-D (arXiv:2603.11682): the paper gives β = ζ·ΔH in one sentence; the sign and both readings of ΔH are a
-    reconstruction [ours].
+    REPO-D (arXiv:2603.11682): the paper gives β = ζ·ΔH in one sentence; the sign, both readings of ΔH and that rises
+    are left alone are a reconstruction [ours].
 
     >>> logp, entropy = torch.tensor([[-0.5, -3.0]]), torch.tensor([[1.0, 1.0]])  # L = 0.5, −2
     >>> predicted = torch.tensor([[-1.0, 0.5]])
-    >>> repo_d(torch.tensor([1.0]), logp, entropy, predicted, 0.5, torch.ones(1, 2))  # β = 0.5, −0.25
-    tensor([[0.7500, 0.5000]])
+    >>> repo_d(torch.tensor([1.0]), logp, entropy, predicted, 0.5, torch.ones(1, 2))  # β = 0.5, 0
+    tensor([[0.7500, 1.0000]])
     """
     if per not in ("token", "batch"):
         raise ValueError(f"per must be 'token' or 'batch', got {per!r}; choose one")
     predicted = predicted.detach()
     change = predicted if per == "token" else reduce.token(predicted, mask).mean()
     adv = _per_token(adv, logp)
-    return _unless_zero(zeta, adv + zeta * change * (logp + entropy).detach(), adv)
+    return _unless_zero(zeta, adv + zeta * change.clamp(max=0.0) * (logp + entropy).detach(), adv)
 
 
 def sign_weight(adv: Advantage, logp: Float[Tensor, "b t"], alpha: Knob) -> Float[Tensor, "b t"]:

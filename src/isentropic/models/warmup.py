@@ -3,14 +3,15 @@
 A policy that never wins learns nothing from rewards. Here it imitates, on the training rows, an expert with noise:
 cross-entropy of the tokens that the policy would have to write, given everything before them, in the text and token
 layout of the episodes that it plays afterwards. The noise is imitated too: it shows states beside the expert's path and
-how to return from them, and it keeps the policy from memorizing rows.
+how to return from them, and it keeps the policy from memorizing rows. Several tasks may be shown together, to a model
+that is to be trained on them one after the other.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..runs.clock import duration
-from ..runs.statistics import bootstrap_interval
+from ..runs.statistics import proportion_interval
 from ..tasks.environments import EnvironmentTask, demonstrate
 from .episodes import count_wins
 from .generation import seeded
@@ -38,8 +39,8 @@ class WarmUp:
         learning_rate: of AdamW at its peak; it rises over a tenth of the steps and falls linearly to 0.
         noise: share of actions in [0, 1) that are drawn from the possible ones in place of the expert's.
         variants: demonstrations of each row, each with its own noise; those that do not win are left out.
-        rows: how many training rows are used, from the first; None for all. A small model may memorize them, and
-            rewards have most to teach on the rows that were left out.
+        rows: how many training rows of each task are used, from the first; None for all. A small model may memorize
+            them, and rewards have most to teach on the rows that were left out.
         seed: of noise and order.
     """
 
@@ -76,28 +77,35 @@ def encode(tokenizer: Any, turns: list[tuple[str, bool]]) -> tuple[list[int], li
     return ids, labels
 
 
-def demonstrations(task: EnvironmentTask, tokenizer: Any, settings: WarmUp) -> list[tuple[list[int], list[int]]]:
+def demonstrations(
+    tasks: Sequence[EnvironmentTask], tokenizer: Any, settings: WarmUp
+) -> list[tuple[list[int], list[int]]]:
     """Token ids and labels of every training row, played by its environment's advice with noise; won episodes only.
 
     Raises:
-        ValueError: the advice wins nothing, or there is none.
+        ValueError: the advice wins nothing in one of the tasks, or there is none.
     """
-    environment, encoded = task.make(), []
+    encoded = []
     variants = settings.variants if settings.noise else 1
-    for row in task.train(settings.seed)[: settings.rows]:
-        for i in range(variants):
-            turns, total = demonstrate(task, row, environment, settings.noise, settings.seed * variants + i)
-            if total >= task.win_at:
-                encoded.append(encode(tokenizer, turns))
-    if not encoded:
-        raise ValueError(f"task {task.name!r}: its advice wins no training row within {task.max_turns} turns")
+    for task in tasks:
+        environment, before = task.make(), len(encoded)
+        for row in task.train(settings.seed)[: settings.rows]:
+            for i in range(variants):
+                turns, total = demonstrate(task, row, environment, settings.noise, settings.seed * variants + i)
+                if total >= task.win_at:
+                    encoded.append(encode(tokenizer, turns))
+        if len(encoded) == before:
+            raise ValueError(
+                f"task {task.name!r}: its advice wins no training row within {task.max_turns} turns; allow more turns, "
+                "or less noise"
+            )
     return encoded
 
 
 def warm_up(
     model: Any,
     tokenizer: Any,
-    task: EnvironmentTask,
+    tasks: Sequence[EnvironmentTask],
     settings: WarmUp = WarmUp(),
     say: Callable[[str], None] = print,
 ) -> dict[str, float]:
@@ -106,7 +114,7 @@ def warm_up(
     Args:
         model: a causal language model; all its weights are trained.
         tokenizer: its tokenizer.
-        task: an environment that gives advice.
+        tasks: environments that give advice; every demonstration of any of them is drawn as often.
         settings: of the warm-up.
         say: called with a line of progress every few seconds.
 
@@ -114,9 +122,9 @@ def warm_up(
         ``loss``, mean nats a token of the last tenth of the steps; ``demonstrations``; ``seconds``.
 
     Raises:
-        ValueError: no demonstration wins.
+        ValueError: no demonstration of a task wins.
     """
-    encoded = demonstrations(task, tokenizer, settings)
+    encoded = demonstrations(tasks, tokenizer, settings)
     draw = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     started = last = time.monotonic()
@@ -158,8 +166,12 @@ def win_rate(model: Any, tokenizer: Any, task: EnvironmentTask, num: int, seed: 
     return [won / num for won in wins.correct]
 
 
+def _mean_share(shares: list[float]) -> dict[str, Any]:
+    return {"win_frac": sum(shares) / len(shares), "interval": proportion_interval(shares)}
+
+
 def make(
-    task: Any,
+    tasks: Sequence[Any],
     out: str | Path,
     settings: WarmUp = WarmUp(),
     start: tuple[Any, Any] | None = None,
@@ -169,30 +181,32 @@ def make(
     """Warm a model up, count how often it wins, and save it as a model directory for ``train --model``.
 
     Args:
-        task: an environment that gives advice.
+        tasks: one or more environments that give advice.
         out: the directory; warmup.json in it holds settings and figures.
         settings: of the warm-up.
-        start: model and tokenizer to start from; None creates a model of the task's words, with random weights.
+        start: model and tokenizer to start from; None creates a model of the tasks' words, with random weights.
         num: episodes of each held-out row; 0 for none.
         say: called with a line of progress every few seconds.
 
     Returns:
         ``loss``, ``demonstrations``, ``seconds``, and if episodes were played ``win_frac`` with its ``interval`` over
-        rows (bootstrap, 95 %).
+        rows (95 %; None for fewer than 3), of all tasks together, and in ``by_task`` of each by its name.
 
     Raises:
         ValueError: a task that is not an environment, or one without advice.
     """
-    if not isinstance(task, EnvironmentTask):
-        raise ValueError(f"task {task.name!r} is answered, not played; warm-up needs an environment")
-    model, tokenizer = start or word_model(task, seed=settings.seed)
-    figures: dict[str, Any] = warm_up(model, tokenizer, task, settings, say)
+    for task in tasks:
+        if not isinstance(task, EnvironmentTask):
+            raise ValueError(f"task {task.name!r} is answered, not played; warm-up needs an environment")
+    model, tokenizer = start or word_model(tasks, seed=settings.seed)
+    figures: dict[str, Any] = warm_up(model, tokenizer, tasks, settings, say)
     if num:
-        shares = win_rate(model, tokenizer, task, num, settings.seed)
-        figures |= {"win_frac": sum(shares) / len(shares), "interval": bootstrap_interval(shares)}
+        shares = {task.name: win_rate(model, tokenizer, task, num, settings.seed) for task in tasks}
+        figures |= _mean_share([share for values in shares.values() for share in values])
+        figures["by_task"] = {name: _mean_share(values) for name, values in shares.items()}
     folder = Path(out)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    header = {"task": task.name, "settings": asdict(settings), "figures": figures}
+    header = {"task": " and ".join(task.name for task in tasks), "settings": asdict(settings), "figures": figures}
     (folder / "warmup.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
     return figures

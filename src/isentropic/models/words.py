@@ -1,11 +1,11 @@
-"""A small word-level model, created for one environment and trained on the spot: no pretrained weights, no download.
+"""A small word-level model, created for some environments and trained on the spot: no pretrained weights, no download.
 
 A Qwen3 causal language model with random weights and one token a word, for environments whose vocabulary is closed. It
 is trained on demonstrations by :func:`isentropic.models.warmup.warm_up`.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,24 +48,26 @@ def word_tokenizer(words: Iterable[str]) -> "PreTrainedTokenizerFast":
     )
 
 
-def words_of(task: EnvironmentTask, seed: int = 0) -> set[str]:
-    """The words of a task: its own list if it has one, and those of demonstrations with and without noise."""
-    words = set(task.words()) if task.words else set()
-    environment = task.make()
-    for row in task.train(seed):
-        for noise in (0.0, 0.5, 0.9):
-            turns, _ = demonstrate(task, row, environment, noise, seed)
-            words |= set(re.findall(PIECE, "".join(text for text, _ in turns).lower()))
+def words_of(tasks: Sequence[EnvironmentTask], seed: int = 0) -> set[str]:
+    """The words of tasks: a task's own list if it has one, and those of demonstrations with and without noise."""
+    words: set[str] = set()
+    for task in tasks:
+        words |= set(task.words()) if task.words else set()
+        environment = task.make()
+        for row in task.train(seed):
+            for noise in (0.0, 0.5, 0.9):
+                turns, _ = demonstrate(task, row, environment, noise, seed)
+                words |= set(re.findall(PIECE, "".join(text for text, _ in turns).lower()))
     return words
 
 
 def word_model(
-    task: EnvironmentTask, *, hidden: int = 64, layers: int = 3, heads: int = 4, seed: int = 0
+    tasks: Sequence[EnvironmentTask], *, hidden: int = 64, layers: int = 3, heads: int = 4, seed: int = 0
 ) -> tuple["Qwen3ForCausalLM", "PreTrainedTokenizerFast"]:
-    """Return a model with random weights, and the tokenizer of a task's words.
+    """Return a model with random weights, and the tokenizer of the words of all tasks.
 
     Args:
-        task: an environment that gives advice.
+        tasks: environments that give advice.
         hidden: width d, a multiple of twice the heads.
         layers, heads: depth, and attention heads a layer.
         seed: of the weights.
@@ -75,7 +77,7 @@ def word_model(
     """
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    tokenizer = word_tokenizer(words_of(task))
+    tokenizer = word_tokenizer(words_of(tasks))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = Qwen3Config(

@@ -38,6 +38,16 @@ def detached(batch: TokenBatch) -> TokenBatch:
     return batch._replace(**fields)._replace(adv=per_token(batch.adv.detach(), batch.logp))
 
 
+def finite(entropy: Tensor) -> Tensor:
+    """Entropies that a term of a loss may read: one that is not finite is 0 and has no gradient.
+
+    Example:
+        >>> finite(torch.tensor([1.5, float("nan"), float("inf")]))
+        tensor([1.5000, 0.0000, 0.0000])
+    """
+    return entropy.nan_to_num(0.0, 0.0, 0.0)
+
+
 def weighted(adv: Tensor, factors: Tensor | None) -> Tensor:
     """Advantages times the factors of a selection; as they are without one."""
     return adv if factors is None else per_token(adv, factors) * factors
@@ -174,12 +184,17 @@ def shape(recipe: Recipe, batch: TokenBatch) -> Tensor:
     """Advantages after the recipe's shaping, from detached log-probs and entropies of the current policy.
 
     Returns:
-        ``[b t]``, or ``batch.adv`` itself if the recipe shapes nothing.
+        ``[b t]``, or ``batch.adv`` itself if the recipe shapes nothing. An advantage that the shaping would make NaN or
+        infinite, as from a broken entropy, is left as it was.
 
     Raises:
         ValueError: a shaping that reads what the batch does not hold.
     """
-    return batch.adv if recipe.shaping == "none" else _call(recipe, "shaping", detached(batch))
+    if recipe.shaping == "none":
+        return batch.adv
+    still = detached(batch)
+    shaped = _call(recipe, "shaping", still)
+    return torch.where(shaped.isfinite(), shaped, still.adv)
 
 
 def select(recipe: Recipe, batch: TokenBatch) -> Tensor | None:
@@ -196,10 +211,22 @@ def select(recipe: Recipe, batch: TokenBatch) -> Tensor | None:
 def penalty(recipe: Recipe, batch: TokenBatch) -> Tensor:
     """The recipe's penalty per token, without its coefficient, ``[b t]``.
 
+    A token whose log-probability, entropy or row is broken is outside the mask for it, and its penalty is 0.
+
     Raises:
         ValueError: a penalty that reads what the batch does not hold.
     """
-    return _call(recipe, "penalty", batch._replace(adv=per_token(batch.adv.detach(), batch.logp)))
+    broken = ~batch.logp.isfinite()
+    intact: dict[str, Any] = {"adv": per_token(batch.adv.detach(), batch.logp)}
+    if batch.entropy is not None:
+        broken = broken | ~batch.entropy.isfinite()
+        intact["entropy"] = finite(batch.entropy)
+    if (rows := batch.logp_rows) is not None:
+        # A row may hold −∞, for a token that is never sampled; the maximum passes a NaN on.
+        broken = broken | rows.detach().amax(-1).isnan()
+        intact["logp_rows"] = torch.where(broken[..., None], torch.zeros_like(rows), rows)
+    cost = _call(recipe, "penalty", batch._replace(**intact, mask=batch.mask.masked_fill(broken, 0)))
+    return torch.where(broken, torch.zeros_like(cost), cost)
 
 
 def token_loss(
@@ -243,13 +270,15 @@ def loss(
 
     Raises:
         ValueError: a component that reads what the batch does not hold.
+
+    A token whose entropy is not finite adds nothing to an entropy bonus.
     """
     recipe = with_knob(recipe, knob)
     by_token, facts = token_loss(recipe, batch)
     if recipe.entropy_coef:
         if batch.entropy is None:
             raise ValueError("an entropy bonus needs batch.entropy, got None; pass the rows' entropies, with gradient")
-        by_token = by_token - recipe.entropy_coef * batch.entropy
+        by_token = by_token - recipe.entropy_coef * finite(batch.entropy)
     if recipe.reduction == "constant":
         return reduce.constant(by_token, batch.mask, length or by_token.shape[1]), facts
     return {"token": reduce.token, "sequence": reduce.sequence}[recipe.reduction](by_token, batch.mask), facts

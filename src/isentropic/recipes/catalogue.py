@@ -104,7 +104,7 @@ RECIPES: dict[str, Recipe] = {
     **{
         f"repo-d-{base}": _on(
             base,
-            "REPO-D: A + ζ·mean(ΔĤ)·L",
+            "REPO-D: A − ζ·max(−mean ΔĤ, 0)·L",
             f"{_REPO} [a reconstruction, ours]",
             shaping="repo_d",
             knob="zeta",

@@ -227,6 +227,13 @@ SHAPINGS: dict[str, Component] = {
         constants={"beta": 0.0},
         knobs={"beta": Knob(Range(0.0, -1.0, 1.0, 1e-3), "A − βL of arXiv:2603.11682 [range ours]")},
     ),
+    "repo_failing": Shaping(
+        "A − β·(1 − ρ)·L, ρ the success rate of the group",
+        "losses.shaping:repo_failing",
+        reads={"entropy", "group_rate"},
+        constants={"beta": 0.0},
+        knobs={"beta": Knob(Range(0.0, -1.0, 1.0, 1e-3), "A − βL of arXiv:2603.11682 [range ours]")},
+    ),
     "repo_r": Shaping(
         "A − ζ|A|·L, clamped to the sign of A",
         "losses.shaping:repo_r",
@@ -249,7 +256,7 @@ SHAPINGS: dict[str, Component] = {
         options={"entropy": None, "positive_only": True},
     ),
     "repo_d": Shaping(
-        "A + ζ·mean(ΔĤ)·L",
+        "A − ζ·max(−mean ΔĤ, 0)·L",
         "losses.shaping:repo_d",
         reads={"entropy"},
         constants={"zeta": 0.0},
@@ -257,7 +264,7 @@ SHAPINGS: dict[str, Component] = {
         options={"per": "batch"},
     ),
     "repo_d_token": Shaping(
-        "A + ζ·ΔĤ·L, ΔĤ by token",
+        "A − ζ·max(−ΔĤ, 0)·L, ΔĤ by token",
         "losses.shaping:repo_d",
         reads={"entropy"},
         constants={"zeta": 0.0},

@@ -20,6 +20,7 @@ PANELS: tuple[Callable[[Sequence[Run]], Panel | None], ...] = (
     control.phase,
     control.knob,
     answers.sequence,
+    answers.frontier,
     answers.pass_at,
     answers.distinct,
     why.quadrants,

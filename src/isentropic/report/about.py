@@ -64,10 +64,15 @@ def keys(runs: Sequence[Run]) -> list[Key]:
             "{:.1%}",
         ),
         Key("reward", lambda run: _figure(run, "reward/end"), lambda run: _from(_figure(run, "reward/start"))),
+        _score_key("greedy, held-out", "greedy"),
+        _score_key("best pass@1, held-out", "best_pass@1"),
         *(_score_key(f"pass@{k}, held-out", f"pass@{k}") for k in sorted({1, most})),
         _score_key("different right answers", "distinct", "{:.2f}"),
     ]
-    return [key for key in candidates if any(key.value(run) is not None for run in runs)]
+    known = [key for key in candidates if any(key.value(run) is not None for run in runs)]
+    # pass@k at one temperature says less than pass@1 at the best one, and has a panel.
+    has_best = any(key.name.startswith("best") for key in known)
+    return [key for key in known if not (has_best and key.name.startswith("pass@"))]
 
 
 def key_numbers(runs: Sequence[Run]) -> Html:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..runs.frontier import by_temperature, points
 from ..runs.record import is_number
 from ..runs.statistics import Interval, pass_at_k, proportion_interval
 from .figures import SURPRISED, Figure, Panel, Trace, collect, layout, line, plain, rounded, shade, step_layout
@@ -114,6 +115,65 @@ def bars(values: Sequence[float], intervals: Sequence[Interval], colour: str) ->
         "width": 3,
         "color": colour,
     }
+
+
+def frontier(runs: Sequence[Run]) -> Panel | None:
+    """Distinct right answers against pass@1, a point a temperature, before training and at the end; a figure a task."""
+    figures = []
+    for task in tasks_of(runs):
+        traces: list[Trace] = []
+        for run in runs:
+            rows = [row for row in evaluations(run, task) if _has_temperatures(row)]
+            for stage, row in stages(rows):
+                if stage != "middle":
+                    traces.append(_by_temperature(run, stage, row, len(runs)))
+        if traces:
+            look = layout(
+                xaxis={"range": [0, 1.03], "title": {"text": "pass@1"}},
+                yaxis={"rangemode": "tozero"},
+                showlegend=len(traces) <= len(_STAGES),
+            )
+            k = next(row["k"] for run in runs for row in evaluations(run, task) if _has_temperatures(row))
+            figures.append(Figure(f"Different right answers among {k}, held-out prompts of {task}", traces, look, True))
+    if not figures:
+        return None
+    note = (
+        "A point a sampling temperature; the star: greedy, which is one answer. Up and to the right is "
+        "better. Dotted with open marks: before training; solid: the end."
+    )
+    return Panel("frontier", "What can it do at any temperature?", note, figures)
+
+
+def _has_temperatures(row: dict[str, Any]) -> bool:
+    """Whether an evaluation has figures at more than one temperature."""
+    others = row.get("at")
+    if not isinstance(others, dict) or not others or not all(isinstance(counts, dict) for counts in others.values()):
+        return False
+    names = ("pass@1", f"pass@{row.get('k')}", "distinct")
+    return all(is_number(counts.get(name)) for counts in by_temperature(row).values() for name in names)
+
+
+def _by_temperature(run: Run, stage: str, row: dict[str, Any], num_runs: int) -> Trace:
+    path = points(row)
+    # Labels of many curves would lie upon one another: of several runs only the first of each colour has them.
+    shown = num_runs == 1 or (stage == "end" and run.member == 0)
+    labels = [f"temperature {point.temperature:g}" if point.temperature else "greedy" for point in path]
+    trace = line(run, [point.accuracy for point in path], [point.distinct for point in path])
+    trace["line"] |= {"dash": _STAGES[stage], "width": 1 if stage == "start" else 2}
+    opened = "-open" if stage == "start" else ""
+    marks = [(run.symbol if point.temperature else "star") + opened for point in path]
+    trace |= {
+        "mode": "lines+markers+text" if shown else "lines+markers",
+        "marker": {"size": [8 if point.temperature else 12 for point in path], "color": run.colour, "symbol": marks},
+        "name": plain(f"{stage}, step {row['step']}" if num_runs == 1 else f"{run.label}, {stage}"),
+        "text": [f"{point.temperature:g}" if point.temperature else "" for point in path],
+        "customdata": labels,
+        "textposition": "bottom right" if stage == "start" else "top center",
+        "textfont": {"size": 11, "color": "@ink" if stage == "end" else "@muted"},
+        "hovertemplate": "%{customdata}: pass@1 %{x:.3f}, %{y:.2f} different",
+        "cliponaxis": False,
+    }
+    return trace
 
 
 def distinct(runs: Sequence[Run]) -> Panel | None:

@@ -116,6 +116,7 @@ _SHORT = {
     "phase": "path",
     "knob": "knob",
     "sequence": "tasks",
+    "frontier": "any temperature",
     "passk": "pass@k",
     "distinct": "diversity",
     "quadrants": "tokens",

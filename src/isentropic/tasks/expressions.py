@@ -50,10 +50,14 @@ def _has(operator: str, texts: np.ndarray) -> np.ndarray:
     return (texts[:, 1::2] == ord(operator)).any(axis=1)
 
 
+def _any_equal(sorted_digits: np.ndarray) -> np.ndarray:
+    return (sorted_digits[:, 1:] == sorted_digits[:, :-1]).any(axis=1)
+
+
 PROPERTIES: dict[str, Property] = {
     "digit": Property("the prompt's digit is an operand", lambda t, d: (t[:, 0::2] == d).any(axis=1)),
-    "first": Property("the prompt's digit is the first operand", lambda t, d: t[:, 0] == d),
-    "last": Property("the prompt's digit is the last operand", lambda t, d: t[:, -1] == d),
+    "first": Property("the prompt's digit is the first operand", lambda t, d: np.equal(t[:, 0], d)),
+    "last": Property("the prompt's digit is the last operand", lambda t, d: np.equal(t[:, -1], d)),
     "plus": Property("a sum", lambda t, d: _has("+", t)),
     "minus": Property("a difference", lambda t, d: _has("-", t)),
     "product": Property("a product", lambda t, d: _has("*", t)),
@@ -61,10 +65,8 @@ PROPERTIES: dict[str, Property] = {
     "no-minus": Property("no difference", lambda t, d: ~_has("-", t)),
     "no-product": Property("no product", lambda t, d: ~_has("*", t)),
     "all-operators": Property("each of the three operators", lambda t, d: _has("+", t) & _has("-", t) & _has("*", t)),
-    "different": Property(
-        "no digit twice", lambda t, d: (np.diff(np.sort(t[:, 0::2].astype(np.int16), axis=1), axis=1) > 0).all(axis=1)
-    ),
-    "rising": Property("no operand below the one before", lambda t, d: (t[:, 2::2] >= t[:, :-2:2]).all(axis=1)),
+    "different": Property("no digit twice", lambda t, d: ~_any_equal(np.sort(t[:, 0::2], axis=1))),
+    "rising": Property("no operand below the one before", lambda t, d: np.all(t[:, 2::2] >= t[:, :-2:2], axis=1)),
     "odd": Property("odd digits alone", lambda t, d: (t[:, 0::2] % 2 == 1).all(axis=1)),
 }
 
@@ -294,7 +296,7 @@ def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 
         operands: k, from 1 to 5.
         need: names among `PROPERTIES`, which every right answer must have.
         within: how far the value may be from the target, from 0 to 10.
-        name: of the task; by default the name that `load` reads.
+        name: of the task; by default the name that `load` reads, with the properties in the order of `PROPERTIES`.
 
     Raises:
         ValueError: an argument out of its range, no such property, or properties that no expression has.
@@ -312,6 +314,7 @@ def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 
         raise ValueError(f"within must be from 0 to {MAX_WITHIN}, got {within}; 0 asks for the exact value")
     for one in need:
         choose("need", one, PROPERTIES)
+    need = tuple(one for one in PROPERTIES if one in need)
     variant = {"operands": operands, "need": need, "within": within}
     if need and not count_right(**variant)[list(HELD_OUT)].any():
         raise ValueError(f"need: got {','.join(need)}, which no expression of {operands} digits has; leave one out")
@@ -354,8 +357,7 @@ digits alone.')
                 raise ValueError("rate chooses need and within for 4 operands; leave them out, or leave rate out")
             rung = nearest_rung(rate)
             return expressions(need=rung.need, within=rung.within)
-        need = tuple(dict.fromkeys(filter(None, values.pop("need").split(","))))
-        return expressions(need=need, **values)
+        return expressions(need=tuple(filter(None, values.pop("need").split(","))), **values)
     except ValueError as error:
         raise ValueError(f"task {name!r}: {error}") from None
 

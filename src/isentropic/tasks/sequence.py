@@ -35,6 +35,13 @@ SEQUENCES: dict[str, NamedSequence] = {
         ("expr", "expr:need=no-plus", "expr:need=last,plus"),
         "the same, and then a task that asks for a sum again",
     ),
+    "textworld-two-games": NamedSequence(
+        (
+            "textworld:coin_collector:level=5:train=24:test=20:text=brief:turns=10",
+            "textworld:coin_collector:level=105:train=24:test=20:text=brief:turns=16",
+        ),
+        "the rooms of the first game are a chain, where going on wins; in the second, half of them are dead ends",
+    ),
 }
 
 

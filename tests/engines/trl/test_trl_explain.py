@@ -1,18 +1,24 @@
 """What the TRL engine says of why entropy moves, against the model's own logits and finite differences."""
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
+from trl import GRPOTrainer
 from trl_case import VARIANT, make, parts, same, train, weights
 
-from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer, explain
 from isentropic.engines.trl.explain import head_of, interval
+from isentropic.engines.trl.log import step_sums
 from isentropic.entropy.prediction import predicted_change
 from isentropic.entropy.statistics import logits_stats
+from isentropic.recipes import compose
+from isentropic.types import TokenBatch, TokenFacts
 
 
 def run(out, steps=4, **settings):
@@ -224,6 +230,59 @@ def test_rows_name_the_tokens_and_count_what_leaves_the_clip(tmp_path):
     assert max(row["theorem2/violated_frac"] for row in rows) > 0
 
 
+@pytest.mark.parametrize("recipe", ["loop", "cispo"])
+def test_the_clip_is_counted_as_trl_counts_it(tmp_path, recipe):
+    """Whether a token is clipped depends on the sign of A − βL, by which the native loss clips, not on that of A."""
+    changes = {"shaping": "repo", "beta": 0.5, "clip_high": 0.02}
+    trainer = run(tmp_path, 8, recipe=recipe, recipe_options=changes, learning_rate=1e-2)
+    assert trainer.native
+    rows = rows_of(trainer)
+    names = ("clip/high_frac", "clip/low_frac") if recipe == "loop" else ("clip/high_frac",)
+    of_trl = {"clip/high_frac": "clip_ratio/high_mean", "clip/low_frac": "clip_ratio/low_mean"}
+    if recipe == "cispo":
+        of_trl["clip/high_frac"] = "cispo_clip_ratio"
+    logged = [row for row in trainer.state.log_history if of_trl["clip/high_frac"] in row]
+    assert len(logged) == len(rows) == 8
+    for name in names:
+        assert max(row[name] for row in rows) > 0.01
+        assert [row[name] for row in rows] == pytest.approx([x[of_trl[name]] for x in logged], abs=1e-6), name
+
+
+def test_theorem_2_is_counted_by_the_clip_of_each_side():
+    """Entropies of 0.75 and 1.25 times the old ones: with widths of 0.2 and 0.28 the first alone has left."""
+    one = torch.ones(1, 1)
+    trainer: Any = SimpleNamespace(
+        native=True, recipe=compose("dapo", clip_low=0.2, clip_high=0.28), epsilon_low=0.2, epsilon_high=0.28
+    )
+    facts = TokenFacts(one, one > 1, one > 1)
+    for now, left in ((0.75, 1), (1.25, 0), (1.3, 1)):
+        batch = TokenBatch(-one, -one, one, one, now * one, one)
+        sums = step_sums(trainer, batch, facts, has_turns=False, stop=False)
+        assert (sums.violated.item(), sums.compared.item()) == (left, 1), now
+
+
+def test_an_explanation_is_of_the_advantages_that_the_loss_read(tmp_path, monkeypatch):
+    """Those after shaping, by whose sign tokens are clipped and contributions split."""
+    seen, read = [], []
+    native, attribute = GRPOTrainer._compute_loss, explain.attribute
+
+    def compute_loss(self, model, inputs):
+        loss = native(self, model, inputs)
+        read.append(inputs["advantages"].detach().clone())
+        return loss
+
+    def keep(weights, stats, adv, *args):
+        seen.append(adv.clone())
+        return attribute(weights, stats, adv, *args)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", compute_loss)
+    monkeypatch.setattr(explain, "attribute", keep)
+    run(tmp_path, 2, recipe="loop", recipe_options={"shaping": "repo", "beta": 0.5})
+    assert len(seen) == len(read) == 2
+    assert all(torch.equal(a, b) for a, b in zip(seen, read, strict=True))
+    assert (seen[0] != seen[0][:, :1]).any()
+
+
 def test_the_interval_follows_the_head(tmp_path):
     model, _ = parts()
     assert head_of(model)[1] is model.lm_head
@@ -252,6 +311,7 @@ def test_predictive_control_runs_and_resumes_bit_for_bit(tmp_path, head):
     assert same(weights(straight), weights(again))
     assert straight.loop.state == again.loop.state
     assert straight.loop.state.controller.updates == 12
+    assert straight.loop.state.rate == straight.args.learning_rate
 
 
 @pytest.mark.parametrize(

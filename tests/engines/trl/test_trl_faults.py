@@ -4,10 +4,14 @@ import logging
 import math
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("trl")
-from trl_case import VARIANT, parts, same, train, weights
+from trl import GRPOTrainer
+from trl_case import VARIANT, make, parts, same, train, weights
 
+from isentropic.engines.loop import EntropyReadingError
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.engines.trl import head as head_module
 from isentropic.engines.trl.settings import check_context
@@ -134,3 +138,80 @@ def test_the_two_betas_are_told_apart(tmp_path):
     )  # fmt: skip
     assert trainer.beta == 0.02
     assert trainer.record.rows("metrics")[-1]["knob/value"] > 0
+
+
+def broken_entropies(monkeypatch, wrong):
+    """Break what the head returns as entropy: ``wrong(call, entropies)``, call by call of the loss."""
+    native, calls = GRPOTrainer._get_per_token_logps_and_entropies, iter(range(10_000))
+
+    def faulty(self, *args, **kwargs):
+        logps, entropies, *more = native(self, *args, **kwargs)
+        if kwargs.get("compute_entropy") and torch.is_grad_enabled():
+            entropies = wrong(next(calls), entropies)
+        return logps, entropies, *more
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", faulty)
+
+
+def one_token(call, entropies):
+    """The first token of the second sequence, in the second micro-batch of the second step."""
+    here = torch.zeros_like(entropies, dtype=torch.bool)
+    here[1, 0] = call == 3
+    return torch.where(here, math.nan, entropies)
+
+
+def behind_it(call, entropies):
+    """The same token, broken so that no gradient comes back through it: 0·NaN is NaN."""
+    factor = torch.ones_like(entropies)
+    factor[1, 0] = math.nan if call == 3 else 1.0
+    return entropies * factor
+
+
+TERMS = {
+    "bonus": {"recipe": "grpo", "recipe_options": {"entropy_coef": 0.01}},
+    "bonus under control": {
+        "recipe": "entropy-bonus-adaptive",
+        "recipe_options": {"knob_start": 0.004},
+        "target": "4.5",
+    },
+    "bonus of TRL": {"recipe": None, "entropy_coef": 0.01},
+    "penalty": {"recipe": "grpo", "recipe_options": {"penalty": "aent", "penalty_coef": 0.01}},
+    "repo_d": {"recipe": "repo-d-loop"},
+    "repo_r": {"recipe": "isentropic", "target": "4.5"},
+    "selection": {"recipe": "high-entropy"},
+}
+
+
+THROUGH_ENTROPIES = ("bonus", "bonus under control", "bonus of TRL")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [*((name, one_token) for name in TERMS), *((name, behind_it) for name in THROUGH_ENTROPIES)]
+)
+def test_one_broken_entropy_never_reaches_the_weights(tmp_path, monkeypatch, name, wrong):
+    broken_entropies(monkeypatch, wrong)
+    trainer = make(
+        IsentropicTrainer, IsentropicConfig, tmp_path, 4,
+        per_device_train_batch_size=8, gradient_accumulation_steps=2, steps_per_generation=4, **TERMS[name],
+    )  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    rows = trainer.record.rows("metrics")
+    assert [row["entropy/refused"] for row in rows] == [0, 1, 0, 0]
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert not same(before, weights(trainer))
+
+
+@pytest.mark.parametrize("name", ["bonus under control", "repo_d", "repo_r"])
+def test_entropies_that_become_nan_end_the_run_with_a_checkpoint_and_finite_weights(tmp_path, monkeypatch, name):
+    broken_entropies(monkeypatch, lambda call, entropies: entropies * (math.nan if call >= 4 else 1.0))
+    settings = {**TERMS[name], "recipe_options": {**TERMS[name].get("recipe_options", {}), "every": 1}}
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path, 40, **settings)
+    with pytest.raises(EntropyReadingError, match="10 entropy readings in a row"):
+        trainer.train()
+    (step, folder), *more = trainer.record.checkpoints()
+    assert (step, more) == (14, [])
+    saved = load_file(folder / "model.safetensors")
+    assert saved
+    assert all(x.isfinite().all() for x in saved.values())

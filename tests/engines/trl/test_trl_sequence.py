@@ -1,5 +1,6 @@
-"""Two tasks with one trainer: rules for completions, and the switch; a stop token ends, masks and counts."""
+"""Several tasks with one trainer: rules for completions, and the switches; a stop token ends, masks and counts."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,25 +10,32 @@ from trl_case import make
 
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.engines.trl.compat import stop_at
-from isentropic.engines.trl.sequence import CompletionRules, SwitchTask
+from isentropic.engines.trl.sequence import CompletionRules, SequentialTrainer, SwitchTask
 
 
-def test_the_switch_changes_the_rules_for_completions_and_clears_the_optimizer():
+def test_a_switch_changes_the_rules_for_completions_and_clears_the_optimizer():
     generation = SimpleNamespace(eos_token_id=[1], max_new_tokens=9)
-    trainer = SimpleNamespace(eos_token_ids=[1], generation_config=generation, generation_kwargs={}, switch_step=4)
+    trainer = SimpleNamespace(eos_token_ids=[1], generation_config=generation, generation_kwargs={}, starts=(0, 4, 6))
+    trainer.place = partial(SequentialTrainer.place, trainer)
     trainer.args, trainer.vllm_generation = SimpleNamespace(), SimpleNamespace(generation_kwargs={})
-    trainer.rules = (CompletionRules([5], 7), CompletionRules([], 3, rollout="rollout"))
-    trainer.optimizer = SimpleNamespace(state={"moments": 1})
+    trainer.rules = (CompletionRules([5], 7), CompletionRules([], 3, rollout="rollout"), CompletionRules([8], 2))
     seen, switched = [], []
     callback = SwitchTask(trainer, switched.append)
-    for step in (0, 3, 4, 5):
+    for step in (0, 3, 4, 5, 6, 9):
+        trainer.optimizer = SimpleNamespace(state={"moments": 1})
         callback.on_step_begin(None, SimpleNamespace(global_step=step), None)
         limits = (trainer.args.max_completion_length, trainer.vllm_generation.max_completion_length)
         ends = (trainer.eos_token_ids, generation.eos_token_id, generation.max_new_tokens)
         seen.append((*ends, *limits, trainer.rollout_func, bool(trainer.optimizer.state)))
-    first, then = ([1, 5], [1, 5], 7, 7, 7, None, True), ([1], [1], 3, 3, 3, "rollout", False)
-    assert seen == [first, first, then, then]
-    assert switched == [4]
+    first, then, last = ([1, 5], [1, 5], 7, 7, 7, None), ([1], [1], 3, 3, 3, "rollout"), ([1, 8], [1, 8], 2, 2, 2, None)
+    states = [(*first, True), (*first, True), (*then, False), (*then, True), (*last, False), (*last, True)]
+    assert seen == states
+    assert switched == [4, 6]
+
+
+def test_the_place_of_a_step_is_the_last_task_that_began():
+    trainer = SimpleNamespace(starts=(0, 4, 6))
+    assert [SequentialTrainer.place(trainer, step) for step in range(9)] == [0, 0, 0, 0, 1, 1, 2, 2, 2]
 
 
 def test_trl_ends_masks_and_counts_by_our_stops(tmp_path):

@@ -1,5 +1,6 @@
 """Every recipe on a micro-batch of verl's: what verl's loss differentiates is what the core's does."""
 
+import math
 import os
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -312,6 +313,34 @@ def test_what_the_knob_does_is_what_its_recipe_says():
     torch.testing.assert_close(torch.autograd.grad(total, case.logits)[0], near, rtol=2e-4, atol=2e-7)
 
 
+@pytest.mark.parametrize("name", ["entropy-bonus", "repo-d-loop", "isentropic", "aent"])
+def test_a_broken_entropy_never_reaches_the_loss(name):
+    """The loss and its gradient are those of the core, which leaves the token out; the reading is refused."""
+    case, actor = Case(), actor_of(name)
+    recipe = actor.policy_loss.checked(actor)
+    whole = case.verl(recipe, actor)[0]
+    intact, broken = case.stats, torch.zeros(ROWS, ANSWER, dtype=torch.bool)
+    broken[2, 1] = True
+
+    def stats(logits):
+        logp, entropy = intact(logits)
+        return logp, torch.where(broken, float("nan"), entropy)
+
+    case.stats = stats
+    control = Control(recipe)
+    logp, entropy = case.stats(case.logits)
+    output = {"log_probs": case.packed(logp), "entropy": case.packed(entropy)}
+    if "logp_rows" in recipe.reads:
+        control.logits._kept = case.packed(case.logits)
+    total, _ = control.wrap(partial(ppo_loss, config=actor))(model_output=output, data=case.data)
+    assert total.isfinite()
+    got = torch.autograd.grad(total, case.logits)[0]
+    assert got.isfinite().all()
+    assert not torch.equal(got[2], whole[2]) or recipe.shaping == "repo_r"  # ζ starts at 0
+    sums = control.loop.reduced(lambda vector: vector).of_tokens
+    assert not math.isfinite(sums.entropy)
+
+
 class Strategy:
     """An actor's config, as far as the fallback asks for it."""
 
@@ -337,6 +366,14 @@ def test_the_fallback_refuses_as_every_engine_does():
     assert (held.loop.value, held.last) == (value, pytest.approx(float("nan"), nan_ok=True))
     with pytest.raises(EntropyReadingError, match=r"10 entropy readings .*; resume from the last checkpoint"):
         refuse(held, 1)
+
+
+def test_the_fallback_reads_the_learning_rate_of_the_step():
+    control = fallback.ByLoss(compose("adapo"), Strategy, 1)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.25)
+    control.loop.observe(SumCount(torch.tensor(3.0), torch.tensor(2.0)))
+    control.end_step(optimizer, (), {})
+    assert control.loop.state.rate == 0.25
 
 
 def test_the_fallback_only_monitors_if_nothing_is_under_control(caplog):

@@ -140,7 +140,7 @@ def _simulate(
             gain = 0.0 if knob is None else _gain(recipe, minibatch, run, knob, token_share)
             logits = logits - lr * torch.autograd.grad(loss, run.logits)[0]
             seen, before = run.stats.entropy, float(visits @ run.by_row)
-            reading = EntropyReading(float(seen.sum()), seen.numel(), "exact", 1.0, "float64")
+            reading = EntropyReading(float(seen.sum()), seen.numel(), "exact", 1.0, "float64", rate=lr)
             reading = reading._replace(predicted=float(predicted), gain=gain, steps=1)
             loop.regulate(reading, act=i == updates - 1)
             target = loop.thermostat.level(loop.state) if loop.thermostat and loop.state else None

@@ -97,7 +97,7 @@ def loss_of(recipe: Recipe, batch: Batch, run: Pass, knob: float | None) -> tupl
         adv = batch.adv[:, None].expand_as(batch.ids)
         change = prediction.predicted_change(adv, run.stats.logp, run.stats.entropy)
         mean = float((batch.weight[:, None] * change).mean())
-        beta = -recipe.number("zeta") * mean
+        beta = recipe.number("zeta") * max(-mean, 0.0)
         recipe = replace(recipe, shaping="repo", constants={**recipe.constants, "beta": beta}, knob=None)
     logp, entropy, rows = (_weighted(x, batch.weight) for x in (run.logp, run.entropy, run.rows))
     mask = torch.ones_like(run.stats.logp)

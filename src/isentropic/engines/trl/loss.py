@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...recipes import Recipe
-from ...recipes.apply import penalty
+from ...recipes.apply import finite, penalty
 from ...types import TokenBatch, TokenFacts
 from ..rewrite import Rewritten, rewrite
 from .compat import Trainer
@@ -73,11 +73,14 @@ def normalised(trainer: Trainer, term: torch.Tensor, mask: torch.Tensor, inputs:
 def add_terms(
     trainer: Trainer, recipe: Recipe, loss: torch.Tensor, batch: TokenBatch, inputs: dict[str, Any]
 ) -> tuple[torch.Tensor, Term]:
-    """Add the recipe's penalty and its entropy bonus; ``batch`` carries gradients."""
+    """Add the recipe's penalty and its entropy bonus; ``batch`` carries gradients.
+
+    A token whose entropy is not finite adds nothing to either.
+    """
     unit = None
     if recipe.entropy_coef or recipe.knob == "entropy_coef":
         assert batch.entropy is not None
-        bonus = normalised(trainer, batch.entropy, batch.mask, inputs)
+        bonus = normalised(trainer, finite(batch.entropy), batch.mask, inputs)
         loss = loss - recipe.entropy_coef * bonus if recipe.entropy_coef else loss
         unit = bonus if recipe.knob == "entropy_coef" else None
     if recipe.penalty != "none":

@@ -6,12 +6,16 @@ added after it; sums accumulate. At the optimizer step one reduction over ranks 
 updates the same controller.
 
 With nothing under control and no shaping, training is bit-identical to TRL's.
+
+An entropy that is not finite enters no term of the loss. A head whose entropies are broken may still return a gradient
+that is not: a step with such an entropy, whose loss has a gradient through entropies or whole rows, trains nothing.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -21,7 +25,7 @@ from typing import Any
 import torch
 
 from ...recipes import Recipe, check
-from ...recipes.apply import per_token
+from ...recipes.apply import finite, per_token
 from ...runs.record import CHECKPOINT_FILE, write_json
 from ...types import EntropyReading, TokenBatch
 from ..loop import ControlLoop, EntropyReadingError, saved_in
@@ -171,6 +175,7 @@ class EntropyControlMixin(TrainerHooks):
         self._micro_batch: MicroBatch | None = None
         self._stop = StopRequest()
         self._failure: str | None = None
+        self._trains = True
         if self.args.mask_truncated_completions:
             self.loop.masked_by = (
                 "mask_truncated_completions masks what max_completion_length cuts: raise the length, or leave it out"
@@ -203,8 +208,9 @@ class EntropyControlMixin(TrainerHooks):
             return native(model, *args, **kwargs)
         with self.explainer.watching(model), self._rows.watching(model) if self._rows else nullcontext():
             scores = native(model, *args, **kwargs)
-        self._observe(micro_batch, scores[0], scores[1])
-        return scores
+        logp, entropy, *more = scores
+        self._observe(micro_batch, logp, entropy)
+        return logp, finite(entropy), *more
 
     def _observe(self, micro_batch: MicroBatch, logp: torch.Tensor, entropy: torch.Tensor) -> None:
         """Count this micro-batch, and rewrite what the native loss is about to read."""
@@ -230,7 +236,7 @@ class EntropyControlMixin(TrainerHooks):
         rewritten = rewrite_for_trl(trainer, self.loop.recipe_now, still, ratio)
         micro_batch.batch = batch._replace(logp=logp, entropy=entropy, logp_rows=rows)
         micro_batch.rewritten = rewritten
-        facts = rewritten.facts or native_facts(trainer, ratio, per_token(batch.adv, ratio))
+        facts = rewritten.facts or native_facts(trainer, ratio, per_token(rewritten.adv, ratio))
         micro_batch.sums = step_sums(trainer, batch, facts, "tool_mask" in inputs, self._stop.made)
         if opens_batch(self):
             self.run_log.samples.keep(inputs, batch)
@@ -247,6 +253,7 @@ class EntropyControlMixin(TrainerHooks):
         if not self.model.training:
             return native(model, inputs)
         self._set_bounds()
+        self._trains = True
         micro_batch = self._micro_batch = MicroBatch(inputs)
         try:
             loss = native(model, micro_batch.inputs)
@@ -267,6 +274,18 @@ class EntropyControlMixin(TrainerHooks):
             self._end_step()
         return loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not self._trains:
+            # Zeros and not None, which a scaler of fp16 gradients refuses.
+            self.model.zero_grad(set_to_none=False)
+        return loss
+
+    def _reads_entropies(self) -> bool:
+        """Whether the loss has a gradient through entropies or whole rows."""
+        recipe, args = self.loop.recipe_now, self.args
+        return bool(recipe.entropy_coef or recipe.penalty != "none" or args.entropy_coef or args.use_adaptive_entropy)
+
     def _set_bounds(self) -> None:
         if self.loop.state is not None and self.recipe.knob in CLIP_KNOBS:
             bounds = clip_settings(self.loop.recipe_now)
@@ -283,9 +302,10 @@ class EntropyControlMixin(TrainerHooks):
         tokens = sums.of_tokens
         step = self.state.global_step + 1
         at_boundary = step % boundary(self.args) == 0
-        reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", float(self.temperature))
-        before = self.loop.state
         rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
+        reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", float(self.temperature), rate=rate)
+        self._trains = math.isfinite(reading.sum) or not self._reads_entropies()
+        before = self.loop.state
         explained = self.explainer.close(rate)
         if explained:
             predicted, gain = explained["predict/change"], explained["predict/gain"]

@@ -13,7 +13,7 @@ import torch
 
 from ...entropy.prediction import Weights, change_of
 from ...recipes import Recipe
-from ...recipes.apply import per_token, token_weights
+from ...recipes.apply import finite, per_token, token_weights
 from ...runs.record import CHECKPOINT_FILE, Record, write_json
 from ...types import EntropyReading, TokenBatch, TokenStats
 from ..loop import ControlLoop, EntropyReadingError, TokenSums, masked_sums, saved_in, stop_unsaved, token_sums
@@ -95,9 +95,9 @@ class Control:
             usable = torch.where(entropy.isfinite(), entropy, -batch.logp)
             still = batch._replace(entropy=usable, logp_rows=None if rows is None else rows.detach())
             rewritten = rewrite(recipe, still, native_mode(recipe) is not None)
-            detached = {**model_output, Keys.ENTROPY: model_output[Keys.ENTROPY].detach()}
+            read = model_output[Keys.ENTROPY] if config.entropy_coeff else model_output[Keys.ENTROPY].detach()
             loss, metrics = loss_function(
-                model_output=model_output if config.entropy_coeff else detached,
+                model_output={**model_output, Keys.ENTROPY: read if self.monitors else finite(read)},
                 data=data if self.monitors else self._rewritten_data(data, rewritten, batch),
                 dp_group=dp_group,
             )
@@ -162,7 +162,7 @@ class Control:
         tokens = sums.of_tokens
         # verl's loss is a mean over ranks: each rank's weights are that many times too large.
         scale = rate / engine.get_data_parallel_size()
-        reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", temperature)
+        reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", temperature, rate=rate)
         reading = reading._replace(predicted=scale * sums.change, gain=scale * sums.gain, steps=1)
         before, self.step = self.loop.state, self.step + 1
         self.loop.regulate(reading, act)

@@ -135,8 +135,12 @@ class ByLoss:
         logged = {"entropy/sampled": self.last, "knob/value": math.nan if value is None else value}
         return loss, {**metrics, **{name: x for name, x in logged.items() if math.isfinite(x)}}
 
-    def end_step(self, *args: Any) -> None:
+    def end_step(self, optimizer: Any = None, *args: Any) -> None:
         """After an optimizer's step: add up all ranks, and move the knob; nothing if no loss was computed.
+
+        Args:
+            optimizer: has the learning rate of the step.
+            args: of the step, which torch hands over.
 
         Raises:
             EntropyReadingError: ten readings in a row were refused; there is nothing here to save with.
@@ -145,7 +149,8 @@ class ByLoss:
         if not self.loop.observed:
             return
         sums: SumCount = self.loop.reduced(_over_ranks)
-        reading = EntropyReading(float(sums.sum), float(sums.count), estimator="sampled")
+        rate = None if optimizer is None else float(optimizer.param_groups[0]["lr"])
+        reading = EntropyReading(float(sums.sum), float(sums.count), estimator="sampled", rate=rate)
         self.step, self.last = self.step + 1, reading.mean
         self.loop.regulate(reading, act=self.step % self.updates == 0)
 
