@@ -26,7 +26,7 @@ sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT 
 LINES = "textworld.jsonl.gz"
 RECIPES = {"grpo": "#d55e00", "isentropic": "#0072b2"}
 CURVES = ("entropy/mean", "entropy/target", "episode/win_frac", "episode/turns", "entropy/turn_1", "entropy/turn_4")
-SETTINGS = {"prompts": 8, "generations": 8, "updates": 4, "warmup": 20, "eval_k": 4, "save_every": 0}
+SETTINGS = {"prompts": 8, "generations": 8, "updates": 4, "warmup": 20, "eval_k": 4, "save_every": 20}
 TARGET = "75%"
 
 

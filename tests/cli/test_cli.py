@@ -38,7 +38,6 @@ BAD_FLAGS = {
     "penalty": (["--penalty", "lp_rge"], ["lp_rge", "did you mean lp_reg?"]),
     "component of a file": (["--penalty", "nowhere.py:mine"], ["there is no file nowhere.py"]),
     "every": (["--every", "0"], ["at least 1"]),
-    "nothing explained": (["--explain-every", "0"], ["got 0", "predictive needs explained steps", "choose pi"]),
     "head": (["--head", "liger"], ["liger", "auto, trl"]),
     "audit": (["--audit", "maybe"], ["maybe", "on, off"]),
     "no such file": (["missing.toml"], ["missing.toml: no such file"]),

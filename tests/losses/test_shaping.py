@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 
@@ -286,24 +287,23 @@ def test_the_success_rate_of_the_group_reaches_training_in_trl(tmp_path, monkeyp
     from trl_case import train, weights
 
     from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
-    from isentropic.losses import shaping
 
-    seen, rewards, native = [], [], shaping.repo_failing
+    seen, rewards = [], []
 
     def reward(completions, **columns):
-        rewards.append([float(len(text) > 0 and text[0].isdigit()) for text in completions])
+        rewards.append([float(ord(text[0]) % 2) if text else 0.0 for text in completions])
         return rewards[-1]
 
     def spy(adv, logp, entropy, group_rate, beta):
         seen.append((group_rate.clone(), beta))
-        return native(adv, logp, entropy, group_rate, beta)
+        return repo_failing(adv, logp, entropy, group_rate, beta)
 
     def run(name, **options):
         settings = {"recipe": "loop", "recipe_options": {"shaping": name, **options}, "shuffle_dataset": False}
         return train(IsentropicTrainer, IsentropicConfig, tmp_path / str(len(rewards)), 4, reward=reward, **settings)
 
     plain = weights(run("repo_failing", beta=0.0))
-    monkeypatch.setattr(shaping, "repo_failing", spy)
+    monkeypatch.setitem(SHAPINGS, "repo_failing", replace(SHAPINGS["repo_failing"], at=spy))
     rewards.clear()
     pushed = weights(run("repo_failing", beta=0.5))
     rates = torch.tensor(rewards[0]).view(-1, 8).mean(1)

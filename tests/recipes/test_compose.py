@@ -145,7 +145,7 @@ def test_on_policy_and_clip_knobs_exclude_one_another():
 
 def test_a_knob_brings_its_shaping_and_a_controller():
     made = compose("dapo", knob="zeta")
-    assert (made.shaping, made.controller) == ("repo_r", "pi")
+    assert (made.shaping, made.controller, made.target, made.every) == ("repo_r", "predictive", "60%", 1)
     assert compose("dapo", knob="beta").shaping == "repo"
     assert compose("repo-d-loop", knob="zeta").shaping == "repo_d"
     assert compose("repo-r-loop", knob="none").knob is None

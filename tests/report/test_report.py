@@ -215,8 +215,9 @@ def test_the_curve_over_temperatures_ends_in_greedy_answers(run, tmp_path):
     assert (start["marker"]["symbol"][-1], end["marker"]["symbol"][-1]) == ("star-open", "star")
     # Labels of several runs: one curve of each colour.
     other = make_run(tmp_path / "other", steps=40, recipe="grpo", hold=False)
-    modes = [trace["mode"] for trace in answers.frontier(read([run, other])).figures[0].traces]
-    assert modes == ["lines+markers", "lines+markers+text"] * 2
+    again = make_run(tmp_path / "again", steps=40, seed=1, recipe="grpo", hold=False)
+    modes = [trace["mode"] for trace in answers.frontier(read([run, other, again])).figures[0].traces]
+    assert modes == [*["lines+markers", "lines+markers+text"] * 2, *["lines+markers"] * 2]
 
 
 def test_one_temperature_has_no_curve(tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 from ..control.controllers import CONTROLLERS
 from ..control.names import suggest
 from ..models import check_saved
-from ..recipes import Recipe, build_controller, check, compose
+from ..recipes import Recipe, check, compose
 from ..recipes.knobs import all_knobs
 from ..recipes.stages import STAGES
 from ..tasks import load_task
@@ -324,10 +324,6 @@ def _check(config: RunConfig, path: str | None, has_updates: bool) -> RunConfig:
     _check_batch(config, where)
     if not 0 < config.vllm_memory < 1:
         raise ConfigError(f"{where}vllm_memory: got {config.vllm_memory}, must be a share above 0 and below 1")
-    if config.explain_every == 0 and recipe.knob is not None and build_controller(recipe).forecasts:
-        raise ConfigError(
-            f"{where}explain_every: got 0, and controller predictive needs explained steps; leave it out, or choose pi"
-        )
     if config.stop_above is not None and 0 < config.stop_above <= 1:
         raise ConfigError(f"{where}stop_above: got {config.stop_above}, must be above 1, or 0 for never")
     _check_then(config, where)

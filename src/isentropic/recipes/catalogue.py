@@ -60,6 +60,8 @@ def _on(base: str, suffix: str, source: str, **changes: Any) -> Recipe:
     return replace(recipe, formula=f"{base} with {suffix}", source=f"{source}; {recipe.source}", **changes)
 
 
+# Its controller, target and pace are those of any knob that is named without its own.
+DEFAULT = "isentropic"
 RECIPES: dict[str, Recipe] = {
     "isentropic": _on(
         "loop",

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..control.names import choose
 from ..control.targets import parse_target
-from .catalogue import RECIPES
+from .catalogue import DEFAULT, RECIPES
 from .custom import NAMES, Factory, load, resolve
 from .knobs import FIELD_KNOBS, all_knobs, build_thermostat, knob_range, owner, readers
 from .recipe import Recipe
@@ -47,8 +47,9 @@ def load_recipe(text: str) -> Recipe:
 def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
     """A recipe by name with components and numbers replaced, checked.
 
-    A knob brings the shaping it acts through (``zeta`` brings centred REPO-R if the recipe shapes nothing), and a knob
-    named without a controller is steered by ``pi``.
+    A knob brings the shaping it acts through (``zeta`` brings centred REPO-R if the recipe shapes nothing). A knob that
+    is named without a controller is steered by that of the default recipe, and if the recipe had no knob also to the
+    default's target, as often.
 
     Args:
         recipe: a name in :data:`RECIPES`, ``file.py:NAME``, ``package.module:NAME``, or a recipe.
@@ -134,9 +135,11 @@ def _with_knob_named(recipe: Recipe, knob: str, changes: dict[str, Any]) -> Reci
     if knob == recipe.knob:
         return recipe
     # Bounds and steps of the recipe's own knob mean nothing for another one.
-    kept = {"knob_low", "knob_high", "knob_start", "controller"} & set(changes)
-    blank: dict[str, Any] = {"knob_low": None, "knob_high": None, "knob_start": None, "controller": "pi"}
-    return replace(recipe, knob=knob, **{key: value for key, value in blank.items() if key not in kept})
+    blank: dict[str, Any] = {"knob_low": None, "knob_high": None, "knob_start": None}
+    blank |= {"controller": RECIPES[DEFAULT].controller}
+    if recipe.knob is None:
+        blank |= {"target": RECIPES[DEFAULT].target, "every": RECIPES[DEFAULT].every}
+    return replace(recipe, knob=knob, **{key: value for key, value in blank.items() if key not in changes})
 
 
 def check(recipe: Recipe, updates: int | None = None) -> Recipe:

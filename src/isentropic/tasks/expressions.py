@@ -96,7 +96,7 @@ class Rung(NamedTuple):
         return _name(4, self.need, self.within)
 
 
-# From easy to hard; `python bench/rungs.py` measures them again.
+# From easy to hard; `isentropic eval tiny --task NAME --k 64` measures one again.
 RUNGS: tuple[Rung, ...] = (
     Rung(0.47, 1.00, 26.9, ("product",), 1),
     Rung(0.37, 1.00, 20.3),

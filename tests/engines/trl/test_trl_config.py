@@ -28,7 +28,6 @@ def config(out, **settings):
         ({"recipe": 3}, "recipe must be a name, a FILE.py:NAME, or a Recipe, got 3"),
         ({"recipe_options": {"clip_high": 0.001}}, "clip_high need a recipe to change"),
         ({"recipe_options": {"overlong_buffer": 7}}, "overlong_buffer need a recipe to change"),
-        ({"recipe": "isentropic", "explain_every": 0}, "predictive needs explained steps"),
     ],
 )
 def test_what_is_refused_before_a_model_is_loaded(tmp_path, settings, says):

@@ -319,10 +319,6 @@ def test_predictive_control_runs_and_resumes_bit_for_bit(tmp_path, head):
     [
         ({"explain_every": -1}, "explain_every must be >= 0 optimizer steps, got -1"),
         ({"head": "liger"}, "head must be auto or trl, got 'liger'"),
-        (
-            {"explain_every": 0, "recipe": "loop", "knob": "zeta", "controller": "predictive"},
-            "predictive needs explained steps",
-        ),
     ],
 )
 def test_bad_intervals_are_refused_before_a_model_loads(tmp_path, settings, says):

@@ -25,7 +25,7 @@ from ...entropy.prediction import (
     token_totals,
 )
 from ...entropy.statistics import logits_stats
-from ...recipes import Recipe, build_controller, knob_range, with_knob
+from ...recipes import Recipe, knob_range, with_knob
 from ...recipes.apply import per_token
 from ...types import TokenBatch, TokenFacts, TokenStats
 from ..rewrite import CLIP_KNOBS, Rewritten, across_knob, advantages_at
@@ -55,13 +55,8 @@ def interval(model: Any, wanted: int | None, fused: bool = False) -> int:
     return 1 if known[1].weight.numel() <= CHEAP_HEAD * sum(p.numel() for p in model.parameters()) else EVERY
 
 
-def predicts(recipe: Recipe) -> bool:
-    """Whether the recipe's controller goes by predictions."""
-    return recipe.knob is not None and build_controller(recipe).forecasts
-
-
-def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
-    """Refuse an interval or a head that cannot be, or that leaves a controller without the predictions it needs.
+def check_explain(every: int | None, head: str) -> None:
+    """Refuse an interval or a head that cannot be.
 
     Raises:
         ValueError: what was got, and what is allowed.
@@ -70,8 +65,6 @@ def check_explain(recipe: Recipe, every: int | None, head: str) -> None:
         raise ValueError(f"explain_every must be >= 0 optimizer steps, got {every}; 0 explains none, 1 every one")
     if head not in ("auto", "trl"):
         raise ValueError(f"head must be auto or trl, got {head!r}; auto takes the fused head where it is faster")
-    if every == 0 and predicts(recipe):
-        raise ValueError("controller predictive needs explained steps, got explain_every=0; leave it out, or choose pi")
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ class EntropyControlConfig:
 
     def __post_init__(self) -> None:
         self.entropy_recipe, owned = resolve_recipe(self)
-        check_explain(self.entropy_recipe, self.explain_every, self.head)
+        check_explain(self.explain_every, self.head)
         adopt(self, owned)
         super().__post_init__()  # type: ignore[misc]
         check(self.entropy_recipe, updates_per_batch(self))
