@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from isentropic.experiments.compare import compare, fingerprint, line_of, name_cells, render, write
+from isentropic.experiments.compare import compare, render, write
+from isentropic.experiments.lines import fingerprint, line_of, name_cells
 from isentropic.runs.record import Record, write_json
 from isentropic.runs.statistics import mean_interval, paired_interval
 

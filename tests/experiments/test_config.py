@@ -4,7 +4,6 @@ from dataclasses import fields
 
 import pytest
 
-from isentropic.experiments.compare import changed
 from isentropic.experiments.config import (
     GROUPS,
     ConfigError,
@@ -16,6 +15,7 @@ from isentropic.experiments.config import (
     steps_of,
     total_steps,
 )
+from isentropic.experiments.lines import changed
 from isentropic.recipes.stages import STAGES
 from isentropic.tasks.sequence import SEQUENCES
 

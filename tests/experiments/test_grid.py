@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from isentropic.cli import main
-from isentropic.experiments.compare import line_of
 from isentropic.experiments.config import ConfigError
 from isentropic.experiments.grid import load_grid
+from isentropic.experiments.lines import line_of
 from isentropic.runs.record import Record, append_row
 
 HELPERS = Path(__file__).parents[1] / "helpers"

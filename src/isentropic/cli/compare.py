@@ -80,7 +80,7 @@ def compare(args: dict[str, Any]) -> int:
 
 def _of_runs(args: dict[str, Any]) -> _Results:
     """The results of run directories."""
-    from ..experiments.compare import line_of, name_cells
+    from ..experiments.lines import line_of, name_cells
 
     unused = [name for name in ("recipes", "tasks", "seeds", "set", "jobs", "results") if args[name]]
     if unused:

@@ -7,23 +7,16 @@ can be made without the run directory. Lines with the same settings except task 
 from __future__ import annotations
 
 import csv
-import hashlib
-import json
-import os
-import platform
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..control.names import choose
-from ..recipes import Recipe
-from ..runs.explain import readable
-from ..runs.frontier import by_temperature, frontier
-from ..runs.record import Record, is_number, plain, versions, write_json
+from ..runs.frontier import frontier
+from ..runs.record import is_number, write_json
 from ..runs.statistics import (
     MIN_VALUES,
     Interval,
@@ -33,8 +26,8 @@ from ..runs.statistics import (
     paired_interval,
     probability_of_improvement,
 )
-from ..runs.summary import counted, scores
-from .config import RunConfig, as_dict
+from ..runs.summary import counted
+from .lines import last_row
 from .terminal import aligned, best_shares, with_interval
 
 # figure: (title, meaning); larger is better for SCORES.
@@ -62,10 +55,6 @@ PAIRED = ("greedy", "best_pass@1")  # subtracted run by run
 _MARGIN = 0.02  # of pass@1, within which accuracy is equal
 _EQUAL = "distinct/equal"
 _RUN = ("entropy/error", "entropy/mean", "entropy/end", "reward/end", "steps", "seconds")  # the first table
-_CURVE_POINTS = 50
-_COUNT = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a count of samples in one character
-# Settings that do not change a run's numbers, and those that distinguish the runs of a cell.
-_IGNORED = ("out", "device", "save_every", "keep", "seed", "task", "audit")
 
 
 def _largest_pass(lines: Sequence[dict[str, Any]]) -> str:
@@ -77,151 +66,6 @@ def _largest_pass(lines: Sequence[dict[str, Any]]) -> str:
 def _columns(names: Iterable[str], largest_pass: str) -> list[str]:
     """Figures by name, each once: if pass@K is itself one of FIGURES, it has one column."""
     return list(dict.fromkeys(largest_pass if f == "pass@K" and largest_pass in FIGURES else f for f in names))
-
-
-def fingerprint(config: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """Eight characters that change with any setting that matters, and not with the seed, the task or the directory.
-
-    Args:
-        config: the resolved settings that differ from their defaults.
-        recipe: the fields of the recipe that differ from their defaults.
-
-    Example:
-        >>> fingerprint({"steps": 40, "seed": 1}, {}) == fingerprint({"seed": 2, "steps": 40}, {})
-        True
-    """
-    settings = {k: v for k, v in config.items() if k not in _IGNORED}
-    algorithm = {k: v for k, v in recipe.items() if k not in ("formula", "source")}
-    text = json.dumps([plain(settings), plain(algorithm)], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def changed(config: dict[str, Any], recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of a config and the fields of a recipe that differ from their defaults.
-
-    Args:
-        config: as run.json holds it.
-        recipe: as run.json holds it.
-    """
-    default_config = as_dict(RunConfig())
-    default_recipe = plain(Recipe("", "").as_dict())
-    return (
-        {k: v for k, v in config.items() if k not in default_config or v != default_config[k]},
-        {k: v for k, v in plain(recipe).items() if k not in default_recipe or v != default_recipe[k]},
-    )
-
-
-def line_of(record: Record, name: str | None = None) -> dict[str, Any]:
-    """The line of a finished run.
-
-    Args:
-        record: its directory.
-        name: of the cell; by default the recipe's.
-
-    Raises:
-        ValueError: not a run directory, a run that has not ended, or one whose files are damaged.
-    """
-    header = record.header()
-    if not (isinstance(header.get("config"), dict) and isinstance(header.get("recipe"), dict)):
-        raise ValueError(f"{record.path / 'run.json'} holds no settings and recipe; name another run directory")
-    path = record.path / "summary.json"
-    if not path.is_file():
-        raise ValueError(f"{record.path} has not ended: it has no summary.json; continue it by `train --resume`")
-    summary = _read_summary(path)
-    rows, evaluations = readable(record.rows("metrics")), record.rows("evaluations")
-    config, recipe = changed(header["config"], header["recipe"])
-    scores = {k: v for k, v in (summary.get("end") or summary.get("start") or {}).items() if is_number(v)}
-    figures = {key: summary.get(key) for key in ("entropy/mean", "entropy/end", "reward/end", "steps", "samples")}
-    figures |= {"entropy/error": summary.get("entropy/rms_error"), "seconds": _seconds(rows, summary)} | scores
-    line = {
-        "cell": name or str(header["config"].get("recipe")),
-        "task": str(header.get("task")),
-        "seed": header["seed"] if is_number(header.get("seed")) else None,
-        "fingerprint": fingerprint(config, recipe),
-        "figures": figures,
-        "start": summary.get("start") or {},
-        "entropy_start": summary.get("entropy/start"),
-        "target": summary.get("entropy/target"),
-        "evaluations": _evaluations(evaluations),
-        "curve": _curve(rows),
-        "settings": {k: v for k, v in config.items() if k != "out"},
-        "origin": header.get("origin"),
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions(),
-    }
-    line |= {"best": summary["best"]} if summary.get("best") else {}
-    return plain(line | ({"stopped": summary["stopped"]} if summary.get("stopped") else {}))
-
-
-def _evaluations(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The scores of every evaluation, and of the last one of each task the counts by prompt, a character each."""
-    last = {row.get("task"): i for i, row in enumerate(rows)}
-    lines = []
-    for i, row in enumerate(rows):
-        lines.append({key: row.get(key) for key in ("task", "k", "temperature")} | scores(row))
-        if last[row.get("task")] == i and counted(row) and max(row["num_samples"]) < len(_COUNT):
-            sampled = {
-                f"{t:g}": [_packed(counts["num_correct"]), _packed(counts["num_distinct"])]
-                for t, counts in by_temperature(row).items()
-            }
-            lines[-1]["counts"] = sampled | {"greedy": _packed(row.get("greedy_correct") or [])}
-    return lines
-
-
-def _packed(counts: Sequence[int]) -> str:
-    return "".join(_COUNT[n] for n in counts)
-
-
-def _read_summary(path: Path) -> dict[str, Any]:
-    """summary.json: numbers, two evaluations, and texts; a field of another kind is left out."""
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}; leave this run out") from None
-    if not isinstance(summary, dict):
-        raise ValueError(f"{path} holds no object; leave this run out")
-    kinds = {"start": dict, "end": dict, "best": dict, "before": dict, "stopped": str}
-    return {k: v for k, v in summary.items() if (isinstance(v, kinds[k]) if k in kinds else is_number(v))}
-
-
-def _seconds(rows: Sequence[dict[str, Any]], summary: dict[str, Any]) -> float:
-    """Wall clock of all processes of a run: of a resumed one, the seconds start again at 0."""
-    total, last = 0.0, 0.0
-    for seconds in (row["seconds"] for row in rows if "seconds" in row):
-        if seconds < last:
-            total += last
-        last = seconds
-    return round(total + max(last, summary.get("seconds", 0.0)), 1)
-
-
-def _curve(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """Means over equal segments of the run, few enough to keep in a results file."""
-    split = np.array_split(np.arange(len(rows)), min(_CURVE_POINTS, len(rows)))
-    segments = [segment for segment in split if len(segment)]
-
-    def mean(key: str) -> list[float | None]:
-        values = [[rows[i][key] for i in segment if rows[i].get(key) is not None] for segment in segments]
-        return [round(float(np.mean(numbers)), 5) if numbers else None for numbers in values]
-
-    steps = [rows[segment[-1]]["step"] for segment in segments]
-    return {"step": steps, "entropy": mean("entropy/mean"), "reward": mean("reward/mean"), "knob": mean("knob/value")}
-
-
-def name_cells(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Lines whose cells have different names: to a name with several settings, the settings that differ are added."""
-    lines = list(lines)
-    by_name: dict[str, dict[str, dict[str, Any]]] = {}
-    for line in lines:
-        by_name.setdefault(line["cell"], {})[line["fingerprint"]] = line["settings"]
-    named = []
-    for line in lines:
-        variants = by_name[line["cell"]].values()
-        keys = sorted({k for settings in variants for k in settings if k not in _IGNORED})
-        differing = [k for k in keys if len({json.dumps(s.get(k), sort_keys=True) for s in variants}) > 1]
-        suffix = " ".join(f"{k}={line['settings'].get(k, 'default')}" for k in differing)
-        named.append({**line, "cell": f"{line['cell']} {suffix}".strip()})
-    return named
 
 
 class Estimate(NamedTuple):
@@ -325,28 +169,16 @@ def _floors(lines: Sequence[dict[str, Any]], baseline: str | None) -> dict[str, 
 
 def _at_equal_accuracy(line: dict[str, Any], floors: dict[str, float]) -> dict[str, Any]:
     """The line with its distinct right answers at the baseline's accuracy, if its evaluation tells."""
-    row = _last_row(line)
+    row = last_row(line)
     if line["task"] not in floors or not {"k", f"pass@{row.get('k')}", "pass@1", "distinct"} <= set(row):
         return line
     reached = frontier(row, floors[line["task"]])
     return {**line, "figures": {**line["figures"], _EQUAL: reached.distinct if reached else 0.0}}
 
 
-def _last_row(line: dict[str, Any]) -> dict[str, Any]:
-    """The last evaluation of a line as the row that it was, as far as the line holds it."""
-    temperature = line["settings"].get("temperature", RunConfig.temperature)
-    row = {"temperature": temperature, **(line.get("evaluations") or [{}])[-1]}
-    counts = {t: [_COUNT.index(c) for c in packed[0]] for t, packed in row.get("counts", {}).items() if t != "greedy"}
-    if own := counts.get(f"{temperature:g}"):
-        row |= {"num_correct": own, "num_samples": [row["k"]] * len(own)}
-        row["greedy_correct"] = [_COUNT.index(c) for c in row["counts"].get("greedy", "")]
-        row["at"] = {t: {**row.get("at", {})[t], "num_correct": counts[t]} for t in row.get("at", {}) if t in counts}
-    return row
-
-
 def _by_prompt(line: dict[str, Any], figure: str) -> np.ndarray:
     """[p] a figure of ``PAIRED`` by prompt, in the last evaluation of a line; empty without its counts."""
-    row = _last_row(line)
+    row = last_row(line)
     if figure == "greedy":
         return np.array(row.get("greedy_correct") or [], float)
     return best_shares(row) if counted(row) else np.zeros(0)

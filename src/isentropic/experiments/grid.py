@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 from ..control.names import suggest
 from ..runs.record import read_rows
 from ..runs.text import show
-from .compare import changed, fingerprint
 from .config import ConfigError, RunConfig, as_dict, config_errors, load, read_toml, recipe_of
 from .devices import check_device
+from .lines import changed, fingerprint
 from .origin import differs, origin
 from .processes import Processes, exclusive, interrupted_by_sigterm
 

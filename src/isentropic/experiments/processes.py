@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from ..runs.clock import duration
 from ..runs.record import Record, append_row
 from ..runs.text import one_line
-from .compare import line_of
 from .config import ConfigError, RunConfig, as_dict, total_steps
+from .lines import line_of
 
 _STATUS_EVERY = 30.0  # seconds between two status lines if stderr is not a terminal
 _PR_SET_PDEATHSIG = 1

@@ -54,9 +54,7 @@ def points(row: Row) -> list[Point]:
         [0.5, 0.75]
     """
     name = f"pass@{row['k']}"
-    sampled = [
-        Point(t, c["pass@1"], c[name], c["distinct"], c.get("majority")) for t, c in by_temperature(row).items()
-    ]
+    sampled = [Point(t, c["pass@1"], c[name], c["distinct"], c.get("majority")) for t, c in by_temperature(row).items()]
     greedy = row.get("greedy")
     return sampled if greedy is None else [*sampled, Point(0.0, greedy, greedy, greedy, greedy)]
 

@@ -29,6 +29,12 @@ logger = logging.getLogger("isentropic")
 AUDIT_FILE = "audit.json"
 # A whole distribution is kept for each sampled token: this many numbers at most.
 _MAX_SCORES = 20_000_000
+_REMEDIES = {
+    "moe_routing": "TRL has no router replay: correct by the ratio to the sampler, "
+    "vllm_importance_sampling_correction=True, or clip whole sequences, importance_sampling_level='sequence'",
+    "batch_shape": "TRL scores old log-probs in micro-batches of per_device_train_batch_size, padded as generated: one "
+    "optimizer step a generated batch takes the ratio as exactly 1; else accept the error, or train in fp32",
+}
 # Objects of the trainer that keep state of their own; a plain GRPOTrainer has none of them.
 _OBJECTS = ("batches", "run_log", "run_log.samples")
 
@@ -50,7 +56,7 @@ def audit_trainer(trainer: Trainer, prompts: int = 2, tokens: int = 64) -> Repor
         batch = _generated(trainer, prompts, tokens)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         with trainer.accelerator.autocast():
-            return audit(
+            report = audit(
                 model,
                 batch,
                 lambda scored, part: _score(trainer, scored, part),
@@ -58,6 +64,8 @@ def audit_trainer(trainer: Trainer, prompts: int = 2, tokens: int = 64) -> Repor
                 torch.float32 if trainer.args.cast_lm_head_to_fp32 else None,
                 "trainer",
             )
+    findings = [f._replace(remedy=_REMEDIES.get(f.code, f.remedy)) for f in report.findings]
+    return report._replace(findings=findings)
 
 
 def _score(trainer: Trainer, model: Any, batch: AuditBatch) -> Scored:

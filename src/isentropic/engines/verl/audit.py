@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...entropy.audit import Clip, Finding, Report, Scored, audit_rows
+from ...entropy.audit import Clip, Finding, Report, Scored, audit_rows, routing_findings
 from ...entropy.audit.probe import output_dtype
 from ...recipes import Recipe
 from ...runs.record import write_json
 from ...types import TokenBatch
-from .compat import Engine, Keys, aligned, answers_of, holds, temperature_of
+from .compat import Engine, Keys, aligned, answers_of, holds, setting, temperature_of
 
 if TYPE_CHECKING:
     from .control import Control
@@ -26,17 +26,26 @@ AUDIT_FILE = "audit.json"
 # A row of the vocabulary is held for each token that is looked at, in fp64: this many numbers at most.
 _MAX_NUMBERS = 4_000_000
 _FP32 = "actor_rollout_ref.actor.fsdp_config"
+_SAMPLER = (
+    "+actor_rollout_ref.rollout.engine_kwargs.vllm.hf_overrides.head_dtype=float32, "
+    "+actor_rollout_ref.rollout.engine_kwargs.sglang.enable_fp32_lm_head=True"
+)
+# verl marks the data of a worker that replays routes, R2 or R3.
+_REPLAY = "enable_routing_replay"
 _REMEDIES = {
     "head_dtype": f"keep fp32 master weights: {_FP32}.model_dtype=fp32",
-    "logits_dtype": f"compute in fp32, +{_FP32}.mixed_precision.param_dtype=fp32; or accept the error, which every "
-    "reading of entropy then carries",
+    "logits_dtype": f"compute in fp32, +{_FP32}.mixed_precision.param_dtype=fp32, in the sampler too ({_SAMPLER}); or "
+    "accept the error, which every reading of entropy then carries",
     "logp_dtype": f"+{_FP32}.mixed_precision.param_dtype=fp32",
     "entropy_dtype": f"verl computes entropies in the dtype of the logits: +{_FP32}.mixed_precision.param_dtype=fp32",
     "fsdp_output_dtype": "verl sets no output_dtype; take it out of FSDP2's policy",
     "stale_logp": "verl computes old log-probs in a pass of its own: give both passes one packing and one precision, "
     "and switch dropout off",
-    "sampler_mismatch": "run both in one precision, or have verl correct for the difference: "
-    "algorithm.rollout_correction.rollout_is=token",
+    "sampler_mismatch": f"run both in one precision, the head's logits in fp32 ({_SAMPLER}), or have verl correct for "
+    "the difference: algorithm.rollout_correction.rollout_is=token",
+    "moe_routing": "on Megatron: actor_rollout_ref.actor.megatron.router_replay.mode=R3 with "
+    "actor_rollout_ref.rollout.enable_rollout_routing_replay=True; on VeOmni actor.veomni.router_replay.mode; FSDP has "
+    "none: algorithm.rollout_correction.rollout_is=token",
     "temperature": "leave one temperature to sampler and trainer: actor_rollout_ref.rollout.temperature",
 }
 
@@ -92,6 +101,7 @@ def audit_micro_batch(module: Any, recipe: Recipe, batch: TokenBatch, logits: to
         None if sampler is None else some(aligned(sampler, keep.shape[1]).float()),
         "worker",
     )
+    findings += routing_findings(getattr(module, "config", None), bool(setting(data, _REPLAY, False)))
     checked = {name: "none" if x is None else str(x).removeprefix("torch.") for name, x in dtypes.items()}
     checked |= {
         "logits": str(logits.dtype).removeprefix("torch."),

@@ -33,8 +33,11 @@ from .checks import (
     grade,
     kept_tokens,
     mask_findings,
+    num_experts,
     ratio_findings,
+    routing_findings,
     sampler_findings,
+    shape_findings,
     truncation_findings,
 )
 from .probe import AuditBatch, Scored, audit, audit_rows
@@ -63,10 +66,13 @@ __all__ = [
     "independent_bias",
     "kept_tokens",
     "mask_findings",
+    "num_experts",
     "ratio_error",
     "ratio_findings",
     "rounded",
+    "routing_findings",
     "sampler_findings",
     "sequence_error",
+    "shape_findings",
     "truncation_findings",
 ]

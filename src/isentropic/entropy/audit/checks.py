@@ -13,6 +13,10 @@ from .casts import from_logits, rounded, sequence_error
 # An error of 1e-3 nats puts short sequences outside GSPO's band; fp32 arithmetic stays far below 1e-5.
 SERIOUS, VISIBLE = 1e-3, 1e-5
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+# How configs of mixture-of-experts models name the number of experts, and where they nest the language model.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
+SAMPLER_HEAD = """vLLM --hf-overrides '{"head_dtype":"float32"}', SGLang --enable-fp32-lm-head"""
 
 
 class Finding(NamedTuple):
@@ -232,6 +236,78 @@ def ratio_findings(
     return []
 
 
+def shape_findings(
+    logp: Float[Tensor, " n"], logp_other: Float[Tensor, " n"], clip: Clip = CLIP, where: str = "scoring"
+) -> list[Finding]:
+    """Check that log-probs do not depend on the micro-batch: the same tokens in two sizes and paddings.
+
+    Serious if the difference alone pushes one ratio in a thousand out of the clip, a warning if it moves one in a
+    thousand by more than 1e-3, else a note.
+
+    Args:
+        logp: [n] nats, scored in one micro-batch.
+        logp_other: [n] nats, of the same tokens and weights, scored in micro-batches of another shape.
+        clip: the clip that errors of the ratio are compared with.
+        where: place named in the findings.
+
+    >>> shape_findings(torch.zeros(4), torch.tensor([0.0, 0.0, 0.0, 0.01]))[0].severity
+    'warning'
+    """
+    error = (logp - logp_other).double()
+    nats, clipped_frac = rms(error), clipped_share(error, clip)
+    if nats < VISIBLE:
+        return []
+    moved = (error.expm1().abs() > 1e-3).double().mean().item()
+    severity = "serious" if clipped_frac >= 1e-3 or math.isnan(nats) else "warning" if moved >= 1e-3 else "note"
+    effect = (
+        f"{describe_error(nats, clipped_frac, clip)}; {error.abs().max().item():.2g} nats at most; "
+        f"{moved:.2%} of on-policy ratios would be off 1 by more than 1e-3"
+    )
+    what = "the micro-batch shape changes log-probs: the same tokens score differently alone and in a batch"
+    remedy = "score old and current log-probs in one micro-batch size, packing and padding, or in fp32"
+    return [Finding(severity, "batch_shape", what, where, effect, remedy, nats, clipped_frac)]
+
+
+def num_experts(config: Any) -> int:
+    """The number of routed experts that a model's config names, the language model's inside it included; 0 if dense.
+
+    >>> from types import SimpleNamespace
+    >>> num_experts(SimpleNamespace(text_config=SimpleNamespace(num_local_experts=8))), num_experts(None)
+    (8, 0)
+    """
+    found = [getattr(config, name, None) or 0 for name in EXPERTS]
+    counts = [max(x) if isinstance(x, list | tuple) else int(x) for x in found]
+    counts += [num_experts(inner) for name in _NESTED if (inner := getattr(config, name, None)) is not None]
+    largest = max(counts)
+    return largest if largest > 1 else 0
+
+
+def routing_findings(config: Any, replayed: bool = False, where: str = "router") -> list[Finding]:
+    """Name a mixture of experts whose routes are not replayed: sampler and trainer may take different experts.
+
+    The effect is not measured here: where the sampler's log-probs are given, ``sampler_findings`` does.
+
+    Args:
+        config: the model's, as transformers has it; None finds nothing.
+        replayed: whether the trainer takes the experts that the sampler took.
+        where: place named in the findings.
+
+    >>> from types import SimpleNamespace
+    >>> [f.code for f in routing_findings(SimpleNamespace(num_experts=64))]
+    ['moe_routing']
+    """
+    experts = num_experts(config)
+    if replayed or not experts:
+        return []
+    what = f"mixture of {experts} experts without router replay: sampler and trainer may route a token differently"
+    effect = "not measured here; a token that changes experts moves its log-prob by more than rounding does"
+    remedy = (
+        "replay the sampler's routes where the engine can (verl on Megatron or VeOmni: router_replay.mode=R3), "
+        "or correct by the ratio of trainer to sampler"
+    )
+    return [Finding("warning", "moe_routing", what, where, effect, remedy)]
+
+
 def fitted_temperature(logits: Float[Tensor, "n v"], ids: Int[Tensor, " n"], logp: Float[Tensor, " n"]) -> float:
     """Fit the temperature in [1/8, 8] at which the logits come nearest to these log-probs.
 
@@ -349,7 +425,10 @@ def sampler_findings(
         remedy = "give sampler and scoring one temperature; in TRL set temperature, not generation_kwargs"
         return [Finding(grade(nats, clipped_frac), "temperature", what, where, effect, remedy, nats, clipped_frac)]
     what = "sampler and trainer give different log-probs to the same tokens"
-    remedy = "run both in one precision and with the same penalties, or correct by the ratio of the two"
+    remedy = (
+        f"run both in one precision, the head's logits in fp32 ({SAMPLER_HEAD}), and with the same penalties, "
+        "or correct by the ratio of the two"
+    )
     return [Finding(grade(nats, clipped_frac), "sampler_mismatch", what, where, effect, remedy, nats, clipped_frac)]
 
 

@@ -13,6 +13,7 @@ from .casts import from_logits
 from .checks import (
     CLIP,
     LOW_PRECISION,
+    SAMPLER_HEAD,
     VISIBLE,
     Clip,
     Finding,
@@ -28,11 +29,15 @@ from .checks import (
     mask_findings,
     ratio_findings,
     rms,
+    routing_findings,
     sampler_findings,
+    shape_findings,
     truncation_findings,
 )
 
 MAX_LOGITS = 20_000_000
+# Sequences that are also scored alone; every rank scores as many, for a sharded forward is a collective call.
+NUM_ALONE = 4
 _SEVERITIES = ("serious", "warning", "note")
 
 
@@ -172,7 +177,7 @@ def _dtype_name(dtype: torch.dtype | None) -> str:
 _REMEDIES = {
     "head_dtype": "keep the head's master weights in fp32, or in TRL set cast_lm_head_to_fp32=True",
     "logits_dtype": "compute the head in fp32, in trainer and sampler alike: in TRL set cast_lm_head_to_fp32=True, "
-    "elsewhere call it outside autocast",
+    f"elsewhere call it outside autocast; {SAMPLER_HEAD}",
     "fsdp_output_dtype": "MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, "
     "output_dtype=None): Accelerate sets output_dtype to the mixed precision unless it is given a policy",
     "logp_dtype": "return log-probs in fp32",
@@ -265,6 +270,37 @@ def _score_findings(rows: _CountedRows, scored: Scored, explained: float, where:
     return entropy_findings(scored.entropy, rows.exact[1], where, 3 * explained)
 
 
+def _alone(batch: AuditBatch, row: int) -> AuditBatch:
+    """One sequence of a batch without its padding; its first tokens are the first ``t`` of the batch's row."""
+    num_prompt = batch.input_ids.shape[1] - batch.mask.shape[1]
+    present = batch.attention_mask[row].nonzero()[:, 0]
+    # At least one token of the prompt and one of the completion remain.
+    start = min(int(present[0]), num_prompt - 1) if len(present) else 0
+    end = max(int(present[-1]) + 1, num_prompt + 1) if len(present) else num_prompt + 1
+    cut: dict[str, Any] = {
+        name: x[row : row + 1, start:end]
+        if name in ("input_ids", "attention_mask")
+        else x[row : row + 1, : end - num_prompt]
+        for name, x in batch._asdict().items()
+        if isinstance(x, Tensor)
+    }
+    return batch._replace(**cut)
+
+
+def _shape_findings(
+    model: Any, batch: AuditBatch, score: Score, counted: Tensor, whole: Tensor, clip: Clip, where: str
+) -> list[Finding]:
+    """Score some sequences alone, and compare with their log-probs in the whole batch; the model is in eval mode."""
+    num_sequences, pairs = len(batch.input_ids), []
+    for k in range(NUM_ALONE):
+        row = k * num_sequences // NUM_ALONE
+        logp = score(model, _alone(batch, row)).logp[0]
+        inside = counted[row, : len(logp)]
+        pairs.append(torch.stack([whole[row, : len(logp)][inside].double(), logp[inside].double()]))
+    logp_whole, logp_alone = torch.cat(pairs, dim=1)
+    return shape_findings(logp_whole, logp_alone, clip, where)
+
+
 def _first_sequences(batch: AuditBatch, vocab: int) -> AuditBatch:
     num_sequences = max(1, MAX_LOGITS // (vocab * batch.input_ids.shape[1]))
     first: dict[str, Any] = {
@@ -300,6 +336,7 @@ def audit(
     clip: Clip = CLIP,
     logits_dtype: torch.dtype | None = None,
     where: str = "model",
+    replays_routing: bool = False,
 ) -> Report:
     """Find errors in log-probs, ratios and entropies before any update; the model is left as it was.
 
@@ -307,10 +344,12 @@ def audit(
         model: ``model(input_ids=, attention_mask=, use_cache=).logits`` and ``get_output_embeddings()``, as in
             transformers. Its train or eval mode is assumed to be the one the loss uses.
         batch: tokens sampled from this very model.
-        score: how the loss computes its log-probs and entropies; by default from logits, by an fp32 log-softmax.
+        score: how the loss computes its log-probs and entropies; by default from logits, by an fp32 log-softmax. It is
+            also called with single sequences, whose padding is cut off.
         clip: the clip that errors of the ratio are compared with.
         logits_dtype: of the logits inside ``score``; by default the dtype of the head's output in a plain forward.
         where: name of the scoring in findings.
+        replays_routing: whether a mixture of experts takes the sampler's routes.
 
     Returns:
         Findings, most severe first; the settings that were checked; measured figures.
@@ -335,6 +374,9 @@ def audit(
     padding = (batch.attention_mask[:, -ids.shape[1] :] == 0) if batch.generated is None else ~generated.bool()
     findings = mask_findings(batch.mask, generated, padding, exact[1])
     counted &= generated.bool()
+    with _mode(model, training=False):
+        findings += _shape_findings(model, batch, score, counted, scored.logp, clip, where)
+    findings += routing_findings(getattr(model, "config", None), replays_routing)
     noisy = None if outputs.noisy is None else outputs.noisy[counted]
     rows = _CountedRows(
         outputs.exact[counted], noisy, ids[counted], (exact[0][counted], exact[1][counted]), batch.temperature, clip
