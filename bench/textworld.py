@@ -53,7 +53,7 @@ class Experiment(NamedTuple):
 COIN = "textworld:coin_collector:level=103:train=64:test=40:text=brief:turns=12"
 BOTH = "textworld-two-games"
 FAR_COIN = "textworld:coin_collector:level=105:train=24:test=20:text=brief:turns=16"
-FEW_STEPS = {"steps": 80, "rows": 12}
+FEW_STEPS = {"steps": 150, "rows": 12}
 EXPERIMENTS = {
     "short": Experiment(COIN, 120, "model", COIN, {"steps": 400, "rows": 32}, "a coin two moves away"),
     "hard": Experiment(FAR_COIN, 120, "model-two-games", BOTH, FEW_STEPS, "a coin four moves away, among dead ends"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch
 from isentropic.engines.loop import (
     ControlLoop,
     EntropyReadingError,
+    OffPolicySums,
     TokenSums,
     add,
     masked_sums,
+    off_policy_row,
+    off_policy_sums,
     reduce,
     saved_in,
     token_sums,
@@ -50,6 +54,87 @@ def test_sums_by_hand():
         "outside": 2.0,
     }
     assert all(x.dtype == torch.float64 for x in sums)
+
+
+SAMPLER = torch.tensor([[-1.0 - math.log(2), float("nan")], [-3.0, 0.0]])  # of the tokens of batch(), one unknown
+CHOSEN = torch.tensor([[True, False], [True, True]])
+
+
+def test_sums_on_the_distance_from_the_sampler_by_hand():
+    sums = off_policy_sums(*batch(), age=3, deselected=CHOSEN, sampler=SAMPLER)
+    assert {name: pytest.approx(x.item()) for name, x in sums._asdict().items()} == {
+        "ratio_squared": 5.25,  # 1 + 4 + ¼
+        "dropped": 3.0,  # one by each bound, one by the selection
+        "dropped_entropy": 3.0,
+        "age": 9.0,
+        "known": 2.0,
+        "kl": 1 - math.log(2),  # d = log 2, and 0: e^d − 1 − d
+        "kl_k1": -math.log(2),
+        "kl_entropy": 2.0,
+    }
+    assert all(x.dtype == torch.float64 for x in sums)
+    assert off_policy_row(reduced(token_sums(*batch())), reduced(sums)) == {
+        "policy/age": 3.0,
+        "clip/dropped_frac": 1.0,
+        "clip/entropy_share": 1.0,
+        "ratio/ess_frac": pytest.approx(3.5**2 / (3 * 5.25)),
+        "mismatch/kl": pytest.approx((1 - math.log(2)) / 2),
+        "mismatch/kl_k1": pytest.approx(-math.log(2) / 2),
+        "mismatch/kl_over_entropy": pytest.approx((1 - math.log(2)) / 2),
+    }
+
+
+def reduced(sums):
+    return reduce(sums, lambda vector: vector)
+
+
+def test_what_is_not_known_of_the_sampler_is_absent():
+    sums = off_policy_sums(*batch(), age=0)
+    row = off_policy_row(reduced(token_sums(*batch())), reduced(sums))
+    assert row == {
+        "policy/age": 0.0,
+        "clip/dropped_frac": pytest.approx(2 / 3),
+        "clip/entropy_share": pytest.approx(2.5 / 3),
+        "ratio/ess_frac": pytest.approx(7 / 9),
+    }
+
+
+def test_a_deselected_token_without_an_advantage_has_no_gradient_to_drop():
+    still, facts = batch()
+    sums = off_policy_sums(still._replace(adv=torch.zeros(2)), facts, 0, CHOSEN)
+    assert (sums.dropped, sums.dropped_entropy) == (2.0, 2.5)
+
+
+def test_the_mismatch_is_that_of_sampling_time():
+    """Log-probs and entropies of the weights that sampled, whatever the policy has become since."""
+    still, facts = batch()
+    old = still._replace(logp_old=SAMPLER.nan_to_num(), entropy_old=torch.full((2, 2), 4.0))
+    sums = off_policy_sums(old, facts, 1, sampler=SAMPLER)
+    assert (sums.kl, sums.kl_k1, sums.kl_entropy) == (0.0, 0.0, 8.0)
+
+
+def test_a_small_mismatch_is_not_lost_in_rounding():
+    still, facts = batch()
+    near = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]) - 2**-17
+    sums = off_policy_sums(still, facts, 0, sampler=near)
+    assert sums.kl.item() == pytest.approx(3 * 2**-35, rel=1e-5)  # d²/2
+
+
+def test_what_is_dropped_and_off_policy_adds_up_over_micro_batches():
+    still, facts = batch()
+    parts = [
+        off_policy_sums(
+            still._replace(**{name: getattr(still, name)[i] for name in ("logp", "adv", "mask", "entropy")}),
+            TokenFacts(*(x[i] for x in facts[:3])),
+            2,
+            CHOSEN[i],
+            SAMPLER[i],
+        )
+        for i in (slice(0, 1), slice(1, 2))
+    ]
+    whole = off_policy_sums(still, facts, 2, CHOSEN, SAMPLER)
+    assert reduced(add(*parts)) == pytest.approx(tuple(reduced(whole)))
+    assert isinstance(add(*parts), OffPolicySums)
 
 
 def test_micro_batches_and_ranks_add_up_in_one_reduction():

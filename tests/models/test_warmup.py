@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from task_cases import corridor, walk
 
 from isentropic.cli import main, models
+from isentropic.models import warmup
 from isentropic.models.warmup import IGNORED, WarmUp, demonstrations, make, warm_up, win_rate
 from isentropic.models.words import word_model, word_tokenizer, words_of
 from isentropic.tasks import load_task
@@ -69,19 +70,33 @@ def test_a_model_is_warmed_up_on_several_games_and_knows_the_words_of_all(tmp_pa
     assert figures["demonstrations"] == 2
     assert set(figures["by_task"]) == {"corridor", "back"}
     assert min(won["win_frac"] for won in figures["by_task"].values()) > 0.5
-    assert figures["win_frac"] == sum(won["win_frac"] for won in figures["by_task"].values()) / 2
     assert json.loads((tmp_path / "warmup.json").read_text())["task"] == "corridor and back"
     assert words_of(tasks) >= {"steps", "paces", "east", "west"}
 
 
+def test_shares_won_are_of_every_game_and_of_all_held_out_rows(tmp_path, monkeypatch):
+    shares = {"corridor": [0.5], "back": [0.0, 0.0, 1.0]}
+    monkeypatch.setattr(warmup, "win_rate", lambda model, tokenizer, task, num, seed: shares[task.name])
+    figures = make(two_games(), tmp_path, WarmUp(steps=1, noise=0.0))
+    assert {name: won["win_frac"] for name, won in figures["by_task"].items()} == {"corridor": 0.5, "back": 1 / 3}
+    assert figures["win_frac"] == 1.5 / 4
+    assert figures["interval"].low < 1.5 / 4 < figures["interval"].high
+    assert figures["by_task"]["corridor"]["interval"] is None
+
+
 def test_the_command_shows_a_sequence_and_further_games_each_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "load_task", {task.name: task for task in two_games()}.__getitem__)
+    games = [*two_games(), replace(walk, name="third")]
+    monkeypatch.setattr(models, "load_task", {task.name: task for task in games}.__getitem__)
     monkeypatch.setitem(models.SEQUENCES, "both", NamedSequence(("corridor", "back"), ""))
     flags = ["--steps", "1", "--noise", "0", "--rows", "1", "--eval-k", "1", "--out", str(tmp_path / "model")]
-    assert main(["warmup", "--task", "both", "--then", "back", *flags]) == 0
+    assert main(["warmup", "--task", "both", "--then", "back", "--then", "third", *flags]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in printed if line.startswith("win_frac")] == ["corridor", "back"]
-    assert [line.split()[-1] for line in printed if line.startswith("demonstrations")] == ["2"]
+    assert [line.split()[-1] for line in printed if line.startswith("win_frac")] == [
+        "corridor",
+        "back",
+        "third",
+    ]
+    assert [line.split()[-1] for line in printed if line.startswith("demonstrations")] == ["3"]
 
 
 def test_a_game_whose_advice_never_wins_is_named_among_others():

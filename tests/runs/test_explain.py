@@ -108,6 +108,46 @@ def test_a_run_without_explained_steps_says_how_to_get_them(run):
     assert "What moved" not in text
 
 
+COMPLETIONS = {"finished": 0.25, "truncated": 0.75, "short": 0.1, "middle": 0.2, "long": 0.7}
+
+
+def by_completion(step, **shares):
+    fields = {f"predict/{name}": value * 1e-4 for name, value in zip(COMPLETIONS, (-3, 1, -2, 0.5, -0.5), strict=True)}
+    return {**row(step, 1.0, **CHANGES), **fields, **{f"tokens/{name}_frac": x for name, x in shares.items()}}
+
+
+def test_completions_are_told_apart_by_end_and_length(run):
+    """Step 1 counts for 1 to 3, step 4 for itself: shares of 0.75 three times, and of 0.35 once."""
+    late = {**COMPLETIONS, "finished": 0.65, "truncated": 0.35}
+    plain = ({**row(t, 1.0)} for t in (2, 3))
+    run.append("metrics", by_completion(1, **COMPLETIONS), *plain, by_completion(4, **late))
+    explanation = explain(run)
+    assert explanation["shares"] == pytest.approx({**COMPLETIONS, "finished": 0.35, "truncated": 0.65})
+    assert explanation["predicted"]["truncated"] == pytest.approx(4e-4)
+    lines = render(explanation).splitlines()
+    at = lines.index("Which completions?")
+    assert lines[at + 1].split()[:8] == "ended by themselves (35% of tokens) -1.20e-03 -60.0%".split()  # 3 of 5
+    assert lines[at + 2].split()[:9] == "cut at the limit (65% of tokens) +4.00e-04 +20.0%".split()
+    assert lines[at + 4] == "Of which length?"
+    assert [line.split(" (")[0].strip() for line in lines[at + 5 : at + 8]] == [
+        "shortest third", "middle third", "longest third",
+    ]  # fmt: skip
+    assert max(map(len, lines)) <= 110
+
+
+def test_a_split_of_which_one_part_alone_has_tokens_is_left_out(run):
+    run.append("metrics", by_completion(1, **{**COMPLETIONS, "finished": 1.0, "truncated": 0.0}))
+    text = render(explain(run))
+    assert "Which completions?" not in text
+    assert "Of which length?" in text
+
+
+def test_a_run_that_does_not_tell_completions_apart(run):
+    run.append("metrics", *(row(t, 1.0, **CHANGES) for t in range(1, 9)))
+    assert explain(run)["shares"] == {}
+    assert "length?" not in render(explain(run))
+
+
 def test_nulls_are_left_out(run):
     rows = [{**row(t, 1.0, **CHANGES), "predict/knob": None, "predict/numerics": None} for t in range(1, 9)]
     rows[3]["entropy/mean"] = None

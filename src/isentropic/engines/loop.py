@@ -84,6 +84,83 @@ def token_sums(batch: TokenBatch, facts: TokenFacts) -> TokenSums:
     return TokenSums(*masked_sums(torch.stack(rows), batch.mask).unbind())
 
 
+class OffPolicySums(NamedTuple):
+    """How far an update is from the policy that sampled its tokens, and what of it is dropped: sums as `TokenSums`.
+
+    Attributes:
+        ratio_squared: Σ ratio².
+        dropped: tokens whose gradient the clip removed or capped, or a selection took out.
+        dropped_entropy: Σ H over them, nats.
+        age: Σ policy age, optimizer steps.
+        known: tokens whose log-probability the sampler gave.
+        kl, kl_k1: Σ (e^d − 1 − d) and Σ −d over them with d = log π − log μ, nats: π the trainer, μ the sampler.
+        kl_entropy: Σ H over them when they were sampled, nats.
+    """
+
+    ratio_squared: Any
+    dropped: Any
+    dropped_entropy: Any
+    age: Any
+    known: Any
+    kl: Any
+    kl_k1: Any
+    kl_entropy: Any
+
+
+def off_policy_sums(
+    batch: TokenBatch,
+    facts: TokenFacts,
+    age: int,
+    deselected: Tensor | None = None,
+    sampler: Tensor | None = None,
+) -> OffPolicySums:
+    """What a micro-batch adds to the sums of its step, without a synchronisation.
+
+    ``e^d − 1 − d`` and ``−d`` both estimate KL(sampler ‖ trainer) on sampled tokens; the first is never negative.
+
+    Args:
+        batch: as in :func:`token_sums`; ``logp_old`` and ``entropy_old`` are those of the weights that sampled.
+        facts: of the objective, ``[b t]``.
+        age: optimizer steps between the weights that sampled and those that are updated.
+        deselected: ``[b t]`` true for tokens that a selection took out, if there is one.
+        sampler: ``[b t]`` log-probabilities that the sampler gave, NaN where it gave none, if it gives any.
+
+    http://joschu.net/blog/kl-approx.html (k1 and k3).
+    """
+    entropy, inside, kind = batch.entropy, batch.mask.bool(), sum_dtype(batch.logp.device)
+    assert entropy is not None
+    dropped = facts.clipped_low | facts.clipped_high
+    if deselected is not None:
+        # A token without an advantage has no gradient that could be dropped.
+        dropped = dropped | (deselected & (per_token(batch.adv, batch.logp) != 0))
+    ratio = facts.ratio.expand_as(batch.logp)
+    rows = torch.stack([ratio.square(), dropped.to(ratio.dtype), torch.where(dropped, entropy, 0.0)])
+    of_sampler = torch.zeros(4, dtype=kind, device=batch.logp.device)
+    if sampler is not None:
+        old = batch.logp if batch.logp_old is None else batch.logp_old
+        known = inside & sampler.isfinite()
+        # In float64: for a small d, 1 + d + d²/2 − 1 − d leaves nothing of fp32.
+        d = torch.where(known, old.to(kind) - sampler.to(kind), 0.0)
+        of_row = entropy if batch.entropy_old is None else batch.entropy_old
+        of_sampler = masked_sums(torch.stack([known.to(kind), d.expm1() - d, -d, of_row.to(kind)]), known)
+    return OffPolicySums(*masked_sums(rows, inside).unbind(), age * inside.sum(dtype=kind), *of_sampler.unbind())
+
+
+def off_policy_row(tokens: TokenSums, sums: OffPolicySums) -> dict[str, float]:
+    """The sums of a step, over all ranks, as fields of its row; what is not known is absent."""
+    n = max(tokens.tokens, 1.0)
+    row = {"policy/age": sums.age / n, "clip/dropped_frac": sums.dropped / n}
+    if tokens.entropy:
+        row["clip/entropy_share"] = sums.dropped_entropy / tokens.entropy
+    if sums.ratio_squared:
+        row["ratio/ess_frac"] = tokens.ratio * tokens.ratio / (n * sums.ratio_squared)
+    if sums.known:
+        row |= {"mismatch/kl": sums.kl / sums.known, "mismatch/kl_k1": sums.kl_k1 / sums.known}
+    if sums.kl_entropy:
+        row["mismatch/kl_over_entropy"] = sums.kl / sums.kl_entropy
+    return row
+
+
 def masked_sums(rows: Tensor, mask: Tensor) -> Tensor:
     """``[n]`` sums of ``[n b t]`` over the masked tokens, in float64 if the device has it."""
     return torch.where(mask.bool(), rows, 0.0).sum((1, 2), dtype=sum_dtype(rows.device))

@@ -205,6 +205,62 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
     return _zero_uninformative(rewards - baseline, rewards)
 
 
+def pass_at_k(rewards: Float[Tensor, "p g"], pass_k: float) -> Float[Tensor, " b"]:
+    """Reward a draw of k samples for its best one, in closed form over all draws of k from the group.
+
+    ``A = (1 − ρ)/σ`` for a right sample, ``(1 − ρ − C(n−c−1, k−1)/C(n−1, k−1))/σ`` for a wrong one, with
+    ``ρ = 1 − C(n−c, k)/C(n, k)`` and ``σ = √(ρ(1 − ρ))``, c right of n scorable samples
+
+    The sum over a group is 0. If fewer than k are wrong every draw holds a right one, ρ = 1, and the advantage is 0: a
+    prompt teaches only while it fails often. With k = 1 this is the mean and the standard deviation over n.
+
+    Right is a reward above the middle of the group's range, so that rewards of 0 and 1, and of −1 and 1, do alike; in a
+    group of fewer than k scorable samples the advantage is 0 [ours].
+
+    Args:
+        rewards: [p g] rewards, g >= k; NaN or infinite for a sample that is not scorable.
+        pass_k: k, a whole number >= 1.
+
+    Returns:
+        [b] advantages, dimensionless.
+
+    Raises:
+        ValueError: k not whole, below 1, or more than the samples of a prompt.
+
+    Pass@k training (arXiv:2508.10751), its analytic form [derived: the sum is 0].
+
+    >>> pass_at_k(torch.tensor([[1.0, 0.0, 0.0, 0.0]]), 2)  # C(3,2)/C(4,2) = ½: σ = ½; C(2,1)/C(3,1) = 2/3
+    tensor([ 1.0000, -0.3333, -0.3333, -0.3333])
+    """
+    k = int(pass_k)
+    if k != pass_k or not 1 <= k <= rewards.shape[1]:
+        raise ValueError(
+            f"pass_k must be a whole number from 1 to the {rewards.shape[1]} samples a prompt, got {pass_k}; "
+            "a quarter of them is common"
+        )
+    rewards = _scorable(rewards)
+    missing = rewards.isnan()
+    highest = rewards.masked_fill(missing, -math.inf).amax(dim=1, keepdim=True)
+    lowest = rewards.masked_fill(missing, math.inf).amin(dim=1, keepdim=True)
+    right = rewards > lowest + (highest - lowest) / 2
+    num = (~missing).sum(dim=1, keepdim=True).double()
+    num_wrong = num - right.sum(dim=1, keepdim=True)
+    none_right = _share_of_draws(num_wrong, num, k)
+    others_wrong = _share_of_draws(num_wrong - 1, num - 1, k - 1)
+    std = (none_right * (1 - none_right)).sqrt()
+    adv = (none_right - torch.where(right, 0.0, others_wrong)) / torch.where(std > 0, std, 1.0)
+    teaches = (std > 0) & (num >= k)
+    return _zero_uninformative(torch.where(teaches, adv, 0.0).to(rewards.dtype), rewards)
+
+
+def _share_of_draws(num_wrong: Float[Tensor, "p 1"], num: Float[Tensor, "p 1"], k: int) -> Float[Tensor, "p 1"]:
+    """``C(num_wrong, k) / C(num, k)``: the share of draws of k, without replacement, that are all wrong."""
+    share = torch.ones_like(num)
+    for drawn in range(k):
+        share = share * (num_wrong - drawn).clamp(min=0.0) / (num - drawn).clamp(min=1.0)
+    return share
+
+
 def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int) -> Float[Tensor, " b"]:
     """Penalise responses that come close to the length limit; add the result to the reward.
 

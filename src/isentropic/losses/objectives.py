@@ -281,6 +281,43 @@ def gradient_preserving(
     return -weight * adv, facts
 
 
+def unbounded_positive(
+    batch: TokenBatch, clip_low: Bound, bounds: Rule = additive
+) -> tuple[Float[Tensor, "b t"], TokenFacts]:
+    """Leave tokens with A > 0 without a ratio and a clip, and clip the others from below.
+
+    ``loss = −A·π/sg(π)`` for A > 0, ``−min(r·A, clip(r)·A)`` for A <= 0
+
+    The value at A > 0 is −A and the weight A, whatever the sampling policy was: a rare right token is pushed as far as a
+    likely one. At A <= 0 only the lower bound acts.
+
+    Args:
+        batch: logp, logp_old [b t] in nats, adv, mask.
+        clip_low: width below 1, a number or [b t].
+        bounds: the rule that computes the lower bound from the width, with its constants fixed.
+
+    Returns:
+        The loss [b t] and its facts; ``clipped_high`` is false everywhere.
+
+    Raises:
+        ValueError: the width is a negative number.
+
+    UP (arXiv:2607.06987), as TRL's UPTrainer has it; its optional dual clip is left out.
+
+    >>> logp = torch.tensor([[0.5, 0.25, 0.5]]).log().requires_grad_()
+    >>> logp_old = torch.tensor([[0.25, 0.5, 0.4]]).log()
+    >>> loss, _ = unbounded_positive(TokenBatch(logp, logp_old, torch.tensor([[2.0, -1.0, -1.0]]), torch.ones(1, 3)), 0.2)
+    >>> loss.detach(), -torch.autograd.grad(loss.sum(), logp)[0]  # ratios 2, ½ and 1.25
+    (tensor([[-2.0000,  0.8000,  1.2500]]), tensor([[ 2.0000,  0.0000, -1.2500]]))
+    """
+    logp, log_ratio, adv, _ = prepared = _prepare(batch)
+    ratio = log_ratio.exp()
+    lower, _ = _bounds(clip_low, 0.0, bounds, ratio, prepared)
+    anchored = (logp - logp.detach()).exp()
+    loss = torch.where(adv > 0, -adv * anchored, -torch.minimum(ratio * adv, ratio.clamp(min=lower) * adv))
+    return loss, _facts(ratio, adv, lower, None)
+
+
 def sapo(batch: TokenBatch, *, tau_positive: float, tau_negative: float) -> tuple[Float[Tensor, "b t"], TokenFacts]:
     """Let the weight of a token decay as its ratio moves away from 1, instead of clipping it.
 

@@ -226,7 +226,7 @@ def one_sided(adv: Advantage, logp: Float[Tensor, "b t"], reject: Knob) -> Float
 
     ``A' = A·(1 − max(ρ, 0))`` for A > 0, ``A·(1 − max(−ρ, 0))`` for A < 0
 
-    ρ = 1 keeps only A <= 0, which raises entropy as a rule; ρ = −1 keeps only A >= 0; values between are [ours].
+    ρ = 1 keeps only A <= 0, which raises entropy as a rule; ρ = −1 keeps only A >= 0.
 
     Args:
         adv: [b t], [b 1] or [b] advantages.
@@ -236,7 +236,7 @@ def one_sided(adv: Advantage, logp: Float[Tensor, "b t"], reject: Knob) -> Float
     Returns:
         [b t] advantages.
 
-    Entrocraft (arXiv:2604.26326): rejection of whole answers, ρ in {−1, 0, 1}.
+    [ours], after Entrocraft (arXiv:2604.26326), which rejects by the reward itself: ``one_sided_reward``.
 
     >>> one_sided(torch.tensor([2.0, -1.0]), torch.zeros(2, 1), reject=1.0).flatten()
     tensor([ 0., -1.])
@@ -245,6 +245,84 @@ def one_sided(adv: Advantage, logp: Float[Tensor, "b t"], reject: Knob) -> Float
     share = torch.as_tensor(reject, dtype=adv.dtype, device=adv.device)
     dropped = torch.where(adv > 0, share.clamp(min=0.0), (-share).clamp(min=0.0))
     return adv * (1 - dropped)
+
+
+def one_sided_reward(
+    adv: Advantage, logp: Float[Tensor, "b t"], reward: Float[Tensor, " b"], reject: Knob
+) -> Float[Tensor, "b t"]:
+    """Learn from wrong answers alone, or from right ones alone, by the reward itself and not by its group.
+
+    ``A' = (1 − |ρ|)·A + max(ρ, 0)·min(R, 0) + max(−ρ, 0)·max(R, 0)``, R = 1 if the reward is above 0, else −1
+
+    ρ = 1 gives −1 to every wrong answer and 0 to every right one, which raises entropy as a rule, in groups without a
+    right answer too; ρ = −1 gives 1 to every right one and 0 to every wrong one.
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages, which ρ = 0 returns.
+        logp: [b t], of which only the shape is used.
+        reward: [b]; NaN for an answer that was not scored, which keeps its advantage.
+        reject: ρ in [−1, 1]; a number, a 0-d tensor or [b t].
+
+    Returns:
+        [b t] advantages.
+
+    Entrocraft (arXiv:2604.26326), as its released code has it: ρ in {−1, 0, 1} and rewards of ±1. Values between, and
+    the sign for graded rewards, are [ours].
+
+    >>> one_sided_reward(torch.zeros(2), torch.zeros(2, 1), torch.tensor([1.0, 0.0]), reject=1.0).flatten()
+    tensor([ 0., -1.])
+    """
+    adv = _per_token(adv, logp)
+    share = torch.as_tensor(reject, dtype=adv.dtype, device=adv.device)
+    right = (reward > 0)[:, None].expand(adv.shape)
+    kept = torch.where(right, (-share).clamp(min=0.0), -share.clamp(min=0.0))
+    scored = reward.isfinite()[:, None]
+    return _unless_zero(reject, torch.where(scored, (1 - share.abs()) * adv + kept, adv), adv)
+
+
+def steer(
+    adv: Advantage,
+    logp: Float[Tensor, "b t"],
+    logp_old: Float[Tensor, "b t"] | None,
+    entropy: Float[Tensor, "b t"],
+    mask: Shaped[Tensor, "b t"],
+    *,
+    steer_least: float,
+) -> Float[Tensor, "b t"]:
+    """Damp the tokens whose entropy a step would change most, in either direction.
+
+    ``A' = A·exp(−k·|Ω|)``, ``Ω = A·r·(1 − π)·L``, ``k = −log(steer_least)/max(max |Ω|, 0.02)``, ``L = logp + H``
+
+    The token of the largest |Ω| of the call keeps the share ``steer_least`` of its advantage, unless all are below 0.02.
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        logp_old: [b t] when they were sampled; ``None`` means exactly on-policy.
+        entropy: [b t] entropy of their rows, nats.
+        mask: [b t] non-zero where the token counts.
+        steer_least: the smallest weight, in (0, 1].
+
+    Returns:
+        [b t] advantages.
+
+    Raises:
+        ValueError: steer_least outside (0, 1].
+
+    STEER (arXiv:2510.10150), as its released code has it, with 0.8 as the smallest weight.
+
+    >>> logp, entropy, one = torch.tensor([[0.5, 0.25]]).log(), torch.ones(1, 2), torch.ones(1, 2)
+    >>> steer(torch.tensor([1.0]), logp, None, entropy, one, steer_least=0.8)  # Ω = ½·0.3069 and ¾·(−0.3863)
+    tensor([[0.8885, 0.8000]])
+    """
+    if not 0 < steer_least <= 1:
+        raise ValueError(f"steer_least must be in (0, 1], got {steer_least}; 0.8 is the released one")
+    adv = _per_token(adv, logp)
+    logp = logp.detach()
+    ratio = torch.ones_like(logp) if logp_old is None else (logp - logp_old.detach()).exp()
+    change = adv * ratio * (1 - logp.exp()) * (logp + entropy.detach())
+    change = torch.where(mask.bool() & change.isfinite(), change, torch.zeros_like(change)).abs()
+    return adv * steer_least ** (change / change.amax().clamp(min=0.02))
 
 
 def surprisal_boost(

@@ -140,11 +140,15 @@ RECIPES: dict[str, Recipe] = {
     ),
     "entrocraft": _on(
         "grpo",
-        "A<=0 alone below the band, A>=0 alone above it",
-        "Entrocraft arXiv:2604.26326; width of the band (?), 5 % [ours]; annealed by target anneal:FROM:TO:STEPS",
-        shaping="one_sided",
+        "−1 for wrong and 0 for right answers below the band, 1 for right and 0 for wrong ones above it, GRPO inside",
+        "Entrocraft arXiv:2604.26326, released code: bands 0.1 nats wide, [0.6, 0.7] to [0.4, 0.5] in a line over the "
+        "run, here target anneal:0.65:0.45:STEPS; a width of 9 % either side for 0.05 nats, initial target and no KL term "
+        "[ours]",
+        shaping="one_sided_reward",
         knob="reject",
-        controller="switch:width=0.05",
+        controller="switch:width=0.09",
+        reduction="token",
+        every=1,
     ),
     "dynamic-clip": _on(
         "dapo",
@@ -182,6 +186,24 @@ RECIPES: dict[str, Recipe] = {
         "A = R − 0.4-quantile of the group, linear between samples",
         "QAE arXiv:2509.22611; its interpolation is unknown (?): 8 samples, 5 right give 0.8 [ours]; no std [ours]",
         baseline="quantile",
+    ),
+    "pass-at-k": _on(
+        "dapo",
+        "A of a draw of k: (1−ρ)/σ if right, less C(n−c−1,k−1)/(σ·C(n−1,k−1)) if wrong, σ = √(ρ(1−ρ))",
+        "pass@k training arXiv:2508.10751, analytic form; k = 4 [ours]",
+        baseline="pass_at_k",
+    ),
+    "up": _on(
+        "dapo",
+        "−A·log π for A>0, without ratio and clip; the clip's lower bound alone for A<=0",
+        "UP arXiv:2607.06987 by TRL's account; without its dual clip",
+        objective="unbounded_positive",
+    ),
+    "steer": _on(
+        "dapo",
+        "A·exp(−k|Ω|), Ω = A·r·(1−π)·L, the largest |Ω| weighed by 0.8",
+        "STEER arXiv:2510.10150, released code; the paper's later version has 0.7 by a secondary account (?)",
+        shaping="steer",
     ),
     "erc": _on(
         "dapo",

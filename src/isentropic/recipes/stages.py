@@ -188,6 +188,11 @@ BASELINES: dict[str, Component] = {
     "mean_std": Baseline("(R − mean)/std", "losses.advantages:mean_std"),
     "leave_one_out": Baseline("R − mean of the others", "losses.advantages:leave_one_out"),
     "quantile": Baseline("R − quantile of the group", "losses.advantages:quantile", constants={"quantile": 0.4}),
+    "pass_at_k": Baseline(
+        "(1−ρ)/σ if right, (1−ρ−C(n−c−1,k−1)/C(n−1,k−1))/σ if wrong, ρ = 1−C(n−c,k)/C(n,k), σ = √(ρ(1−ρ))",
+        "losses.advantages:pass_at_k",
+        constants={"pass_k": 4},
+    ),
 }
 
 SELECTIONS: dict[str, Component] = {
@@ -216,6 +221,9 @@ SELECTIONS: dict[str, Component] = {
 
 _RAW = Knob(Range(1e-3, -0.05, 0.05, 1e-4), "REPO, arXiv:2603.11682; raw ±[1e-4, 0.05] [paper], centred ±1 [ours]")
 _CENTRED = _RAW._replace(range=Range(0.0, -1.0, 1.0, 1e-3))
+_REJECT = Knob(
+    Range(0.0, -1.0, 1.0, 1e-3, rest=0.0), "1 drops A>0, −1 drops A<0, Entrocraft arXiv:2604.26326 [between: ours]"
+)
 _DIRECTED = _RAW._replace(range=Range(1.0, 0.0, 64.0, 0.01))
 
 SHAPINGS: dict[str, Component] = {
@@ -286,12 +294,21 @@ SHAPINGS: dict[str, Component] = {
         "A·(1 − max(ρ,0)) for A>0, A·(1 − max(−ρ,0)) for A<0",
         "losses.shaping:one_sided",
         constants={"reject": 0.0},
-        knobs={
-            "reject": Knob(
-                Range(0.0, -1.0, 1.0, 1e-3, rest=0.0),
-                "1 drops A>0, −1 drops A<0, Entrocraft arXiv:2604.26326 [between: ours]",
-            )
-        },
+        knobs={"reject": _REJECT},
+    ),
+    "one_sided_reward": Shaping(
+        "(1−|ρ|)·A + max(ρ,0)·min(R,0) + max(−ρ,0)·max(R,0), R = ±1 by the reward",
+        "losses.shaping:one_sided_reward",
+        reads={"reward"},
+        constants={"reject": 0.0},
+        knobs={"reject": _REJECT},
+    ),
+    "steer": Shaping(
+        "A·exp(−k|Ω|), Ω = A·r·(1−π)·L, k = −log(least)/max(max|Ω|, 0.02)",
+        "losses.shaping:steer",
+        reads={"entropy"},
+        constants={"steer_least": 0.8},
+        per_batch=True,
     ),
     "surprisal_boost": Shaping(
         "W·A on the rarest tokens with A>0",
@@ -320,6 +337,9 @@ OBJECTIVES: dict[str, Objective] = {
         "losses.objectives:gradient_preserving",
         constants={"grad_low": 0.5, "grad_high": 1.0},
         clips=True,
+    ),
+    "unbounded_positive": Objective(
+        "−A·π/sg(π) for A>0, −min(r·A, clip(r)·A) for A<=0", "losses.objectives:unbounded_positive", clips=True
     ),
     "sapo": Objective(
         "−(4/τ)·σ(τ(r−1))·A", "losses.objectives:sapo", constants={"tau_positive": 1.0, "tau_negative": 1.05}

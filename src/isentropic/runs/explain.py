@@ -16,6 +16,8 @@ from .calibration import BLOCK, calibrate
 from .labels import CLIP_STATES, COLUMNS, POSITIONS, QUADRANTS, SIGNS
 from .record import Record, is_number
 
+COMPLETIONS = {"finished": "ended by themselves", "truncated": "cut at the limit"}
+LENGTHS = {"short": "shortest third", "middle": "middle third", "long": "longest third"}
 _LARGEST = 1e150  # sums of larger ones have no float
 MAX_LINES = 12  # of the tables of tokens and of steps
 
@@ -61,6 +63,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
     Returns:
         ``steps``, ``entropy`` (first, last and change by the mean of a few readings at either end), ``predicted`` (Σ of
         every ``predict/`` field over the explained steps, each weighted by the steps it counts for), ``explained``,
+        ``shares`` (of the explained tokens, by end and by length of the completion, as far as known),
         ``calibration``, ``knob``, ``tokens``, ``rows`` for the table, ``numerics``, ``theorem2``.
 
     Raises:
@@ -91,6 +94,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         "refused": sum(bool(row.get("entropy/refused")) for row in inside),
         "entropy": _entropy(rows, low, high),
         "predicted": _predicted(explained, spans),
+        "shares": _shares(explained, spans),
         "calibration": calibration and calibration._asdict(),
         "knob": _mean(inside, "knob/value"),
         "saturated": _mean(inside, "knob/saturated"),
@@ -188,6 +192,17 @@ def _predicted(explained: Sequence[Row], spans: Sequence[int]) -> dict[str, floa
     return predicted
 
 
+def _shares(explained: Sequence[Row], spans: Sequence[int]) -> dict[str, float]:
+    """The share of tokens in completions of each kind: the mean over the steps that explained ones count for."""
+    shares = {}
+    for kind in (*COMPLETIONS, *LENGTHS):
+        name = f"tokens/{kind}_frac"
+        pairs = [(row[name], span) for row, span in zip(explained, spans, strict=True) if row.get(name) is not None]
+        if pairs:
+            shares[kind] = math.fsum(x * span for x, span in pairs) / sum(span for _, span in pairs)
+    return shares
+
+
 def _is_summed(name: str, value: Any) -> bool:
     skipped = ("predict/gain", "predict/moments", "predict/top_tokens")
     return name.startswith("predict/") and name not in skipped and isinstance(value, int | float)
@@ -256,6 +271,7 @@ def render(explanation: dict[str, Any]) -> str:
         bars = [_bar(label, predicted[name], scale) for name, label in labels.items() if predicted.get(name)]
         lines += [title, *bars, ""] if bars else []
     lines += _position_lines(predicted)
+    lines += _completion_lines(explanation, scale)
     lines += _token_lines(explanation["tokens"])
     lines += _other_lines(explanation)
     return "\n".join([*lines, *_step_lines(explanation["rows"])]).rstrip()
@@ -322,6 +338,17 @@ def _position_lines(predicted: dict[str, float]) -> list[str]:
     if len(values) < len(POSITIONS):
         return []
     return ["Where in the answer? (by eighth)", "  " + "  ".join(f"{value:+.1e}" for value in values), ""]
+
+
+def _completion_lines(explanation: dict[str, Any], scale: float) -> list[str]:
+    """By end and by length of the completion, each split if more than one of its groups has tokens."""
+    predicted, shares, lines = explanation["predicted"], explanation["shares"], []
+    for title, labels in {"Which completions?": COMPLETIONS, "Of which length?": LENGTHS}.items():
+        groups = {name: label for name, label in labels.items() if shares.get(name) and name in predicted}
+        if len(groups) > 1:
+            bars = [_bar(f"{label} ({shares[k]:.0%} of tokens)", predicted[k], scale) for k, label in groups.items()]
+            lines += [title, *bars, ""]
+    return lines
 
 
 def _token_lines(tokens: list[dict[str, Any]]) -> list[str]:

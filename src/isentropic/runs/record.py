@@ -32,14 +32,28 @@ A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since
 ``clip/high_frac``          share of tokens with A>0 whose gradient the upper bound removed or capped
 ``ratio/mean``              mean importance ratio
 ``ratio/outside_frac``      share of tokens whose ratio lies outside the clip, whatever the sign of A
+``ratio/ess_frac``          effective sample size of the N tokens under their ratios r, as a share: (Σr)²/(N·Σr²); 1 if
+                            all are alike
+``clip/dropped_frac``       share of tokens whose gradient is dropped: by a bound, as above, or with A≠0 by a selection
+``clip/entropy_share``      share of all entropy that those tokens have: Σ of H over them / Σ of H over all; above
+                            ``clip/dropped_frac``, what is dropped has more entropy than the mean
+``mismatch/kl``             KL of the sampler μ from the trainer π, nats per sampled token, at the weights that sampled:
+                            mean of e^d − 1 − d with d = log π − log μ; ``mismatch/kl_k1``, mean of −d; and
+                            ``mismatch/kl_over_entropy``, the former over the mean entropy of the same tokens; absent
+                            where the engine does not know log μ, or log π: a later step of a batch of verl's that
+                            takes the sampler's log-probs for the old ones
+``policy/age``              optimizer steps between the weights that sampled and those that are updated, mean over
+                            tokens; verl: since the batch reached the actor
 ``theorem2/violated_frac``  share of rows whose entropy left [(1−ε_low)·H, (1+ε_high)·H] of when they were sampled;
                             token ratios under a clip only
 ``cov/adv_logp``            covariance over tokens of the unshaped advantage and log π
 ``adv/mean``                mean unshaped advantage over tokens
 ``loss``, ``grad_norm``     of the step; the gradient norm before clipping
 ``learning_rate``           of the step
-``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch
-``length/mean``             tokens a completion, and ``length/truncated_frac``
+``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch; verl: the mean
+                            alone, of the step's completions
+``length/mean``             tokens a completion, and ``length/truncated_frac``, share without an end token; verl: of the
+                            step's completions, with an environment's tokens, and share that reached the limit
 ``samples/total``           completions generated so far
 ``episode/win_frac``        of the latest batch of episodes with an environment: share won; ``episode/return``, mean sum
                             of rewards; ``episode/turns``, actions an episode; ``episode/calls``, resets and steps of
@@ -62,6 +76,11 @@ token, to first order in the logits, times the learning rate. Each split sums to
                             ``removed_high`` estimate what the clip took away
 ``predict/positive``        by sign of the advantage, with ``negative`` and ``neutral``
 ``predict/position_1``      to ``position_8``, by eighth of the completion
+``predict/finished``        by end, with ``truncated``, of completions without an end token
+``predict/short``           by length, with ``middle`` and ``long``: thirds of a generated batch's completions, ranked
+                            by the policy's tokens; equal lengths share their mean rank
+``tokens/finished_frac``    share of the tokens in completions of these kinds; with ``tokens/truncated_frac``,
+                            ``tokens/short_frac``, ``tokens/middle_frac`` and ``tokens/long_frac``
 ``predict/gain``            derivative of the change by the knob; for a clip, an estimate from the tokens at its edge
 ``predict/knob``            gain × knob: what the knob adds; null for a clip
 ``predict/numerics``        what the rounding of log π in this pass adds, to first order; null without moments

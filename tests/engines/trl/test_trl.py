@@ -17,6 +17,7 @@ from isentropic.engines.trl import (
     IsentropicTrainer,
     compat,
 )
+from isentropic.engines.trl.loss import deselected
 from isentropic.engines.trl.settings import boundary, settings
 from isentropic.recipes import RECIPES, knob_range, loss, select
 from isentropic.recipes.stages import OBJECTIVES
@@ -251,6 +252,7 @@ def test_several_iterations_over_a_batch(tmp_path):
     trainer.train()
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]
     assert values == pytest.approx([0.28] * 4 + [0.294] * 4)
+    assert [row["policy/age"] for row in trainer.record.rows("metrics")] == [0, 1, 2, 3] * 2
 
 
 def test_the_clip_bounds_reach_the_native_loss(tmp_path):
@@ -264,7 +266,7 @@ def test_metrics_have_their_stable_names_in_trls_log_too(tmp_path):
     logged = [row for row in trainer.state.log_history if "entropy/mean" in row]
     rows = trainer.record.rows("metrics")
     names = {"entropy/mean", "entropy/target", "entropy/error", "knob/value", "knob/saturated", "cov/adv_logp"}
-    names |= {"clip/low_frac", "clip/high_frac"}
+    names |= {"clip/low_frac", "clip/high_frac", "clip/dropped_frac", "clip/entropy_share", "ratio/ess_frac"}
     assert [row["step"] for row in rows] == list(range(1, 9))
     for ours, theirs in zip(rows, logged, strict=True):
         for name in names:
@@ -273,6 +275,12 @@ def test_metrics_have_their_stable_names_in_trls_log_too(tmp_path):
         assert ours["clip/low_frac"] == pytest.approx(theirs["clip_ratio/low_mean"], abs=1e-6)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"])
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-4)
+        assert ours["clip/dropped_frac"] == pytest.approx(ours["clip/low_frac"] + ours["clip/high_frac"])
+        assert (ours["clip/entropy_share"] > 0) == (ours["clip/dropped_frac"] > 0)
+        assert not [name for name in ours if name.startswith("mismatch/")]  # this sampler gives no log-probs
+    assert [row["policy/age"] for row in rows] == [row["policy/age"] for row in logged] == [0, 1, 2, 3] * 2
+    assert rows[0]["ratio/ess_frac"] == pytest.approx(1.0)
+    assert all(0 < row["ratio/ess_frac"] < 1 for row in rows[1:4])
     assert sum(row["clip/high_frac"] for row in rows) > 0
     samples = trainer.record.rows("samples")
     assert [s["step"] for s in samples] == [1, 1, 5, 5]
@@ -293,8 +301,8 @@ def test_lora(tmp_path):
     assert trainer.record.rows("metrics")[-1]["entropy/mean"] > 0
 
 
-def test_environment_tokens_are_neither_read_nor_shaped(tmp_path, monkeypatch):
-    """rollout_func with env_mask: half of every completion is the environment's."""
+def episodes(out, monkeypatch, logprobs, **settings):
+    """Trained by rollout_func with env_mask: half of every completion is the environment's."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
 
     def rollout(prompts, trainer):
@@ -303,20 +311,51 @@ def test_environment_tokens_are_neither_read_nor_shaped(tmp_path, monkeypatch):
         return {
             "prompt_ids": ids,
             "completion_ids": answers,
-            "logprobs": [[-1.0] * 6 for _ in prompts],
+            "logprobs": [logprobs for _ in prompts],
             "env_mask": [[1, 1, 0, 0, 0, 1] for _ in prompts],
         }
 
     from datasets import Dataset
 
     model, tokenizer = parts()
-    args = IsentropicConfig(output_dir=str(tmp_path), max_steps=4, recipe="repo-r-loop", **BASE)
+    args = IsentropicConfig(output_dir=str(out), max_steps=4, recipe="repo-r-loop", **{**BASE, **settings})
     data = Dataset.from_list([{"prompt": "12>"}] * 64)
     trainer = IsentropicTrainer(
         model, share_of_digits, args=args, train_dataset=data, processing_class=tokenizer, rollout_func=rollout
     )
     trainer.train()
+    return trainer
+
+
+def test_environment_tokens_are_neither_read_nor_shaped(tmp_path, monkeypatch):
+    trainer = episodes(tmp_path, monkeypatch, [-1.0] * 6)
     assert [row["entropy/tokens"] for row in trainer.record.rows("metrics")] == [48.0] * 4
+
+
+def test_the_mismatch_is_of_the_samplers_log_probs_by_the_weights_that_sampled(tmp_path, monkeypatch):
+    """In every step of the batch; the second token's log-prob is one that vLLM could not give."""
+    trainer = episodes(tmp_path, monkeypatch, [-3.0, None, -9.0, -9.0, -9.0, -4.0], learning_rate=1e-2)
+    for inputs, row in zip(trainer._buffered_inputs, trainer.record.rows("metrics"), strict=True):
+        known = [0, 5]
+        d = inputs["old_per_token_logps"][:, known].double() - torch.tensor([-3.0, -4.0])
+        kl = (d.exp() - 1 - d).mean().item()
+        assert row["mismatch/kl"] == pytest.approx(kl, rel=1e-5)
+        assert row["mismatch/kl_k1"] == pytest.approx(-d.mean().item(), rel=1e-5)
+        assert row["mismatch/kl_over_entropy"] == pytest.approx(kl / inputs["old_entropies"][:, known].mean().item())
+    parts = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "steps_per_generation": 16}
+    cut = episodes(tmp_path / "cut", monkeypatch, [-3.0, None, -9.0, -9.0, -9.0, -4.0], learning_rate=1e-2, **parts)
+    for name in ("mismatch/kl", "mismatch/kl_over_entropy", "policy/age", "ratio/ess_frac"):
+        whole, pieces = (x.record.rows("metrics") for x in (trainer, cut))
+        assert [row[name] for row in pieces] == pytest.approx([row[name] for row in whole], rel=1e-4), name
+
+
+def test_tokens_that_a_selection_or_trls_correction_takes_out():
+    like, factors = torch.zeros(2, 2), torch.tensor([[0.0, 2.0], [1.0, 1.0]])
+    assert deselected({}, None, like) is None
+    assert deselected({}, factors, like).tolist() == [[True, False], [False, False]]
+    by_sequence = {"importance_sampling_ratio": torch.tensor([[1.0], [0.0]])}
+    assert deselected(by_sequence, factors, like).tolist() == [[True, False], [True, True]]
+    assert deselected(by_sequence, None, like).tolist() == [[False, False], [True, True]]
 
 
 def test_dynamic_sampling_fills_the_batch_with_informative_groups(tmp_path):

@@ -134,6 +134,14 @@ def test_planted_faults_are_found(tmp_path, name):
         assert all((finding.what, finding.where, finding.effect, finding.remedy))
 
 
+def test_experts_are_found_with_the_remedy_of_trl(tmp_path):
+    made = trainer(tmp_path)
+    made.model.config.num_experts = 4
+    (finding,) = audit_trainer(made).findings
+    assert (finding.severity, finding.code) == ("warning", "moe_routing")
+    assert "TRL has no router replay" in finding.remedy
+
+
 def test_an_audit_leaves_no_trace(tmp_path):
     plain = trainer(tmp_path / "a", steps=4)
     plain.train()

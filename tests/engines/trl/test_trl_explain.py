@@ -12,8 +12,9 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 from trl_case import VARIANT, make, parts, same, train, weights
 
+from isentropic.engines.loop import off_policy_sums
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer, explain
-from isentropic.engines.trl.explain import head_of, interval
+from isentropic.engines.trl.explain import by_completion, completion_groups, head_of, interval
 from isentropic.engines.trl.log import step_sums
 from isentropic.entropy.prediction import predicted_change
 from isentropic.entropy.statistics import logits_stats
@@ -35,6 +36,8 @@ PARTITIONS = {
     "clip": ["unclipped", "clipped_low", "clipped_high"],
     "sample": ["positive", "negative", "neutral"],
     "position": [f"position_{i}" for i in range(1, 9)],
+    "end": ["finished", "truncated"],
+    "length": ["short", "middle", "long"],
 }
 
 
@@ -257,7 +260,7 @@ def test_theorem_2_is_counted_by_the_clip_of_each_side():
     facts = TokenFacts(one, one > 1, one > 1)
     for now, left in ((0.75, 1), (1.25, 0), (1.3, 1)):
         batch = TokenBatch(-one, -one, one, one, now * one, one)
-        sums = step_sums(trainer, batch, facts, has_turns=False, stop=False)
+        sums = step_sums(trainer, batch, facts, off_policy_sums(batch, facts, 0), has_turns=False, stop=False)
         assert (sums.violated.item(), sums.compared.item()) == (left, 1), now
 
 
@@ -281,6 +284,62 @@ def test_an_explanation_is_of_the_advantages_that_the_loss_read(tmp_path, monkey
     assert len(seen) == len(read) == 2
     assert all(torch.equal(a, b) for a, b in zip(seen, read, strict=True))
     assert (seen[0] != seen[0][:, :1]).any()
+
+
+def test_completions_are_grouped_by_end_and_length_by_hand():
+    """End token 1, padding 0; of the fifth completion one token in three is the environment's."""
+    ids = torch.tensor([[5, 1, 0, 0], [5, 5, 5, 1], [5, 5, 5, 5], [5, 5, 1, 0], [5, 5, 5, 0], [1, 0, 0, 0]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 0], [1, 0, 0, 0]])
+    tool_mask = torch.ones_like(mask)
+    tool_mask[4, 1] = 0
+    trainer: Any = SimpleNamespace(
+        eos_token_ids=[1], _tokenizer=SimpleNamespace(pad_token_id=0), accelerator=SimpleNamespace(gather=lambda x: x)
+    )
+    groups = completion_groups(trainer, {"completion_ids": ids, "completion_mask": mask, "tool_mask": tool_mask})
+    assert groups["truncated"].tolist() == [False, False, True, False, True, False]
+    assert groups["length_third"].tolist() == [1, 2, 2, 1, 1, 0]  # of 2 4 4 3 2 1 tokens, at ranks ½ 2 3½ 5 of 6
+    everyone = SimpleNamespace(gather=lambda x: torch.cat([x, torch.full((6,), 9), torch.zeros(3, dtype=x.dtype)]))
+    trainer.accelerator = everyone
+    shorter = completion_groups(trainer, {"completion_ids": ids, "completion_mask": mask})
+    assert shorter["length_third"].tolist() == [0, 1, 1, 0, 0, 0]  # beside six of 9 tokens, and some masked as a whole
+
+    inside = (mask * tool_mask).bool()
+    change = torch.where(inside, torch.arange(1.0, 7.0)[:, None], 0.0)
+    sums = {name: x.item() for name, x in by_completion(change, groups, inside).items()}
+    assert sums == {
+        "predict/finished": 2 + 8 + 12 + 6,
+        "predict/truncated": 12 + 10,
+        "predict/short": 6,
+        "predict/middle": 2 + 12 + 10,
+        "predict/long": 8 + 12,
+        "tokens/finished": 10,
+        "tokens/truncated": 6,
+        "tokens/short": 1,
+        "tokens/middle": 7,
+        "tokens/long": 8,
+    }
+    assert by_completion(change, {}, inside) == {}
+
+
+def test_the_split_by_completion_is_the_same_under_gradient_accumulation(tmp_path):
+    settings = {"steps_per_generation": 8, "max_completion_length": 24}
+    whole = rows_of(run(tmp_path / "a", 4, per_device_train_batch_size=16, **{**settings, "steps_per_generation": 4}))
+    cut = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    parts = rows_of(run(tmp_path / "b", 4, **cut, **settings))
+    kinds = ("finished", "truncated", "short", "middle", "long")
+    for a, b in zip(whole[:1], parts[:1], strict=True):
+        for kind in kinds:
+            assert a[f"tokens/{kind}_frac"] == pytest.approx(b[f"tokens/{kind}_frac"])
+            assert a[f"predict/{kind}"] == pytest.approx(b[f"predict/{kind}"], abs=1e-5 * a["predict/absolute"])
+    assert all(0 < row["tokens/truncated_frac"] < 1 for row in whole)
+
+
+def test_completions_are_truncated_as_trl_counts_them(tmp_path):
+    trainer = run(tmp_path, 4, max_completion_length=24)
+    batch = {name: torch.cat([x[name] for x in trainer._buffered_inputs]) for name in ("truncated", "length_third")}
+    assert batch["truncated"].double().mean().item() == pytest.approx(rows_of(trainer)[-1]["length/truncated_frac"])
+    assert 0 < batch["truncated"].sum() < len(batch["truncated"])
+    assert set(batch["length_third"][batch["truncated"]].tolist()) == {1}  # two thirds are, all of one length
 
 
 def test_the_interval_follows_the_head(tmp_path):

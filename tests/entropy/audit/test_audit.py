@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +27,14 @@ from isentropic.entropy.audit import (
     independent_bias,
     kept_tokens,
     mask_findings,
+    num_experts,
     ratio_error,
     ratio_findings,
     rounded,
+    routing_findings,
     sampler_findings,
     sequence_error,
+    shape_findings,
     truncation_findings,
 )
 
@@ -241,6 +245,54 @@ def test_entropies_that_are_none_zero_wrong_or_not_finite():
     assert entropy_findings(torch.zeros(20), torch.zeros(20)) == []
 
 
+def test_the_effect_of_the_micro_batch_decides_its_severity():
+    logp = torch.zeros(2000)
+
+    def found(at, value):
+        other = logp.clone()
+        other[:at] = value
+        return shape_findings(logp, other)
+
+    assert found(2000, 5e-6) == []
+    # By hand: rms √(1/2000)·9e-4 = 2e-5, and |e^−9e-4 − 1| < 1e-3: no ratio moves by more than 1e-3.
+    (note,) = found(1, 9e-4)
+    assert (note.severity, note.code) == ("note", "batch_shape")
+    assert note.nats == pytest.approx(2.01e-5, rel=0.01)
+    assert "0.0009 nats at most; 0.00% of on-policy ratios" in note.effect
+    (warning,) = found(4, 0.01)
+    assert warning.severity == "warning"
+    assert "0.01 nats at most; 0.20% of on-policy ratios" in warning.effect
+    (serious,) = found(2, 0.3)  # e^−0.3 = 0.74 < 0.8
+    assert (serious.severity, serious.clipped_frac) == ("serious", 1e-3)
+    assert shape_findings(logp, logp * math.nan)[0].severity == "serious"
+    assert shape_findings(logp, logp + 1e-3, Clip(3e-4, 4e-4, length=64))[0].severity == "serious"
+
+
+def test_a_mixture_of_experts_is_told_by_its_config():
+    for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
+        config = SimpleNamespace(**{name: 16})
+        assert num_experts(config) == num_experts(SimpleNamespace(text_config=config)) == 16
+        (finding,) = routing_findings(config)
+        assert (finding.severity, finding.code) == ("warning", "moe_routing")
+        assert "mixture of 16 experts" in finding.what
+        assert routing_findings(config, replayed=True) == []
+    assert num_experts(SimpleNamespace(moe_num_experts=[64, 32])) == 64
+    dense = (None, SimpleNamespace(), SimpleNamespace(num_experts=None), SimpleNamespace(num_local_experts=1))
+    assert all(routing_findings(config) == [] for config in dense)
+
+
+def test_remedies_of_a_rounded_head_name_the_samplers_settings():
+    z, ids = random_logits(n=64, v=50)
+    logp = from_logits(z, ids)[0]
+    (finding,) = sampler_findings(z, ids, logp, from_logits(z, ids, ("logits",))[0])
+    assert finding.code == "sampler_mismatch"
+    model = Small()
+    bf16_logits(model)
+    for found in (finding, audit(model, batch_of(model)).findings[0]):
+        assert """--hf-overrides '{"head_dtype":"float32"}'""" in found.remedy
+        assert "--enable-fp32-lm-head" in found.remedy
+
+
 def test_masks():
     generated, entropy = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]), torch.tensor([[1.0, 1, 1, 5], [1, 1, 5, 5]])
     assert mask_findings(generated, generated, 1 - generated, entropy) == []
@@ -354,9 +406,10 @@ def scored(change):
     """A scoring pass of one's own: the exact one, changed."""
 
     def score(model, batch):
-        rows = model(batch.input_ids, batch.attention_mask, False).logits[:, 5:-1].double()
+        num_tokens = batch.mask.shape[1]
+        rows = model(batch.input_ids, batch.attention_mask, False).logits[:, -num_tokens - 1 : -1].double()
         logp = rows.log_softmax(-1)
-        own = logp.gather(2, batch.input_ids[:, -14:, None])[:, :, 0]
+        own = logp.gather(2, batch.input_ids[:, -num_tokens:, None])[:, :, 0]
         return change(own.float(), -(logp.exp() * logp).sum(-1).float())
 
     return score
@@ -403,6 +456,43 @@ def test_planted_sampling_and_bookkeeping():
     assert "scored at temperature 1 and sampled at 0.5" in report.findings[0].what
     assert codes(audit(model.train(), good._replace(logp_old=None))) == {"dropout"}
     assert model.training
+
+
+class Positions(Small):
+    """A model whose answer depends on how many columns of padding stand before it, as absolute positions make it."""
+
+    shift = 0.02
+
+    def forward(self, input_ids, attention_mask, use_cache):
+        out = super().forward(input_ids, attention_mask, use_cache)
+        column = torch.arange(60) % 2 * self.shift * (input_ids.shape[1] + input_ids.shape[0])
+        return Output(logits=out.logits + column)
+
+
+def test_a_micro_batch_that_changes_log_probs_is_found():
+    model = Positions().eval()
+    model.lm_head.forward = lambda h: nn.functional.linear(h, model.lm_head.weight, model.lm_head.bias)
+    batch = batch_of(model)
+    (finding,) = [f for f in audit(model, batch).findings if f.code == "batch_shape"]
+    whole, alone = [], []
+    # Row 3, one of the four that are scored alone, has 4 columns of padding: 12 × 20 against 1 × 16, and 1 × 20.
+    for row in (0, 3, 6, 9):
+        length = int(batch.mask[row].sum())
+        ids = batch.input_ids[row : row + 1, : 6 + length]
+        rows = model(ids, None, False).logits[0, 5:-1].double().log_softmax(-1)
+        alone.append(rows.gather(1, ids[0, 6:, None])[:, 0])
+        whole.append(batch.logp_old[row, :length])
+    error = torch.cat(whole).double() - torch.cat(alone)
+    assert finding.nats == pytest.approx(error.square().mean().sqrt().item(), rel=1e-3)
+    model.shift = 0.0
+    assert "batch_shape" not in codes(audit(model, batch_of(model)))
+
+
+def test_experts_without_replay_are_named_in_an_audit():
+    model = Small().eval()
+    model.config = SimpleNamespace(num_experts=8)
+    assert codes(audit(model, batch_of(model))) == {"moe_routing"}
+    assert audit(model, batch_of(model), replays_routing=True).findings == []
 
 
 def test_a_soft_cap_after_the_head_is_not_taken_for_an_error():

@@ -29,7 +29,7 @@ from ...recipes import Recipe, knob_range, with_knob
 from ...recipes.apply import per_token
 from ...types import TokenBatch, TokenFacts, TokenStats
 from ..rewrite import CLIP_KNOBS, Rewritten, across_knob, advantages_at
-from .compat import Trainer
+from .compat import Trainer, tokenizer_of
 from .head import last_stats
 from .hidden import head_of, logits_of, plain_logits, whole
 from .loss import Term, native_facts, native_ratio
@@ -40,6 +40,7 @@ TOP_TOKENS = 8
 _CHUNK = 2**22  # logits held at once by the second product
 CHEAP_HEAD = 0.05  # a head with at most this share of the parameters is read at every step
 EVERY = 10
+THIRDS = ("short", "middle", "long")
 
 
 def interval(model: Any, wanted: int | None, fused: bool = False) -> int:
@@ -80,6 +81,41 @@ def _plain_stats(hidden: torch.Tensor, head: Any, ids: torch.Tensor, temperature
             logits = logits_of(rows, head, config)
             chunks.append(logits_stats(logits, chosen, temperature, chunk=max(1, len(logits))))
     return TokenStats(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
+
+
+def completion_groups(trainer: Trainer, output: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What a generated batch's completions are told apart by, ``[b]`` each.
+
+    ``truncated`` is true if a completion ends without an end token, as TRL has it. ``length_third`` is 0, 1 or 2 by
+    the number of the policy's tokens, ranked over the batch on all processes; equal lengths share their mean rank.
+    """
+    ids, mask = output["completion_ids"], output["completion_mask"]
+    ends = torch.tensor([*trainer.eos_token_ids, tokenizer_of(trainer).pad_token_id], device=ids.device)
+    last = ids.gather(1, (mask.sum(1, keepdim=True) - 1).clamp(min=0))
+    lengths = (mask * output.get("tool_mask", 1)).sum(1)
+    everyone = trainer.accelerator.gather(lengths)
+    # TRL masks a truncated completion as a whole if it is told to: it is no short one.
+    ranked = everyone[everyone > 0].sort().values
+    twice_rank = torch.searchsorted(ranked, lengths) + torch.searchsorted(ranked, lengths, right=True)
+    third = 3 * twice_rank // (2 * max(1, len(ranked)))
+    return {"truncated": ~torch.isin(last[:, 0], ends), "length_third": third}
+
+
+def by_completion(change: torch.Tensor, inputs: dict[str, Any], inside: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Predicted change and tokens by end and by length of the completion; empty if the batch does not tell.
+
+    Args:
+        change: ``[b t]``, 0 outside the mask.
+        inputs: of the native loss, with what :func:`completion_groups` gave.
+        inside: ``[b t]`` true where the token counts.
+    """
+    if "truncated" not in inputs:
+        return {}
+    cut, third = inputs["truncated"], inputs["length_third"]
+    groups = {"finished": ~cut, "truncated": cut, **{name: third == i for i, name in enumerate(THIRDS)}}
+    by_row, tokens = change.sum(1), inside.sum(1)
+    sums = {f"predict/{name}": torch.where(group, by_row, 0.0).sum() for name, group in groups.items()}
+    return sums | {f"tokens/{name}": torch.where(group, tokens, 0).sum() for name, group in groups.items()}
 
 
 class Clipped(NamedTuple):
@@ -182,6 +218,7 @@ class Explainer:
             "numerics/tokens": inside.sum() * (second is not None),
             "numerics/moments": inside.sum() * (rows.sum_p2 is not None),
         }
+        sums |= by_completion(predicted.detach(), inputs, inside)
         for name, value in sums.items():
             value = value.detach().double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -250,6 +287,9 @@ class Explainer:
             row["numerics/entropy_bias"] = sums["numerics/entropy"] / compared
         else:
             row["predict/numerics"] = None
+        read = sums.get("tokens/finished", 0.0) + sums.get("tokens/truncated", 0.0)
+        if read:
+            row |= {f"{name}_frac": x / read for name, x in sums.items() if name.startswith("tokens/")}
         row["predict/moments"] = int(sums["numerics/moments"] > 0)
         row["predict/knob"] = self._knob_part(row)
         row["predict/top_tokens"] = self._top(rate / ranks)

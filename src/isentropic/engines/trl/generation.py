@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from ...losses.advantages import group_rate, informative_groups, overlong_penalty
 from ...recipes.apply import advantages
 from .compat import Trainer, scores_old_logps
+from .explain import completion_groups
 
 logger = logging.getLogger("isentropic")
 MAX_ROUNDS = 10
@@ -28,6 +29,7 @@ class GeneratedBatches:
     Attributes:
         rows: of the batch that is being generated: TRL gives a ``rollout_func`` their prompts alone.
         num_generated: completions so far.
+        sampled_at: optimizer steps done when the latest batch was sampled.
         scoring: whether the batch under way is being generated, so that scores are of its sampling time.
         num_unscored: completions of the latest batch without a finite reward, on all processes.
     """
@@ -35,7 +37,7 @@ class GeneratedBatches:
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
         self.rows: list[dict[str, Any]] | None = None
-        self.num_generated = 0
+        self.num_generated = self.sampled_at = 0
         self.scoring = False
         self.num_unscored = 0
         self._rewards: torch.Tensor | None = None
@@ -79,11 +81,12 @@ class GeneratedBatches:
         Raises:
             ValueError: dynamic sampling over groups that span processes, or a dataset that cannot be indexed.
         """
+        self.sampled_at = int(self.trainer.state.global_step)
         output = self._roll_out(native, inputs)
         if self.trainer.recipe.dynamic_sampling:
             output = self._resample(native, inputs, output)
         self.num_generated += len(inputs) * self.trainer.accelerator.num_processes
-        return output
+        return output | completion_groups(self.trainer, output)
 
     def score(self, native: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's scoring of a new batch: its first call is the policy's, whose entropies TRL would not compute."""

@@ -13,7 +13,7 @@ import torch
 from ...entropy.prediction import bound_violations
 from ...runs.record import Record
 from ...types import TokenBatch, TokenFacts
-from ..loop import TokenSums, sum_dtype, token_sums
+from ..loop import OffPolicySums, TokenSums, sum_dtype, token_sums
 from .compat import Trainer, metrics
 
 # The figures that a row carries from the latest generated batch, by TRL's names.
@@ -34,7 +34,7 @@ class StepSums(NamedTuple):
     """The sums of an optimizer step in TRL.
 
     Attributes:
-        of_tokens: over the tokens.
+        of_tokens, off_policy: over the tokens.
         violated, compared: rows whose entropy left Theorem 2's bounds, and rows that were compared.
         loss: Σ of the micro-batches' losses.
         stop: processes that were asked to stop.
@@ -42,6 +42,7 @@ class StepSums(NamedTuple):
     """
 
     of_tokens: TokenSums
+    off_policy: OffPolicySums
     violated: Any
     compared: Any
     loss: Any
@@ -50,7 +51,9 @@ class StepSums(NamedTuple):
     turn_tokens: Any
 
 
-def step_sums(trainer: Trainer, batch: TokenBatch, facts: TokenFacts, has_turns: bool, stop: bool) -> StepSums:
+def step_sums(
+    trainer: Trainer, batch: TokenBatch, facts: TokenFacts, off_policy: OffPolicySums, has_turns: bool, stop: bool
+) -> StepSums:
     """What a micro-batch adds to its optimizer step, but for its loss, without a synchronisation."""
     assert batch.entropy is not None
     of_tokens, kind = token_sums(batch, facts), sum_dtype(batch.logp.device)
@@ -61,7 +64,7 @@ def step_sums(trainer: Trainer, batch: TokenBatch, facts: TokenFacts, has_turns:
         pair = bound_violations(batch.entropy, batch.entropy_old, batch.mask, low, high)
         violated, compared = (x.to(kind) for x in pair)
     entropy, tokens = turn_sums(batch) if has_turns else (zero.new_zeros(TURNS), zero.new_zeros(TURNS))
-    return StepSums(of_tokens, violated, compared, zero, zero + float(stop), entropy, tokens)
+    return StepSums(of_tokens, off_policy, violated, compared, zero, zero + float(stop), entropy, tokens)
 
 
 def turn_sums(batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:

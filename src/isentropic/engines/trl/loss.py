@@ -46,6 +46,18 @@ def rewrite_for_trl(trainer: Trainer, recipe: Recipe, batch: TokenBatch, ratio: 
     return rewritten
 
 
+def deselected(inputs: dict[str, Any], factors: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """The tokens that a selection took out, ``[b t]``: the recipe's, or TRL's correction of the sampler's ratio.
+
+    Args:
+        inputs: of the native loss.
+        factors: of the recipe's selection, if it has one.
+        like: ``[b t]``.
+    """
+    zero = [x.expand_as(like) == 0 for x in (factors, inputs.get("importance_sampling_ratio")) if x is not None]
+    return torch.stack(zero).any(0) if zero else None
+
+
 class Term(NamedTuple):
     """What was added to the native loss, for its explanation.
 

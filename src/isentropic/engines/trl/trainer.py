@@ -28,7 +28,7 @@ from ...recipes import Recipe, check
 from ...recipes.apply import finite, per_token
 from ...runs.record import CHECKPOINT_FILE, write_json
 from ...types import EntropyReading, TokenBatch
-from ..loop import ControlLoop, EntropyReadingError, saved_in
+from ..loop import ControlLoop, EntropyReadingError, off_policy_row, off_policy_sums, saved_in
 from ..rewrite import CLIP_KNOBS, Rewritten
 from .callbacks import RunLength, StopRequest
 from .compat import GRPOConfig, GRPOTrainer, TrainerHooks, opens_batch
@@ -37,7 +37,7 @@ from .generation import GeneratedBatches
 from .head import install
 from .hidden import WholeRows
 from .log import RunLog, StepSums, by_turn, step_sums
-from .loss import add_terms, native_facts, native_ratio, rewrite_for_trl
+from .loss import add_terms, deselected, native_facts, native_ratio, rewrite_for_trl
 from .settings import (
     adopt,
     boundary,
@@ -237,7 +237,14 @@ class EntropyControlMixin(TrainerHooks):
         micro_batch.batch = batch._replace(logp=logp, entropy=entropy, logp_rows=rows)
         micro_batch.rewritten = rewritten
         facts = rewritten.facts or native_facts(trainer, ratio, per_token(rewritten.adv, ratio))
-        micro_batch.sums = step_sums(trainer, batch, facts, "tool_mask" in inputs, self._stop.made)
+        off_policy = off_policy_sums(
+            batch,
+            facts,
+            self.state.global_step - self.batches.sampled_at,
+            deselected(inputs, rewritten.factors, logp),
+            inputs.get("sampling_per_token_logps"),
+        )
+        micro_batch.sums = step_sums(trainer, batch, facts, off_policy, "tool_mask" in inputs, self._stop.made)
         if opens_batch(self):
             self.run_log.samples.keep(inputs, batch)
         if self.native and self.recipe.plain:
@@ -311,7 +318,8 @@ class EntropyControlMixin(TrainerHooks):
             predicted, gain = explained["predict/change"], explained["predict/gain"]
             reading = reading._replace(predicted=predicted, gain=gain, steps=1)
         self.loop.regulate(reading, at_boundary)
-        row = self.loop.row(tokens, reading, before) | explained | by_turn(sums.turn_entropy, sums.turn_tokens)
+        row = self.loop.row(tokens, reading, before) | off_policy_row(tokens, sums.off_policy)
+        row |= explained | by_turn(sums.turn_entropy, sums.turn_tokens)
         if sums.compared:
             row["theorem2/violated_frac"] = sums.violated / sums.compared
         self.run_log.step_done(step, row, sums.loss, self.batches.num_generated)

@@ -228,6 +228,20 @@ def answers_of(values: torch.Tensor, data: Any) -> torch.Tensor:
     return no_padding_2_padding(values, data)
 
 
+def answer_lengths(data: Any) -> torch.Tensor:
+    """Tokens of each answer, those of an environment too, ``[b]``."""
+    answers = data[Keys.ANSWERS]
+    if answers.is_nested:
+        return answers.offsets().diff()
+    return data["attention_mask"][:, -answers.shape[1] :].sum(1)
+
+
+def answer_limit(data: Any) -> int | None:
+    """The number of tokens at which answers are cut, or None if the data does not say."""
+    answers = data[Keys.ANSWERS]
+    return setting(data, "max_response_len", None) if answers.is_nested else answers.shape[1]
+
+
 def padded(x: torch.Tensor) -> torch.Tensor:
     """``[b t]``, whether it came padded or jagged."""
     return x.to_padded_tensor(0) if x.is_nested else x

@@ -16,25 +16,93 @@ from ...recipes import Recipe
 from ...recipes.apply import finite, per_token, token_weights
 from ...runs.record import CHECKPOINT_FILE, Record, write_json
 from ...types import EntropyReading, TokenBatch, TokenStats
-from ..loop import ControlLoop, EntropyReadingError, TokenSums, masked_sums, saved_in, stop_unsaved, token_sums
+from ..loop import (
+    ControlLoop,
+    EntropyReadingError,
+    OffPolicySums,
+    TokenSums,
+    masked_sums,
+    off_policy_row,
+    off_policy_sums,
+    saved_in,
+    stop_unsaved,
+    sum_dtype,
+    token_sums,
+)
 from ..rewrite import Rewritten, across_knob, rewrite
-from .compat import Engine, Keys, actor_config, answers_of, in_layout_of, with_config
-from .loss import add_penalty, check_fields, native_config, native_mode, normaliser, read_batch
+from .compat import Engine, Keys, actor_config, answer_lengths, answer_limit, answers_of, in_layout_of, with_config
+from .loss import add_penalty, check_fields, native_config, native_mode, normaliser, read_batch, sampler_logp
 from .rows import Logits, rows_of
 
 logger = logging.getLogger("isentropic")
+
+
+class AnswerSums(NamedTuple):
+    """Sums over the answers of an optimizer step that have a token to train on.
+
+    Attributes:
+        num: their number.
+        length: Σ of their tokens, those of an environment too.
+        truncated, limited: answers that reached the limit of tokens, and answers whose limit is known.
+        reward, scored: Σ of rewards, and answers that have one.
+    """
+
+    num: Any
+    length: Any
+    truncated: Any
+    limited: Any
+    reward: Any
+    scored: Any
+
+
+def answer_sums(batch: TokenBatch, data: Any) -> AnswerSums:
+    """What a micro-batch adds to the sums of its step, without a synchronisation.
+
+    Args:
+        batch: ``mask`` and ``reward``.
+        data: verl's micro-batch.
+    """
+    kind, lengths, limit = sum_dtype(batch.logp.device), answer_lengths(data), answer_limit(data)
+    lengths = lengths.to(batch.mask.device)
+    # verl fills a batch up by rows without a token to train on.
+    real = batch.mask.bool().any(1)
+    cut = torch.zeros_like(real) if limit is None else lengths >= limit
+    reward = torch.full_like(lengths, math.nan, dtype=kind) if batch.reward is None else batch.reward.to(kind)
+    scored = real & reward.isfinite()
+    rows = [real, lengths * real, cut & real, real & (limit is not None), torch.where(scored, reward, 0.0), scored]
+    return AnswerSums(*(x.sum(dtype=kind) for x in rows))
+
+
+def answer_row(sums: AnswerSums) -> dict[str, float]:
+    """The sums of a step, over all ranks, as fields of its row; what is not known is absent.
+
+    Example:
+        >>> answer_row(AnswerSums(num=4.0, length=10.0, truncated=1.0, limited=4.0, reward=0.0, scored=0.0))
+        {'length/mean': 2.5, 'length/truncated_frac': 0.25}
+    """
+    row = {}
+    if sums.num:
+        row["length/mean"] = sums.length / sums.num
+    if sums.limited:
+        row["length/truncated_frac"] = sums.truncated / sums.limited
+    if sums.scored:
+        row["reward/mean"] = sums.reward / sums.scored
+    return row
 
 
 class StepSums(NamedTuple):
     """The sums of an optimizer step in verl.
 
     Attributes:
-        of_tokens: over the tokens.
+        of_tokens, off_policy: over the tokens.
+        of_answers: over the answers.
         change: Σ of the predicted entropy change, a unit of learning rate.
         gain: Σ of its derivative by the knob.
     """
 
     of_tokens: TokenSums
+    off_policy: OffPolicySums
+    of_answers: AnswerSums
     change: Any
     gain: Any
 
@@ -52,6 +120,7 @@ class Control:
     Attributes:
         loop: the controller and its state.
         step: optimizer steps done.
+        age: optimizer steps done on the generated batch under way.
         logits: those of the micro-batch under way, for components that read whole rows.
         audit: looks at the next micro-batch, once.
     """
@@ -66,7 +135,7 @@ class Control:
     ):
         self.recipe, self.monitors = recipe, monitors
         self.loop = ControlLoop(recipe, steps, self._stop_after_row)
-        self.step = 0
+        self.step = self.age = 0
         self.record = Record(folder) if folder else None
         self.logits = Logits("logp_rows" in recipe.reads)
         self.audit: Callable[..., None] | None = None
@@ -105,7 +174,7 @@ class Control:
                 logp, entropy = (answers_of(model_output[key], data) for key in (Keys.LOGP, Keys.ENTROPY))
                 moving = still._replace(logp=logp, entropy=entropy, logp_rows=rows)
                 loss = add_penalty(recipe, loss, moving, config)
-            self._observe(recipe, batch, still, rewritten, config)
+            self._observe(recipe, batch, still, rewritten, config, data)
             return loss, metrics
 
         return wrapped
@@ -120,7 +189,9 @@ class Control:
             changed[Keys.LOGP_OLD] = in_layout_of(data[Keys.LOGP_OLD], rewritten.logp_old, data)
         return changed
 
-    def _observe(self, recipe: Recipe, batch: TokenBatch, still: TokenBatch, rewritten: Rewritten, config: Any) -> None:
+    def _observe(
+        self, recipe: Recipe, batch: TokenBatch, still: TokenBatch, rewritten: Rewritten, config: Any, data: Any
+    ) -> None:
         """Add one micro-batch to the sums of its optimizer step, without a synchronisation.
 
         The prediction is of the recipe's objective alone, without the moments of the rows.
@@ -141,7 +212,11 @@ class Control:
             )
             gain = moved.change / moved.width
         sums = masked_sums(torch.stack([predicted, gain]), batch.mask).unbind()
-        self.loop.observe(StepSums(token_sums(batch, facts), *sums))
+        out = None if rewritten.factors is None else rewritten.factors == 0
+        # The weights of a batch's first step are those that sampled it, whatever verl takes for the old log-probs.
+        sampled = batch if self.age else batch._replace(logp_old=None)
+        off_policy = off_policy_sums(sampled, facts, self.age, out, sampler_logp(data, batch.mask.shape[1]))
+        self.loop.observe(StepSums(token_sums(batch, facts), off_policy, answer_sums(batch, data), *sums))
 
     # The optimizer step.
 
@@ -164,9 +239,10 @@ class Control:
         scale = rate / engine.get_data_parallel_size()
         reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", temperature, rate=rate)
         reading = reading._replace(predicted=scale * sums.change, gain=scale * sums.gain, steps=1)
-        before, self.step = self.loop.state, self.step + 1
+        before, self.step, self.age = self.loop.state, self.step + 1, 0 if act else self.age + 1
         self.loop.regulate(reading, act)
-        row = self.loop.row(tokens, reading, before)
+        row = self.loop.row(tokens, reading, before) | answer_row(sums.of_answers)
+        row |= off_policy_row(tokens, _known(sums.off_policy))
         if not self.monitors:
             row |= {"predict/change": reading.predicted, "predict/gain": reading.gain, "predict/moments": 0}
         if self.record is not None and torch.distributed.get_rank() == 0:
@@ -206,6 +282,11 @@ class Control:
         if saved is not None:
             self.step = saved["step"]
             self.loop.restore(saved)
+
+
+def _known(sums: OffPolicySums) -> OffPolicySums:
+    """Without the sampler's part if verl took the sampler's log-probs for the old ones: they differ nowhere."""
+    return sums if sums.kl else sums._replace(known=0.0, kl_entropy=0.0)
 
 
 def _over_ranks(vector: torch.Tensor, group: Any) -> torch.Tensor:

@@ -79,6 +79,11 @@ def read_batch(output: dict[str, Any], data: Any) -> TokenBatch:
     )
 
 
+def sampler_logp(data: Any, length: int) -> torch.Tensor | None:
+    """The sampler's log-probabilities of so many tokens an answer, ``[b t]``, if verl's data holds them."""
+    return aligned(data[Keys.LOGP_SAMPLER], length).float() if holds(data, Keys.LOGP_SAMPLER) else None
+
+
 def check_fields(recipe: Recipe, batch: TokenBatch) -> None:
     """Refuse a recipe that reads what verl's data does not hold.
 
