@@ -11,7 +11,7 @@ from isentropic.recipes import RECIPES, Knob, Shaping, compose, knob_range, loss
 from isentropic.recipes.apply import token_loss
 from isentropic.types import TokenBatch
 
-# Recipes that read no more than log-probs and entropies.
+# Recipes that read no more than log-probs, entropies and rewards.
 PLAIN = [
     name for name, recipe in RECIPES.items() if not recipe.reads & {"logp_rows"} and recipe.selection != "clip_cov"
 ]
@@ -24,7 +24,7 @@ def batch(seed=0):
     adv = torch.randn(4, generator=g, dtype=torch.float64)
     mask = (torch.arange(5) < torch.tensor([[5], [3], [4], [1]])).double()
     entropy = torch.rand(4, 5, generator=g, dtype=torch.float64)
-    return TokenBatch(logp, old, adv, mask, entropy, entropy * 1.02)
+    return TokenBatch(logp, old, adv, mask, entropy, entropy * 1.02, reward=(adv > 0).double())
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -1,6 +1,8 @@
 """Baselines by hand, the degenerate groups, and what every baseline has to keep."""
 
+import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from isentropic.losses.advantages import (
     mean_std,
     none,
     overlong_penalty,
+    pass_at_k,
     quantile,
 )
 
 NAN = math.nan
-BASELINES = table("baseline")
+# Draws of two, which the smallest groups below have.
+BASELINES = table("baseline") | {"pass_at_k": partial(pass_at_k, pass_k=2)}
 GROUPED = [name for name in BASELINES if name != "none"]
 
 
@@ -104,6 +108,48 @@ def test_inverted_cdf_is_the_two_regime_rule():
     assert quantile(rewards, 0.3, "inverted_cdf")[0] == -14.0  # 0.3·50 is the 15th, although it exceeds 15 in fp32
     assert quantile(rewards, 0.0, "inverted_cdf")[0] == 0.0
     assert quantile(rewards, 1.0, "inverted_cdf")[49] == 0.0
+
+
+def test_pass_at_k_by_hand():
+    # 5 samples, 2 right, k = 2: ρ = 1 − C(3,2)/C(5,2) = 0.7, σ = √0.21, C(2,1)/C(4,1) = ½.
+    rewards, std = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0]]), math.sqrt(0.21)
+    right, wrong = 0.3 / std, (0.3 - 0.5) / std
+    check(pass_at_k(rewards, 2), [right, wrong, right, wrong, wrong])
+    check(pass_at_k(2 * rewards - 1, 2), [right, wrong, right, wrong, wrong])
+    # k = 3: ρ = 1 − 1/10, σ = 0.3, C(2,2)/C(4,2) = 1/6. From k = 4 on every draw holds a right one.
+    check(pass_at_k(rewards, 3), [1 / 3, -2 / 9, 1 / 3, -2 / 9, -2 / 9])
+    assert pass_at_k(rewards, 4).eq(0).all()
+    assert pass_at_k(rewards, 5).eq(0).all()
+
+
+def test_pass_at_k_is_the_mean_over_every_draw():
+    """The closed form against its definition: each draw of k is a sample with the reward of its best."""
+    for n, right, k in ((6, 1, 2), (6, 2, 3), (8, 3, 4), (8, 1, 8), (7, 2, 1)):
+        rewards = torch.tensor([[1.0] * right + [0.0] * (n - right)], dtype=torch.float64)
+        draws = list(itertools.combinations(range(n), k))
+        best = torch.tensor([rewards[0, list(d)].max() for d in draws], dtype=torch.float64)
+        std = best.std(unbiased=False)
+        scaled = (best - best.mean()) / std if std > 0 else torch.zeros_like(best)
+        means = [scaled[[i in d for d in draws]].mean() for i in range(n)]
+        torch.testing.assert_close(pass_at_k(rewards, k), torch.stack(means), rtol=0, atol=1e-12)
+
+
+def test_pass_at_k_at_its_limits():
+    for n in (2, 5, 8):
+        for k in range(1, n + 1):
+            for right in range(n + 1):
+                rewards = torch.tensor([[1.0] * right + [0.0] * (n - right)], dtype=torch.float64)
+                adv = pass_at_k(rewards, k)
+                assert adv.sum().abs() < 1e-12
+                teaches = 0 < right <= n - k
+                assert adv.ne(0).all() if teaches else adv.eq(0).all()
+                if k == 1 and teaches:  # the mean and the standard deviation over n
+                    expected = (rewards - rewards.mean()) / rewards.std(unbiased=False)
+                    torch.testing.assert_close(adv, expected[0])
+    check(pass_at_k(torch.tensor([[1.0, 0.0, NAN]]), 3), [0.0, 0.0, 0.0])  # no draw of three is left
+    for k in (0, 1.5, 4):
+        with pytest.raises(ValueError, match="pass_k must be a whole number from 1 to the 3 samples"):
+            pass_at_k(torch.zeros(1, 3), k)
 
 
 def test_quantile_limits():

@@ -16,6 +16,7 @@ from isentropic.losses.objectives import (
     importance,
     reinforce,
     sequence_clipped,
+    unbounded_positive,
 )
 from isentropic.losses.reduce import SumCount, constant, merge, sequence, token
 from isentropic.types import TokenBatch
@@ -44,6 +45,7 @@ CASES = {
     "clipped_dcpo": lambda batch: clipped(batch, 0.16, 0.2, default("bounds", "dcpo")),
     "gradient_preserving": lambda batch: gradient_preserving(batch, 0.2, 0.28),
     "sapo": sapo,
+    "unbounded_positive": lambda batch: unbounded_positive(batch, 0.2),
 }
 
 
@@ -95,6 +97,20 @@ def test_sapo_by_hand():
     up, down = sigma(1.0), sigma(1.05)
     close(sapo(batch)[0], [[-6.0, 6 / 1.05, -4 * up, 4 * down / 1.05]])
     close(weights(batch, sapo), [[3.0, -3.0, 8 * up * (1 - up), -8 * down * (1 - down)]])
+
+
+def test_unbounded_positive_by_hand():
+    # A>0: −A with the weight A, whatever the ratio. A<0: r·A down to 0.8, from there 0; nothing is clipped above.
+    batch = by_hand([1.5, 0.5, 9.0, 1.5, 0.5, 0.9, 9.0, 1.5], [2.0, 2.0, 2.0, -2.0, -2.0, -2.0, -2.0, 0.0])
+    objective = CASES["unbounded_positive"]
+    loss, facts = objective(batch)
+    close(loss, [[-2.0, -2.0, -2.0, 3.0, 1.6, 1.8, 18.0, 0.0]])
+    close(weights(batch, objective), [[2.0, 2.0, 2.0, -3.0, 0.0, -1.8, -18.0, 0.0]])
+    assert facts.clipped_low.tolist() == [[False] * 4 + [True] + [False] * 3]
+    assert not facts.clipped_high.any()
+    # On-policy it is the plain policy gradient.
+    fresh = random_batch(spread=0.0)
+    close(weights(fresh, objective), weights(fresh, reinforce))
 
 
 def test_clipped_by_hand():

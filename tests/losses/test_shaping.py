@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isentropic.losses.shaping import one_sided, repo, repo_d, repo_failing, repo_r, sign_weight
+from isentropic.losses.shaping import (
+    one_sided,
+    one_sided_reward,
+    repo,
+    repo_d,
+    repo_failing,
+    repo_r,
+    sign_weight,
+    steer,
+)
 from isentropic.recipes.stages import SHAPINGS
 
 LOGP = torch.tensor([[-0.5, -3.0], [-0.5, -3.0]])
@@ -44,6 +53,39 @@ def test_repo_by_hand():
 def test_sign_weight_by_hand():
     close(sign_weight(ADV, LOGP, 0.25), [[2.5, 2.5], [-1.5, -1.5]])  # 2·1.25, −2·0.75
     close(sign_weight(ADV, LOGP, torch.tensor(-1.0)), [[0.0, 0.0], [-4.0, -4.0]])
+
+
+def test_one_sided_reward_by_hand():
+    """±1 by the reward on one side, 0 on the other, where the group's advantage says nothing too."""
+    adv, logp = torch.tensor([2.0, -0.5, 0.0, 0.0, 0.7]), torch.zeros(5, 1)
+    reward = torch.tensor([1.0, 0.0, 0.0, -1.0, math.nan])
+    shaped = lambda knob: one_sided_reward(adv, logp, reward, knob)[:, 0]  # noqa: E731
+    close(shaped(1.0), [0.0, -1.0, -1.0, -1.0, 0.7])
+    close(shaped(-1.0), [1.0, 0.0, 0.0, 0.0, 0.7])
+    close(shaped(0.5), [1.0, -0.75, -0.5, -0.5, 0.7])  # ½·A + ½·min(R, 0)
+    assert torch.equal(shaped(0.0), adv)
+    close(one_sided_reward(adv[:2], torch.zeros(2, 2), reward[:2], torch.tensor([[0.0, 1.0], [1.0, -1.0]])),
+          [[2.0, 0.0], [-1.0, 0.0]])  # fmt: skip
+
+
+def test_steer_by_hand():
+    # π ½ and ¼, H = 1: L = 0.3069, −0.3863. Ω = A·r·(1−π)·L with r = 2 and ½, A = 2: 0.6137, −0.2897.
+    logp, entropy, ones = torch.tensor([[0.5, 0.25]]).log(), torch.ones(1, 2), torch.ones(1, 2)
+    old = logp - torch.tensor([[2.0, 0.5]]).log()
+    shaped = steer(torch.tensor([2.0]), logp, old, entropy, ones, steer_least=0.7)
+    expected = torch.tensor([[1.4, 2 * 0.7 ** (0.75 * 0.38629436 / (2 * 0.30685282))]])
+    torch.testing.assert_close(shaped, expected, rtol=1e-5, atol=0)
+    close(steer(torch.tensor([-2.0]), logp, old, entropy, ones, steer_least=0.7), -shaped)  # |Ω|: either direction
+    # Below 0.02 the scale stops: A = 0.02 makes |Ω| 0.003069 and 0.005795, on-policy.
+    small = steer(torch.tensor([0.02]), logp, None, entropy, ones, steer_least=0.7)
+    close(small / 0.02, [[0.7 ** (0.0030685 / 0.02), 0.7 ** (0.0057945 / 0.02)]])
+    # What is masked, or not finite, sets no scale.
+    hidden = torch.tensor([[0.5, 1e-6]]).log()
+    alone = steer(torch.tensor([2.0]), hidden, None, entropy, torch.tensor([[1.0, 0.0]]), steer_least=0.7)
+    assert alone[0, 0].item() == pytest.approx(1.4)
+    assert torch.equal(steer(torch.tensor([2.0]), logp, old, entropy, ones, steer_least=1.0), torch.full((1, 2), 2.0))
+    with pytest.raises(ValueError, match=r"steer_least must be in \(0, 1\], got 0"):
+        steer(torch.tensor([2.0]), logp, old, entropy, ones, steer_least=0)
 
 
 def test_one_sided_by_hand():
@@ -261,7 +303,8 @@ def test_nothing_waits_for_the_device():
 
 
 def test_every_signature_starts_alike():
-    for function in (repo, repo_failing, repo_r, repo_d, sign_weight, one_sided, surprisal_boost):
+    own = (repo, repo_failing, repo_r, repo_d, sign_weight, one_sided, one_sided_reward, steer, surprisal_boost)
+    for function in own:
         assert list(inspect.signature(function).parameters)[:2] == ["adv", "logp"]
 
 

@@ -55,7 +55,7 @@ def test_the_catalogue_holds_what_is_promised():
     wanted = {f"repo-{kind}-{base}" for kind in "rd" for base in bases} | set(bases)
     wanted |= {"isentropic", "reinforce", "dr-grpo", "cispo", "entropy-bonus", "entropy-bonus-adaptive", "adapo"}
     wanted |= set("clip-cov kl-cov entropic entrocraft dynamic-clip dcpo bapo ce-gppo qae erc sapo".split())
-    wanted |= set("high-entropy mai stare lp-reg aent".split())
+    wanted |= set("high-entropy mai stare lp-reg aent pass-at-k up steer".split())
     assert set(RECIPES) == wanted
     for recipe in RECIPES.values():
         assert check(recipe) is recipe
@@ -228,6 +228,7 @@ def full(seed=0):
         logp_old=tokens.logp_old.masked_fill(hidden, float("nan")),
         entropy_old=entropy_old.masked_fill(hidden, float("inf")),
         logp_rows=logits.log_softmax(-1),
+        reward=(tokens.adv > 0).float(),
     )
     return logits, tokens
 
@@ -247,7 +248,7 @@ def test_every_recipe_runs_in_a_hand_written_loop(name):
     assert facts.ratio[tokens.mask == 0].eq(1).all() or recipe.objective == "sequence_clipped"
     # The loss alone decides: a token more that is masked, and nothing changes.
     if recipe.selection != "clip_cov":
-        wide = tokens._replace(**{k: pad(x) for k, x in tokens._asdict().items() if k != "adv"})
+        wide = tokens._replace(**{k: pad(x) for k, x in tokens._asdict().items() if k not in ("adv", "reward")})
         again, _ = loss(recipe, wide, value, length=5)
         assert torch.allclose(again.mean(), total.mean(), atol=1e-6)
 

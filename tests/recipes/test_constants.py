@@ -10,6 +10,7 @@ from isentropic.recipes.stages import STAGES
 # Constants of components: the defaults of their papers, or neutral.
 CONSTANTS = {
     ("baseline", "quantile"): {"quantile": 0.4},
+    ("baseline", "pass_at_k"): {"pass_k": 4},
     ("selection", "clip_cov"): {"cov_share": 0.0002, "cov_low": 1.0, "cov_high": 5.0},
     ("selection", "high_entropy"): {"entropy_share": 0.2},
     ("selection", "erc"): {"erc_width": 0.05},
@@ -21,6 +22,8 @@ CONSTANTS = {
     ("shaping", "repo_d_token"): {"zeta": 0.0},
     ("shaping", "sign_weight"): {"alpha": 0.0},
     ("shaping", "one_sided"): {"reject": 0.0},
+    ("shaping", "one_sided_reward"): {"reject": 0.0},
+    ("shaping", "steer"): {"steer_least": 0.8},
     ("shaping", "surprisal_boost"): {"boost": 1.0, "surprisal_share": 0.1},
     ("bounds", "linear"): {"slope": -0.2},
     ("bounds", "dcpo"): {"ratio_cap": 10.0},
@@ -47,6 +50,7 @@ KNOBS = {
     ("repo_d_token", "zeta"): (1.0, 0.0, 64.0, 0.01, 1, None),
     ("sign_weight", "alpha"): (0.0, -1.0, 1.0, 0.001, -1, 0.0),
     ("one_sided", "reject"): (0.0, -1.0, 1.0, 0.001, 1, 0.0),
+    ("one_sided_reward", "reject"): (0.0, -1.0, 1.0, 0.001, 1, 0.0),
     ("surprisal_boost", "boost"): (1.0, 1.0, 1.5, 1.0, 1, 1.0),
 }
 # Numbers of the recipes beside the defaults: clip widths 0.2 and 0.2, no bonus, penalty weighed by 1.
@@ -71,6 +75,9 @@ NUMBERS = {
     "bapo": {"clip_low": 0.4},
     "ce-gppo": {"clip_high": 0.28},
     "qae": {"clip_high": 0.28},
+    "pass-at-k": {"clip_high": 0.28},
+    "up": {"clip_high": 0.28},
+    "steer": {"clip_high": 0.28},
     "erc": {"clip_high": 0.28},
     "high-entropy": {"clip_high": 0.28},
     "mai": {"clip_low": 0.6, "clip_high": 1.5, "knob_low": 1.5, "knob_high": 4.0},

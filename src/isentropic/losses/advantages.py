@@ -205,7 +205,7 @@ def quantile(rewards: Float[Tensor, "p g"], quantile: float, interpolation: str 
     return _zero_uninformative(rewards - baseline, rewards)
 
 
-def pass_at_k(rewards: Float[Tensor, "p g"], pass_k: float) -> Float[Tensor, " b"]:
+def pass_at_k(rewards: Float[Tensor, "p g"], pass_k: float | int) -> Float[Tensor, " b"]:
     """Reward a draw of k samples for its best one, in closed form over all draws of k from the group.
 
     ``A = (1 − ρ)/σ`` for a right sample, ``(1 − ρ − C(n−c−1, k−1)/C(n−1, k−1))/σ`` for a wrong one, with

@@ -288,8 +288,8 @@ def unbounded_positive(
 
     ``loss = −A·π/sg(π)`` for A > 0, ``−min(r·A, clip(r)·A)`` for A <= 0
 
-    The value at A > 0 is −A and the weight A, whatever the sampling policy was: a rare right token is pushed as far as a
-    likely one. At A <= 0 only the lower bound acts.
+    The value at A > 0 is −A and the weight A, whatever the sampling policy was: a rare right token is pushed as far as
+    a likely one. At A <= 0 only the lower bound acts.
 
     Args:
         batch: logp, logp_old [b t] in nats, adv, mask.
@@ -306,7 +306,8 @@ def unbounded_positive(
 
     >>> logp = torch.tensor([[0.5, 0.25, 0.5]]).log().requires_grad_()
     >>> logp_old = torch.tensor([[0.25, 0.5, 0.4]]).log()
-    >>> loss, _ = unbounded_positive(TokenBatch(logp, logp_old, torch.tensor([[2.0, -1.0, -1.0]]), torch.ones(1, 3)), 0.2)
+    >>> batch = TokenBatch(logp, logp_old, torch.tensor([[2.0, -1.0, -1.0]]), torch.ones(1, 3))
+    >>> loss, _ = unbounded_positive(batch, clip_low=0.2)
     >>> loss.detach(), -torch.autograd.grad(loss.sum(), logp)[0]  # ratios 2, ½ and 1.25
     (tensor([[-2.0000,  0.8000,  1.2500]]), tensor([[ 2.0000,  0.0000, -1.2500]]))
     """
@@ -314,7 +315,7 @@ def unbounded_positive(
     ratio = log_ratio.exp()
     lower, _ = _bounds(clip_low, 0.0, bounds, ratio, prepared)
     anchored = (logp - logp.detach()).exp()
-    loss = torch.where(adv > 0, -adv * anchored, -torch.minimum(ratio * adv, ratio.clamp(min=lower) * adv))
+    loss = torch.where(adv > 9, -adv * anchored, -torch.minimum(ratio * adv, ratio.clamp(min=lower) * adv))
     return loss, _facts(ratio, adv, lower, None)
 
 

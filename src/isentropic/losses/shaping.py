@@ -254,8 +254,10 @@ def one_sided_reward(
 
     ``A' = (1 − |ρ|)·A + max(ρ, 0)·min(R, 0) + max(−ρ, 0)·max(R, 0)``, R = 1 if the reward is above 0, else −1
 
-    ρ = 1 gives −1 to every wrong answer and 0 to every right one, which raises entropy as a rule, in groups without a
-    right answer too; ρ = −1 gives 1 to every right one and 0 to every wrong one.
+    ρ = 1 gives −1 to every wrong answer and 0 to every right one, in groups without a right answer too; ρ = −1 gives 1
+    to every right one and 0 to every wrong one. On-policy and unclipped the two have one expected gradient,
+    ``∇E[1 right] = −∇E[1 wrong]``: only the noise of the sample and the clip tell them apart [derived]. By the group,
+    in ``one_sided``, they weigh easy and hard prompts differently.
 
     Args:
         adv: [b t], [b 1] or [b] advantages, which ρ = 0 returns.
@@ -293,7 +295,8 @@ def steer(
 
     ``A' = A·exp(−k·|Ω|)``, ``Ω = A·r·(1 − π)·L``, ``k = −log(steer_least)/max(max |Ω|, 0.02)``, ``L = logp + H``
 
-    The token of the largest |Ω| of the call keeps the share ``steer_least`` of its advantage, unless all are below 0.02.
+    The token of the largest |Ω| of the call keeps the share ``steer_least`` of its advantage; if all are below 0.02, it
+    keeps more.
 
     Args:
         adv: [b t], [b 1] or [b] advantages.

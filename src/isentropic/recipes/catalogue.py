@@ -142,13 +142,12 @@ RECIPES: dict[str, Recipe] = {
         "grpo",
         "−1 for wrong and 0 for right answers below the band, 1 for right and 0 for wrong ones above it, GRPO inside",
         "Entrocraft arXiv:2604.26326, released code: bands 0.1 nats wide, [0.6, 0.7] to [0.4, 0.5] in a line over the "
-        "run, here target anneal:0.65:0.45:STEPS; a width of 9 % either side for 0.05 nats, initial target and no KL term "
+        "run, here target anneal:0.65:0.45:STEPS; a width of 9 % either side for 0.05 nats, the target and no KL term "
         "[ours]",
         shaping="one_sided_reward",
         knob="reject",
         controller="switch:width=0.09",
         reduction="token",
-        every=1,
     ),
     "dynamic-clip": _on(
         "dapo",

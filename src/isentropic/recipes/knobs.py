@@ -65,7 +65,7 @@ def readers(name: str) -> tuple[str, ...]:
 
     Example:
         >>> readers("beta")
-        ('repo',)
+        ('repo', 'repo_failing')
     """
     return tuple(key for key, shaping in STAGES["shaping"].items() if name in shaping.knobs)
 

@@ -341,10 +341,10 @@ def _position_lines(predicted: dict[str, float]) -> list[str]:
 
 
 def _completion_lines(explanation: dict[str, Any], scale: float) -> list[str]:
-    """By end and by length of the completion, each split if more than one of its groups has tokens."""
+    """By end and by length of the completion: a split of which two groups have a hundredth of the tokens or more."""
     predicted, shares, lines = explanation["predicted"], explanation["shares"], []
     for title, labels in {"Which completions?": COMPLETIONS, "Of which length?": LENGTHS}.items():
-        groups = {name: label for name, label in labels.items() if shares.get(name) and name in predicted}
+        groups = {name: label for name, label in labels.items() if shares.get(name, 0) >= 0.01 and name in predicted}
         if len(groups) > 1:
             bars = [_bar(f"{label} ({shares[k]:.0%} of tokens)", predicted[k], scale) for k, label in groups.items()]
             lines += [title, *bars, ""]

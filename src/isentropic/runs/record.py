@@ -3,13 +3,14 @@
 ::
 
     RUN/
-      run.json           written first: schema, created, command, config (resolved), recipe, versions, machine, seed
+      run.json           written first: schema, created, command, config (resolved), recipe, versions, machine, seed,
+                         and origin, what the run's numbers come from besides its settings
       audit.json         as training starts: findings on precision and sampling, what was checked, measured figures
       metrics.jsonl      one row an optimizer step
       samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
       evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
       summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, and
-                         ``before`` holds a first task's evaluations at the start, at the switch and at the end
+                         ``before`` holds earlier tasks' evaluations at the start, at every switch and at the end
       report.html        written at the end: what the rest of the directory holds, as a page
       checkpoint-N/      the engine's own checkpoint after optimizer step N; isentropic.json, the controller, once
                          that is written; and checkpoint.json, sizes and digests of all these files, written last
@@ -102,7 +103,13 @@ A row of evaluations.jsonl: ``step``, ``task``, ``k``, ``temperature``, ``pass@1
 ``distinct`` (mean number of different right answers among k), ``majority`` (share of prompts whose most frequent answer
 is right), ``truncated_frac`` (share of completions that reached the limit of tokens), ``num_tokens`` sampled,
 ``entropy`` (sampled estimate, nats per token), and by prompt ``prompts``, ``num_samples``, ``num_correct``,
-``num_distinct``, ``num_truncated``.
+``num_distinct``, ``num_truncated``. These are at ``temperature``, that of training; ``at`` holds the same figures and
+counts at every other one, under its number as text: ``"0.3"``. ``greedy`` is the share of prompts whose greedy answer
+is right, ``greedy_correct`` 1 by prompt where it is.
+
+``origin`` in run.json has ``numbers``, the version of the code that makes a run's numbers, another one of which gives
+others from the same settings; ``model``, a digest of the weights that the run started from; and ``tasks``, a digest of
+the tasks' names, held-out rows and training rows. Runs are comparable only if they agree in all three.
 """
 
 from __future__ import annotations

@@ -152,11 +152,13 @@ ALL = [
     ("gspo", None), ("cispo", None), ("entropy-bonus", None), ("repo-r-loop", 0.05), ("repo-d-loop", 4.0),
     ("adapo", 0.5), ("isentropic", 0.5), ("entropic", -0.5), ("entrocraft", 1.0), ("dynamic-clip", 0.2), ("dcpo", None),
     ("ce-gppo", None), ("qae", None), ("erc", None), ("sapo", None), ("mai", 1.5), ("aent", 0.1),
+    ("pass-at-k", None), ("up", None),
     ("entropy-bonus-adaptive", 0.005), ("repo-r-rloo", 0.05), ("repo-r-grpo", 0.05), ("repo-r-dapo", 0.05),
     ("repo-r-gspo", 0.05), ("repo-d-rloo", 4.0), ("repo-d-grpo", 4.0), ("repo-d-dapo", 4.0), ("repo-d-gspo", 4.0),
 ]  # fmt: skip
 # Parts that look at a batch as a whole: sampled batches alone.
 WHOLE = [("clip-cov", None), ("kl-cov", None), ("bapo", None), ("high-entropy", None), ("stare", 1.5), ("lp-reg", None)]
+WHOLE.append(("steer", None))
 
 
 def test_no_recipe_is_left_out():
@@ -226,7 +228,21 @@ def test_a_random_selection_is_drawn_from_the_seed():
     assert torch.equal(state, torch.random.get_rng_state())
 
 
-@pytest.mark.parametrize("name", ["entropic", "entrocraft", "stare", "aent"])
+def test_rejection_by_the_reward_has_one_expected_gradient_on_either_side():
+    """∇E[1 right] = −∇E[1 wrong]: on-policy only noise tells the sides apart; by the group they differ."""
+    recipe = recipes.RECIPES["entrocraft"]
+    logits, rewards = world(seed=1)
+    batch = lab.expected_batch(SMALL, logits, rewards, recipe, 8)
+    wrong, right = (lab.gradient(logits, batch, recipe, knob) for knob in (1.0, -1.0))
+    close(wrong, right)
+    assert wrong.abs().max() > 0.01
+    by_group = recipes.compose("grpo", shaping="one_sided", knob="reject", controller="switch", target="0.5")
+    batch = lab.expected_batch(SMALL, logits, rewards, by_group, 8)
+    wrong, right = (lab.gradient(logits, batch, by_group, knob) for knob in (1.0, -1.0))
+    assert (wrong - right).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["entropic", "stare", "aent"])
 def test_a_knob_raises_entropy_the_way_its_range_says(name):
     recipe = recipes.RECIPES[name]
     span = recipes.knob_range(recipe)

@@ -104,7 +104,8 @@ def _tokens(trainer, inputs):
     logits = trainer.model(input_ids=ids, attention_mask=attention, position_ids=position).logits
     rows = logits[:, -length - 1 : -1].float().log_softmax(-1)
     old, mask = inputs.get("old_per_token_logps"), inputs["completion_mask"]
-    return TokenBatch(logp, old, inputs["advantages"], mask, entropy, inputs.get("old_entropies"), rows)
+    reward = inputs.get("rewards")
+    return TokenBatch(logp, old, inputs["advantages"], mask, entropy, inputs.get("old_entropies"), rows, reward)
 
 
 @pytest.mark.parametrize("name", RECIPES)

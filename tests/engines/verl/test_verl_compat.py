@@ -34,9 +34,11 @@ from verl.workers.utils import losses
 from verl.workers.utils.padding import left_right_2_no_padding
 
 import isentropic.engines.verl.engine as ours
-from isentropic.engines.verl import compat, groups
+from isentropic.engines.loop import OffPolicySums, reduce
+from isentropic.engines.verl import compat, control, groups
 from isentropic.engines.verl.compat import Keys
 from isentropic.engines.verl.plugin import AGG_MODES, ESTIMATOR_MODULE
+from isentropic.types import TokenBatch
 
 HERE = Path(ours.__file__).parent
 WRAPPED = [EngineRegistry.get_engine_cls(compat.MODEL_TYPE, backend) for backend in compat.BACKENDS]
@@ -242,6 +244,41 @@ def test_answers_are_cut_out_of_packed_rows_and_put_back():
     assert again.is_nested
     assert torch.equal(compat.aligned(again, 3), answers)
     assert compat.in_layout_of(torch.zeros(1, dtype=torch.float16), answers, data).dtype == torch.float16
+
+
+def test_lengths_and_the_limit_of_answers():
+    data = batch(["a", "b", "c"], [1.0, 0.0, 0.0])
+    assert (compat.answer_lengths(data).tolist(), compat.answer_limit(data)) == ([1, 2, 3], 3)
+    data["responses"] = torch.nested.as_nested_tensor([torch.ones(n) for n in (1, 2, 2)], layout=torch.jagged)
+    assert (compat.answer_lengths(data).tolist(), compat.answer_limit(data)) == ([1, 2, 2], 3)
+    bare = {"responses": data["responses"]}
+    assert compat.answer_limit(TensorDict(bare, batch_size=[3])) is None
+
+
+def sums_of(rows, reward, num_real=4):
+    """Of answers of 1, 2, 3 and 1 tokens, limited to 3, of which the last may have none to train on."""
+    data = batch(["a", "b", "c", "d"], [0.0] * 4)
+    mask = data["response_mask"] * (torch.arange(4) < num_real)[:, None]
+    still = TokenBatch(torch.zeros(4, 3)[rows], None, torch.zeros(4)[rows], mask[rows], reward=reward)
+    return reduce(control.answer_sums(still, data[rows]), lambda vector: vector)
+
+
+def test_answers_add_up_over_micro_batches_by_hand():
+    reward = torch.tensor([1.0, 0.25, float("nan"), 1.0])
+    whole = sums_of(slice(0, 4), reward)
+    assert whole == (4, 7, 1, 4, 2.25, 3)
+    parts = [sums_of(slice(0, 1), reward[:1]), sums_of(slice(1, 4), reward[1:])]
+    assert tuple(a + b for a, b in zip(*parts, strict=True)) == whole
+    row = {"length/mean": 7 / 4, "length/truncated_frac": 0.25, "reward/mean": 0.75}
+    assert control.answer_row(whole) == row
+    assert sums_of(slice(0, 4), reward, num_real=3) == (3, 6, 1, 3, 1.25, 2)
+    assert "reward/mean" not in control.answer_row(sums_of(slice(0, 4), None))
+
+
+def test_old_log_probs_that_are_the_samplers_tell_no_mismatch():
+    known = OffPolicySums(*[1.0] * 8)
+    assert control._known(known) == known
+    assert control._known(known._replace(kl=0.0)) == known._replace(kl=0.0, known=0.0, kl_entropy=0.0)
 
 
 @pytest.mark.parametrize("uids", [["a", "b", "a"], ["a", "a", "a"]], ids="".join)

@@ -82,7 +82,11 @@ def test_the_reading_is_over_the_step_however_it_is_cut(alone, model, tmp_path, 
     for ours, theirs in zip(rows(tmp_path / "run"), rows(out / "run"), strict=True):
         assert ours["entropy/tokens"] == theirs["entropy/tokens"]
         assert ours["knob/value"] == theirs["knob/value"]
-        for name in ("entropy/mean", "cov/adv_logp", "adv/mean", "ratio/mean"):
+        assert "mismatch/kl" not in ours
+        assert "reward/mean" not in ours
+        for name in ("length/mean", "length/truncated_frac", "policy/age"):
+            assert ours[name] == theirs[name], name
+        for name in ("entropy/mean", "cov/adv_logp", "adv/mean", "ratio/mean", "ratio/ess_frac", "clip/entropy_share"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-6, abs=1e-6), name
         for name in ("predict/change", "predict/gain"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-7), name
@@ -143,6 +147,35 @@ def test_the_first_micro_batch_is_audited_once(alone, model, tmp_path):
     assert report["checked"]["sampler_logp"] == "compared"
     warnings = [line for line in (tmp_path / "stderr.txt").read_text().splitlines() if "audit: " in line]
     assert len(warnings) == report["serious"] >= 2
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_answers_and_the_mismatch_by_the_data_that_went_in(model, tmp_path, world):
+    """Lengths, rewards and the noise on the sampler's log-probs are drawn here as worker.py draws them."""
+    import torch
+
+    loss, noise = {**HELD, "folder": str(tmp_path / "run")}, 0.3
+    ranks = run(model, tmp_path, world, policy_loss=loss, noise=noise, groups=True)
+    read, size = rows(tmp_path / "run"), 16 // world
+    for number, row in enumerate(read):
+        seed, step = divmod(number, 2)
+        generator = torch.Generator().manual_seed(seed)
+        torch.randint(3, 90, (32, 12), generator=generator)
+        lengths = torch.randint(1, 9, (32,), generator=generator)[step * 16 : step * 16 + 16]
+        assert row["length/mean"] == lengths.double().mean().item()
+        assert row["length/truncated_frac"] == (lengths == 8).double().mean().item()
+        rewards = ranks[0]["rewards"][seed][step * 16 : step * 16 + 16]
+        assert row["reward/mean"] == pytest.approx(sum(rewards) / 16)
+        assert row["policy/age"] == step
+        # Each rank draws the noise of its own rows, by the same seed.
+        shift = noise * torch.randn((2 * size, 8), generator=torch.Generator().manual_seed(seed)).double()
+        d = -shift[step * size : step * size + size].repeat(world, 1)[torch.arange(8) < lengths[:, None]]
+        assert row["mismatch/kl"] == pytest.approx((d.exp() - 1 - d).mean().item(), rel=1e-4)
+        assert row["mismatch/kl_k1"] == pytest.approx(-d.mean().item(), abs=1e-5)
+        assert 0.5 < row["ratio/ess_frac"] <= 1 + 1e-9
+        assert row["clip/dropped_frac"] == pytest.approx(row["clip/low_frac"] + row["clip/high_frac"])
+    logged = {"length/mean", "length/truncated_frac", "reward/mean", "mismatch/kl", "policy/age", "ratio/ess_frac"}
+    assert logged <= set(ranks[0]["logged"][0])
 
 
 def test_without_our_engine_the_loss_alone_holds_by_sampled_entropies(model, tmp_path):

@@ -32,8 +32,8 @@ _MAX_SCORES = 20_000_000
 _REMEDIES = {
     "moe_routing": "TRL has no router replay: correct by the ratio to the sampler, "
     "vllm_importance_sampling_correction=True, or clip whole sequences, importance_sampling_level='sequence'",
-    "batch_shape": "TRL scores old log-probs in the size and padding of the loss, so that its ratios see little of this; "
-    "a sampler's log-probs see all of it: vllm_importance_sampling_correction=True, or train in fp32",
+    "batch_shape": "TRL scores old log-probs in the size and padding of the loss, so that its ratios see little of "
+    "this; a sampler's log-probs see all of it: vllm_importance_sampling_correction=True, or train in fp32",
 }
 # Objects of the trainer that keep state of their own; a plain GRPOTrainer has none of them.
 _OBJECTS = ("batches", "run_log", "run_log.samples")
