@@ -115,9 +115,9 @@ def test_the_mismatch_is_that_of_sampling_time():
 
 def test_a_small_mismatch_is_not_lost_in_rounding():
     still, facts = batch()
-    near = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]) - 2**-17
+    near = torch.tensor([[-1.0, -2.0], [-3.0, -9.0]]) - 3 * 2**-22
     sums = off_policy_sums(still, facts, 0, sampler=near)
-    assert sums.kl.item() == pytest.approx(3 * 2**-35, rel=1e-5)  # d²/2
+    assert sums.kl.item() == pytest.approx(3 * 9 * 2**-45, rel=1e-5, abs=0)  # d²/2 each
 
 
 def test_what_is_dropped_and_off_policy_adds_up_over_micro_batches():

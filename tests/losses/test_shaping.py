@@ -78,7 +78,7 @@ def test_steer_by_hand():
     close(steer(torch.tensor([-2.0]), logp, old, entropy, ones, steer_least=0.7), -shaped)  # |Ω|: either direction
     # Below 0.02 the scale stops: A = 0.02 makes |Ω| 0.003069 and 0.005795, on-policy.
     small = steer(torch.tensor([0.02]), logp, None, entropy, ones, steer_least=0.7)
-    close(small / 0.02, [[0.7 ** (0.0030685 / 0.02), 0.7 ** (0.0057945 / 0.02)]])
+    close(small / 0.02, [[0.7 ** (0.00306853 / 0.02), 0.7 ** (0.00579442 / 0.02)]])
     # What is masked, or not finite, sets no scale.
     hidden = torch.tensor([[0.5, 1e-6]]).log()
     alone = steer(torch.tensor([2.0]), hidden, None, entropy, torch.tensor([[1.0, 0.0]]), steer_least=0.7)

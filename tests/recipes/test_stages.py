@@ -93,7 +93,7 @@ def test_a_new_shaping_is_a_function_and_an_entry(monkeypatch):
         knobs={"gamma": Knob(Range(0.1, 0.0, 0.5, 1e-3), "a test")},
     )
     monkeypatch.setitem(tables.SHAPINGS, "damped", entry)
-    recipe = compose("loop", knob="gamma", target="0.5", floor=-0.7)
+    recipe = compose("loop", knob="gamma", controller="pi", target="0.5", floor=-0.7)
     assert (recipe.shaping, knob_range(recipe).start) == ("damped", 0.1)
     assert "gamma" in all_knobs()
     batch = TokenBatch(torch.tensor([[-0.5, -1.0]]), None, torch.tensor([2.0]), torch.ones(1, 2))

@@ -135,15 +135,18 @@ def off_policy_sums(
         dropped = dropped | (deselected & (per_token(batch.adv, batch.logp) != 0))
     ratio = facts.ratio.expand_as(batch.logp)
     rows = torch.stack([ratio.square(), dropped.to(ratio.dtype), torch.where(dropped, entropy, 0.0)])
-    of_sampler = torch.zeros(4, dtype=kind, device=batch.logp.device)
+    known, kl, kl_k1, kl_entropy = torch.zeros(4, dtype=kind, device=batch.logp.device).unbind()
     if sampler is not None:
         old = batch.logp if batch.logp_old is None else batch.logp_old
-        known = inside & sampler.isfinite()
+        given = inside & sampler.isfinite()
         # In float64: for a small d, 1 + d + d²/2 − 1 − d leaves nothing of fp32.
-        d = torch.where(known, old.to(kind) - sampler.to(kind), 0.0)
+        d = torch.where(given, old.to(kind) - sampler.to(kind), 0.0)
         of_row = entropy if batch.entropy_old is None else batch.entropy_old
-        of_sampler = masked_sums(torch.stack([known.to(kind), d.expm1() - d, -d, of_row.to(kind)]), known)
-    return OffPolicySums(*masked_sums(rows, inside).unbind(), age * inside.sum(dtype=kind), *of_sampler.unbind())
+        by_token = torch.stack([given.to(kind), d.expm1() - d, -d, of_row.to(kind)])
+        known, kl, kl_k1, kl_entropy = masked_sums(by_token, given).unbind()
+    squared, num_dropped, of_dropped = masked_sums(rows, inside).unbind()
+    steps = age * inside.sum(dtype=kind)
+    return OffPolicySums(squared, num_dropped, of_dropped, steps, known, kl, kl_k1, kl_entropy)
 
 
 def off_policy_row(tokens: TokenSums, sums: OffPolicySums) -> dict[str, float]:

@@ -249,8 +249,7 @@ def pass_at_k(rewards: Float[Tensor, "p g"], pass_k: float | int) -> Float[Tenso
     others_wrong = _share_of_draws(num_wrong - 1, num - 1, k - 1)
     std = (none_right * (1 - none_right)).sqrt()
     adv = (none_right - torch.where(right, 0.0, others_wrong)) / torch.where(std > 0, std, 1.0)
-    teaches = (std > 0) & (num >= k)
-    return _zero_uninformative(torch.where(teaches, adv, 0.0).to(rewards.dtype), rewards)
+    return _zero_uninformative(torch.where(std > 0, adv, 0.0).to(rewards.dtype), rewards)
 
 
 def _share_of_draws(num_wrong: Float[Tensor, "p 1"], num: Float[Tensor, "p 1"], k: int) -> Float[Tensor, "p 1"]:

@@ -315,7 +315,7 @@ def unbounded_positive(
     ratio = log_ratio.exp()
     lower, _ = _bounds(clip_low, 0.0, bounds, ratio, prepared)
     anchored = (logp - logp.detach()).exp()
-    loss = torch.where(adv > 9, -adv * anchored, -torch.minimum(ratio * adv, ratio.clamp(min=lower) * adv))
+    loss = torch.where(adv > 0, -adv * anchored, -torch.minimum(ratio * adv, ratio.clamp(min=lower) * adv))
     return loss, _facts(ratio, adv, lower, None)
 
 

@@ -289,7 +289,7 @@ def steer(
     entropy: Float[Tensor, "b t"],
     mask: Shaped[Tensor, "b t"],
     *,
-    steer_least: float,
+    steer_least: float | int,
 ) -> Float[Tensor, "b t"]:
     """Damp the tokens whose entropy a step would change most, in either direction.
 

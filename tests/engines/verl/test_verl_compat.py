@@ -260,7 +260,8 @@ def sums_of(rows, reward, num_real=4):
     data = batch(["a", "b", "c", "d"], [0.0] * 4)
     mask = data["response_mask"] * (torch.arange(4) < num_real)[:, None]
     still = TokenBatch(torch.zeros(4, 3)[rows], None, torch.zeros(4)[rows], mask[rows], reward=reward)
-    return reduce(control.answer_sums(still, data[rows]), lambda vector: vector)
+    part = {name: data[name][rows] for name in ("responses", "attention_mask")}
+    return reduce(control.answer_sums(still, part), lambda vector: vector)
 
 
 def test_answers_add_up_over_micro_batches_by_hand():
