@@ -319,6 +319,13 @@ def sequence(grids, plt):
     return figure, "\n\n".join(filter(None, parts))
 
 
+def by_cell(lines):
+    cells = {}
+    for line in lines:
+        cells.setdefault(line["cell"], []).append(line)
+    return cells
+
+
 def span(values):
     return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
 

@@ -163,5 +163,15 @@ def test_a_broken_token_is_outside_the_mask_of_a_penalty(name, field):
 @pytest.mark.parametrize("name", table("penalty"))
 def test_nothing_waits_for_the_device(name):
     x, rows = torch.ones(2, 3, device="meta"), torch.ones(2, 3, 5, device="meta")
-    args = {"kl_cov": (x, x, x, x), "lp_reg": (rows, x, x, x), "aent": (rows, x)}[name]
+    args = {"kl_cov": (x, x, x, x), "lp_reg": (rows, x, x, x), "aent": (rows, x)}.get(name, (rows, x))
     assert default("penalty", name)(*args).is_meta
+
+
+def test_tre_by_hand():
+    rows = torch.tensor([[[0.5, 0.25, 0.15, 0.1], [0.9, 0.05, 0.03, 0.02]]]).log()
+    # Mass 0.8: three tokens of the first row, 5/9, 5/18, 1/6, H = 0.9810 nats, log 4/log 3 = 1.2619; one of the second.
+    torch.testing.assert_close(default("penalty", "tre_p")(rows, torch.ones(1, 2), tre_mass=0.8),
+                               torch.tensor([[-1.23794, 0.0]]), rtol=0, atol=1e-4)  # fmt: skip
+    # Two tokens: 2/3, 1/3 and 18/19, 1/19; log 4/log 2 = 2.
+    torch.testing.assert_close(default("penalty", "tre_k")(rows, torch.ones(1, 2)),
+                               torch.tensor([[-2 * 0.636514, -2 * 0.206192]]), rtol=0, atol=1e-4)  # fmt: skip

@@ -39,6 +39,8 @@ CONSTANTS = {
     ("penalty", "kl_cov"): {"kl_share": 0.002},
     ("penalty", "lp_reg"): {"lp_share": 0.01, "lp_kappa": 0.02},
     ("penalty", "aent"): {"aent_drop": 0.3},
+    ("penalty", "tre_p"): {"tre_mass": 0.99},
+    ("penalty", "tre_k"): {"tre_keep": 2},
 }
 # Start, lowest, highest, smallest step, sign, and the value that does nothing.
 KNOBS = {
@@ -82,6 +84,8 @@ NUMBERS = {
     "high-entropy": {"clip_high": 0.28},
     "mai": {"clip_low": 0.6, "clip_high": 1.5, "knob_low": 1.5, "knob_high": 4.0},
     "stare": {"knob_start": 1.1, "every": 1},
+    "tre-p": {"penalty_coef": 0.001},
+    "tre-k": {"penalty_coef": 0.001},
     "aent": {"penalty_coef": 0.0002, "knob_high": 0.005, "every": 1},
 }
 

@@ -115,3 +115,60 @@ def aent(logp_rows: Float[Tensor, "b t v"], mask: Shaped[Tensor, "b t"], *, aent
     # A token that is never sampled, log π = −∞, adds 0 and not 0·∞.
     negative_entropy = (likeliest.exp() * likeliest.clamp(min=torch.finfo(likeliest.dtype).min)).sum(-1)
     return torch.where(mask.bool(), negative_entropy, torch.zeros_like(negative_entropy))
+
+
+def tre_p(logp_rows: Float[Tensor, "b t v"], mask: Shaped[Tensor, "b t"], *, tre_mass: float) -> Float[Tensor, "b t"]:
+    """Return the negative entropy of each row over its nucleus, scaled to the range of the whole vocabulary.
+
+    ``log v/log n · Σ_v π' log π'``, ``π' ∝ π`` on the n likeliest tokens that reach the mass ``tre_mass``; 0 if n is 1
+
+    Args:
+        logp_rows: [b t v] log-probabilities of the rows, with gradient, nats.
+        mask: [b t] non-zero where the token counts.
+        tre_mass: probability of the nucleus, in (0, 1); the token that reaches it is part of it.
+
+    Returns:
+        [b t] nats, <= 0.
+
+    TRE-P (arXiv:2602.03635), as its released code has it, without its limit of 256 tokens.
+
+    >>> tre_p(torch.tensor([[[0.4, 0.4, 0.1, 0.1]]]).log(), torch.ones(1, 1), tre_mass=0.7)  # log 4/log 2 · log 2
+    tensor([[-1.3863]])
+    """
+    sorted_rows = logp_rows.sort(-1, descending=True).values
+    p = sorted_rows.detach().exp()
+    return _scaled_entropy(sorted_rows, p.cumsum(-1) - p < tre_mass, mask)
+
+
+def tre_k(
+    logp_rows: Float[Tensor, "b t v"], mask: Shaped[Tensor, "b t"], *, tre_keep: float | int
+) -> Float[Tensor, "b t"]:
+    """Return the negative entropy of each row over its likeliest tokens, scaled to the range of the whole vocabulary.
+
+    ``log v/log k · Σ_v π' log π'``, ``π' ∝ π`` on the k = ``tre_keep`` likeliest tokens
+
+    Args:
+        logp_rows: [b t v] log-probabilities of the rows, with gradient, nats.
+        mask: [b t] non-zero where the token counts.
+        tre_keep: k, at least 2.
+
+    Returns:
+        [b t] nats, <= 0.
+
+    TRE-K (arXiv:2602.03635), as its released code has it: k = 2.
+
+    >>> tre_k(torch.tensor([[[0.4, 0.4, 0.1, 0.1]]]).log(), torch.ones(1, 1), tre_keep=2)
+    tensor([[-1.3863]])
+    """
+    sorted_rows = logp_rows.sort(-1, descending=True).values
+    kept = (torch.arange(sorted_rows.shape[-1], device=sorted_rows.device) < tre_keep).expand(sorted_rows.shape)
+    return _scaled_entropy(sorted_rows, kept, mask)
+
+
+def _scaled_entropy(rows: Float[Tensor, "b t v"], kept: Tensor, mask: Shaped[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+    """Negative entropy over the kept tokens of each row, times log v over the log of their number."""
+    local = rows.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    terms = torch.where(local.detach() > -torch.inf, local.exp() * local.clamp(min=torch.finfo(local.dtype).min), 0.0)
+    num_kept = kept.sum(-1)
+    scale = math.log(rows.shape[-1]) / num_kept.clamp(min=2).to(local.dtype).log()
+    return torch.where(mask.bool() & (num_kept > 1), scale * terms.sum(-1), torch.zeros_like(scale))

@@ -264,4 +264,15 @@ RECIPES: dict[str, Recipe] = {
         target="band:60%:90%",
         every=1,
     ),
+    **{
+        f"tre-{kind}": _on(
+            "grpo",
+            f"loss − 0.001·(log v/log n)·H over the {what}, token mean",
+            "TRE arXiv:2602.03635, released code; theirs is PPO with a critic, GRPO is [ours]",
+            penalty=f"tre_{kind}",
+            penalty_coef=1e-3,
+            reduction="token",
+        )
+        for kind, what in (("p", "nucleus of 99 %"), ("k", "two likeliest tokens"))
+    },
 }

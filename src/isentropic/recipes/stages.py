@@ -398,6 +398,18 @@ PENALTIES: dict[str, Component] = {
         reads={"logp_rows"},
         constants={"aent_drop": 0.3},
     ),
+    "tre_p": Penalty(
+        "−(log v/log n)·H over the n likeliest tokens that reach a mass",
+        "losses.penalties:tre_p",
+        reads={"logp_rows"},
+        constants={"tre_mass": 0.99},
+    ),
+    "tre_k": Penalty(
+        "−(log v/log k)·H over the k likeliest tokens",
+        "losses.penalties:tre_k",
+        reads={"logp_rows"},
+        constants={"tre_keep": 2},
+    ),
 }
 
 REDUCTIONS: dict[str, str] = {

@@ -152,7 +152,7 @@ ALL = [
     ("gspo", None), ("cispo", None), ("entropy-bonus", None), ("repo-r-loop", 0.05), ("repo-d-loop", 4.0),
     ("adapo", 0.5), ("isentropic", 0.5), ("entropic", -0.5), ("entrocraft", 1.0), ("dynamic-clip", 0.2), ("dcpo", None),
     ("ce-gppo", None), ("qae", None), ("erc", None), ("sapo", None), ("mai", 1.5), ("aent", 0.1),
-    ("pass-at-k", None), ("up", None),
+    ("pass-at-k", None), ("up", None), ("tre-p", None), ("tre-k", None),
     ("entropy-bonus-adaptive", 0.005), ("repo-r-rloo", 0.05), ("repo-r-grpo", 0.05), ("repo-r-dapo", 0.05),
     ("repo-r-gspo", 0.05), ("repo-d-rloo", 4.0), ("repo-d-grpo", 4.0), ("repo-d-dapo", 4.0), ("repo-d-gspo", 4.0),
 ]  # fmt: skip
