@@ -91,7 +91,7 @@ def pairs(lines, ours, theirs=BASELINE, task=None, place=-1):
     mine, other = ({x["seed"]: x for x in lines if x["cell"] == name} for name in (ours, theirs))
     for seed in sorted(mine.keys() & other.keys()):
         a, b = evaluated(mine[seed], task)[place], evaluated(other[seed], task)[place]
-        floor = b["best_pass@1"] - MARGIN
+        floor = max(0.0, b["best_pass@1"] - MARGIN)
         found[seed] = scores(a, floor), scores(b, floor)
     return found
 

@@ -1,30 +1,24 @@
-"""The picture in the README: the first screen of a real run's report, in a real browser.
+"""The picture in the README: the head of the page that `make demo` writes, in a real browser.
 
-The run is one of `isentropic train` with its defaults; if it is there already, only its report and the picture are made
-again. Needs Debian's chromium and the extra `dev`.
+The page compares a run of the default with plain GRPO on two tasks, one after the other; if it is there already, only
+the picture is made again. Needs Debian's chromium and the extra `dev`.
 
-    python bench/picture.py [--run DIR] [--out docs/results/report.png]
+    python bench/picture.py [--page FILE] [--out docs/results/demo.png]
 """
 
 import argparse
 import io
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from results import ONE_THREAD, RESULTS, ROOT
+from results import RESULTS, ROOT
 
-WIDTH, HEIGHT = 1200, 1210
+WIDTH, HEIGHT = 1200, 720
 COLOURS = 256
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync""".split()
-
-
-def isentropic(*argv):
-    command = [sys.executable, "-m", "isentropic.cli", *map(str, argv)]
-    subprocess.run(command, check=True, env={**os.environ, **ONE_THREAD})
 
 
 def photograph(page, out):
@@ -45,13 +39,12 @@ def photograph(page, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=ROOT / "runs" / "picture")
-    parser.add_argument("--out", type=Path, default=RESULTS / "report.png")
+    parser.add_argument("--page", type=Path, default=ROOT / "runs" / "demo" / "report.html")
+    parser.add_argument("--out", type=Path, default=RESULTS / "demo.png")
     options = parser.parse_args()
-    if not (options.run / "summary.json").exists():
-        isentropic("train", "--out", options.run)
-    isentropic("report", options.run)
-    photograph(options.run / "report.html", options.out)
+    if not options.page.exists():
+        subprocess.run(["make", "demo"], cwd=ROOT, check=True)
+    photograph(options.page, options.out)
     print(f"{options.out}: {options.out.stat().st_size / 1000:.0f} kB")
 
 

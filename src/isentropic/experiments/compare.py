@@ -164,7 +164,7 @@ def compare(lines: Sequence[dict[str, Any]], baseline: str | None = None) -> Com
 def _floors(lines: Sequence[dict[str, Any]], baseline: str | None) -> dict[str, float]:
     """By task, the baseline's mean best pass@1 less the margin."""
     by_task = {} if baseline is None else _values(lines, baseline, "best_pass@1", "")
-    return {task: float(np.mean(values)) - _MARGIN for task, values in by_task.items()}
+    return {task: max(0.0, float(np.mean(values)) - _MARGIN) for task, values in by_task.items()}
 
 
 def _at_equal_accuracy(line: dict[str, Any], floors: dict[str, float]) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _read_summary(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}; leave this run out") from None
     if not isinstance(summary, dict):
         raise ValueError(f"{path} holds no object; leave this run out")
-    kinds = {"start": dict, "end": dict, "best": dict, "before": dict, "stopped": str}
+    kinds = {"start": dict, "end": dict, "best": dict, "before": dict, "stopped": str, "task": str}
     return {k: v for k, v in summary.items() if (isinstance(v, kinds[k]) if k in kinds else is_number(v))}
 
 

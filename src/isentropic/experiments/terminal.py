@@ -137,7 +137,7 @@ def _moments(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
             shown.insert(1, ("switch", scored[i + 1]))
         tasks.append((_cut(name), shown))
     last = [(moment, summary.get(moment) or {}) for moment in ("start", "end")]
-    tasks.append(("last task" if before else "", last))
+    tasks.append((_cut(summary.get("task") or "last task") if before else "", last))
     tasks = tasks if len(tasks) <= _MOST_TASKS else [tasks[0], *tasks[-2:]]
     return [
         (name if i == 0 else "", moment, scores)

@@ -30,8 +30,8 @@ def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float
         (over the settled steps, nats per token), ``entropy/rms_error`` and ``knob/saturated`` (shares of 1),
         ``reward/start``, ``reward/end``; None for a figure that the rows do not hold. With evaluations also ``start``
         and ``end``: the step and the scores on the last task, see :func:`scores`; ``best``, if it was evaluated along
-        the run, see :func:`isentropic.runs.frontier.best_step`; and, after a sequence of tasks, ``before``: the scores
-        of every evaluation of the tasks before the last, by name.
+        the run, see :func:`isentropic.runs.frontier.best_step`; and, after a sequence of tasks, ``task``, the last
+        one's name, and ``before``: the scores of every evaluation of the tasks before it, by name.
 
     Example:
         >>> steps = range(1, 41)
@@ -80,6 +80,7 @@ def _evaluated(evaluations: Sequence[Row]) -> dict[str, Any]:
     *others, final = ([scores(row) for row in rows] for rows in by_task.values())
     last = [row for row in list(by_task.values())[-1] if row.get("step")]
     ends = dict(zip(("start", "end"), [final[0], final[-1]] if len(final) > 1 else final, strict=False))
+    ends |= {"task": list(by_task)[-1]} if others else {}
     best = best_step(last) if len(last) > 1 and all(counted(row) for row in last) else None
     # Of tasks before the last: at the start, at every switch, at the end.
     before = {"before": dict(zip(by_task, others, strict=False))} if others else {}

@@ -236,9 +236,9 @@ def test_a_term_weighs_the_same_under_gradient_accumulation(tmp_path, recipe):
 
 
 def test_the_controller_acts_once_a_generated_batch_and_the_knob_waits_for_the_start(tmp_path):
-    trainer = trained(tmp_path, 12, recipe="loop", knob="zeta", controller="sign_step:step=0.001", target="4.5")
+    trainer = trained(tmp_path, 12, recipe="repo-r-loop", controller="sign_step:step=0.001", target="4.5")
     values = [row["knob/value"] for row in trainer.record.rows("metrics")]
-    assert values == pytest.approx([0.0] * 4 + [0.001] * 4 + [0.002] * 4)
+    assert values == pytest.approx([0.001] * 4 + [0.002] * 4 + [0.003] * 4)
     initial = trained(tmp_path / "b", 12, recipe="repo-r-loop", recipe_options={"initial_readings": 5})
     rows = initial.record.rows("metrics")
     assert [row["entropy/target"] for row in rows[:4]] == [None] * 4
