@@ -95,10 +95,19 @@ class Run:
 
 
 def planned_steps(header: dict[str, Any]) -> int:
-    """Optimizer steps that a run.json announces; 0 if it does not say."""
+    """Optimizer steps that a run.json announces, on all its tasks; 0 if it does not say.
+
+    Example:
+        >>> planned_steps({"config": {"steps": 480, "then": ["b", "c"], "then_steps": 400}})
+        1280
+    """
     config = header.get("config")
-    steps = config.get("steps") if isinstance(config, dict) else None
-    return steps if is_number(steps) and isinstance(steps, int) else 0
+    settings: dict[str, Any] = config if isinstance(config, dict) else {}
+    first, later, then = (settings.get(key) for key in ("steps", "then_steps", "then"))
+    if not isinstance(first, int) or isinstance(first, bool):
+        return 0
+    later = later if isinstance(later, int) and not isinstance(later, bool) else first
+    return first + later * (len(then) if isinstance(then, list) else 0)
 
 
 def read(paths: Iterable[str | Path]) -> list[Run]:

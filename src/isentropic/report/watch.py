@@ -225,7 +225,9 @@ def frame(now: Snapshot, width: int) -> Any:
     width = max(width, _MIN_WIDTH)
     config = now.header.get("config")
     config = config if isinstance(config, dict) else {}
-    name = f"{config.get('recipe', 'run')} on {now.header.get('task', 'a task')}, seed {now.header.get('seed')}"
+    # The rows of a sequence name the task that is trained on.
+    task = (now.rows[-1].get("task") if now.rows else None) or now.header.get("task", "a task")
+    name = f"{config.get('recipe', 'run')} on {task}, seed {now.header.get('seed')}"
     lines: list[Any] = [_progress(now, width - 4)]
     lines += _entropy(now, width - 4)
     for label, metric in (("reward", "reward/mean"), ("knob", "knob/value")):
