@@ -21,7 +21,7 @@ os.environ |= ONE_THREAD
 GRIDS = ROOT / "bench" / "grids"
 EXPERIMENTS = {
     "pays": ["pays-base", "pays-hard", "pays-sequence", "pays-long"],
-    "which": ["which-hard", "which-sequence", "rates"],
+    "which": ["choice-long", "which-hard", "which-sequence", "rates"],
     "target": ["choice", "choice-sequence"],
     "sequence": ["pays-sequence", "pays-alone", "which-sequence"],
     "smollm2": ["smollm2"],
@@ -227,23 +227,30 @@ def at_one(sections):
 
 
 def which(grids, plt):
-    """Every method on a hard task and on the second task of a sequence, as differences to GRPO."""
-    hard, sequence, rates = (grid.lines() for grid in grids)
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    parts = []
-    for axis, (title, lines) in zip(axes, (("a hard task", hard), ("the second task", sequence)), strict=True):
+    """Every method on hard tasks and on the second task of a sequence, as differences to GRPO at the same seeds."""
+    finalists, hard, after, rates = (grid.lines() for grid in grids)
+    sections = [
+        (task, [x for x in finalists if x["task"] == task]) for task in dict.fromkeys(x["task"] for x in finalists)
+    ]
+    sections += [("expr:need=last,product", hard), ("reversal: second task", after)]
+    sections = [(title, lines) for title, lines in sections if len({x["cell"] for x in lines}) > 1]
+    figure, axes = plt.subplots(1, max(len(sections), 1), figsize=(3 * max(len(sections), 1), 3.2), squeeze=False)
+    parts, colours = [], {}
+    for axis, (title, lines) in zip(axes[0], sections, strict=False):
         body = []
-        for colour, cell in zip(COLOURS, dict.fromkeys(x["cell"] for x in lines), strict=False):
+        for cell in dict.fromkeys(x["cell"] for x in lines):
+            colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
             curve(axis, lines, cell, colour, label=cell)
-            found = pairs(lines, cell)
-            if found:
+            if cell != BASELINE and (found := pairs(lines, cell)):
                 body.append([cell, str(len(found)), *(written(claim(found, f), f) for f in NAMES)])
-        axis.set(title=title, xlabel="pass@1", ylabel="distinct right answers of 16", ylim=(0, None))
-        head = [title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)]
-        parts.append(table(head, body))
-    axes[1].legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    body = [[x["cell"], f"{x['figures']['reward/end']:.3f}", f"{x['figures']['greedy']:.3f}"] for x in rates]
-    return figure, "\n\n".join([*parts, table(["learning rate", "reward, end", "greedy"], body)] if body else parts)
+        axis.set(title=title, xlabel="pass@1", ylim=(0, None))
+        axis.legend(frameon=False, fontsize=6)
+        parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body))
+    axes[0][0].set_ylabel("distinct right answers of 16")
+    if rates:
+        body = [[x["cell"], f"{x['figures']['reward/end']:.3f}", f"{x['figures']['greedy']:.3f}"] for x in rates]
+        parts.append(table(["learning rate", "reward, end", "greedy"], body))
+    return figure, "\n\n".join(parts)
 
 
 def target(grids, plt):
