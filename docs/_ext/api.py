@@ -75,7 +75,9 @@ PAGES = {
         *(f"engines.trl.{name}" for name in ("trainer", "callbacks", "audit", "rollout", "settings", "sequence")),
         "engines.tabular",
     ],
-    "experiments": [f"experiments.{name}" for name in ("config", "train", "evaluate", "compare", "lines", "grid", "origin")],
+    "experiments": [
+        f"experiments.{name}" for name in ("config", "train", "evaluate", "compare", "lines", "grid", "origin")
+    ],
     "report": ["report", "report.watch"],
     "cli": ["cli.main"],
 }

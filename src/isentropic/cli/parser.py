@@ -62,8 +62,9 @@ def add_settings(parser: Parser, leave_out: tuple[str, ...] = ()) -> None:
         kind = next(k for k in (*get_args(hints[setting.name]), hints[setting.name]) if k is not type(None))
         choices = f": {', '.join(setting.metadata['choices'])}" if setting.metadata["choices"] else ""
         several = get_origin(hints[setting.name]) is list
-        shown = setting.default_factory() if callable(setting.default_factory) else setting.default
-        default = "" if shown in (None, []) else f" [{', '.join(map(str, shown)) if several else shown}]"
+        value: Any = setting.default_factory() if callable(setting.default_factory) else setting.default
+        shown = ", ".join(map(str, value)) if several else value
+        default = "" if shown in (None, "") else f" [{shown}]"
         groups[setting.metadata["group"]].add_argument(
             f"--{setting.name.replace('_', '-')}",
             action="append" if several else "store",
