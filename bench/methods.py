@@ -97,20 +97,13 @@ def pairs(lines, ours, theirs=BASELINE, task=None, place=-1):
 
 
 class Claim(NamedTuple):
-    """A difference of two cells: means, mean difference over seeds, its interval, and who is better."""
+    """A difference of two cells: means, mean difference over seeds, and its interval."""
 
     ours: float
     theirs: float
     difference: float
     interval: tuple | None
     num: int
-
-    @property
-    def verdict(self):
-        if self.interval is None:
-            return "too few seeds"
-        low, high = self.interval
-        return "better" if low > 0 else "worse" if high < 0 else "no difference found"
 
 
 def claim(found, figure):
@@ -121,8 +114,6 @@ def claim(found, figure):
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     bound = 16.0 if "distinct" in figure else 1.0
     interval = mean_interval(differences, bounds=(-bound, bound)) if len(found) > 2 else None
-    if interval is None and len(found) > 2:  # the same difference at every seed
-        interval = (differences[0], differences[0])
     return Claim(mean(ours), mean(theirs), mean(differences), interval, len(found))
 
 
@@ -141,7 +132,7 @@ def written(one, figure):
     digits = 2 if "distinct" in figure else 3
     text = f"{one.ours:.{digits}f} / {one.theirs:.{digits}f}"
     if one.interval is None:
-        return text
+        return text if one.num < 3 else f"{text}<br>{one.difference:+.{digits}f} at every seed"
     low, high = one.interval
     difference = f"{one.difference:+.{digits}f} ({low:+.{digits}f}..{high:+.{digits}f})"
     return f"{text}<br>**{difference}**" if low > 0 or high < 0 else f"{text}<br>{difference}"
@@ -313,7 +304,7 @@ def sequence(grids, plt):
     both = [{**x, "cell": f"{x['cell']} alone"} for x in alone] + after
     sections = [("second task", both, None, -1)]
     parts = [comparison(sections, DEFAULT), comparison(sections, DEFAULT, f"{BASELINE} alone")]
-    parts += [comparison(sections, BASELINE, f"{BASELINE} alone")]
+    parts += [comparison(sections, name, f"{name} alone") for name in (DEFAULT, BASELINE)]
     body = []
     for cell in dict.fromkeys(x["cell"] for x in [*after, *others]):
         runs = [evaluated(x)[-1] for x in {x["seed"]: x for x in [*after, *others] if x["cell"] == cell}.values()]
