@@ -70,7 +70,7 @@ def replayed(recipe, read, steps=None):
     for row in read:
         assert row["knob/value"] == state.value
         tokens = row["entropy/tokens"]
-        reading = EntropyReading(row["entropy/mean"] * tokens, tokens)
+        reading = EntropyReading(row["entropy/mean"] * tokens, tokens, rate=row["learning_rate"])
         state = thermostat.update(state, reading, act=row["step"] % UPDATES == 0)
     return to_json(state)
 
@@ -119,7 +119,7 @@ def test_the_reading_is_the_entropy_that_verl_sees(held):
 
 def test_a_falling_target_goes_over_the_steps_that_verls_trainer_plans(held):
     start = rows(held)[0]["entropy/mean"]
-    wanted = [(0.8 - 0.4 * step / 6) * start for step in range(6)]
+    wanted = [(0.8 - 0.4 * step / 5) * start for step in range(6)]
     assert [row["entropy/target"] for row in rows(held)] == pytest.approx(wanted)
 
 
