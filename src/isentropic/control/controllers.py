@@ -396,12 +396,12 @@ def predictive(knob: Range, delay: float | None = None) -> Controller:
     the wrong sign, or 0), it drifts to the bound that its ``sign`` names. All constants are relative to the target.
 
     **Delay.** A filter for each delay of 0, 2, 4, 8 and 16 steps says where entropy will be when the knob begins to
-    act; the knob is the mean of their answers, weighted by how well each foresaw the readings. ``delay`` leaves one.
+    act; the knob is the mean of their answers, weighted by how well each predicted the readings. ``delay`` leaves one.
 
     **Learning rate.** If readings carry it, a step at the share ρ of the largest rate so far counts as ρ steps. A
     decaying rate so stretches the horizon, and the knob is not turned up to make good what it can no longer move.
 
-    A forecast is optional. An update without one keeps the means p₀ and g of those before it, and the filters go on.
+    A forecast is optional. An update without one keeps the means p₀ and g of those before it, and the filters continue.
     Before the first one, or if none ever comes, p₀ = 0 and g is a guess, ``g = sign · 0.01 · H* / (high − low)``: the
     whole range of the knob moves entropy by a hundredth of its target in a step. The filters then learn from readings
     alone how far from this guess the knob is. The first forecast restarts them on the scale of the predictions.

@@ -105,8 +105,8 @@ class Grid:
             words = "; ".join(f"{num} {word}" for word, num in stale.items())
             raise ConfigError(
                 f"{self.results}: {sum(stale.values())} of {len(self.cells)} runs have a line that new runs may not "
-                f"stand beside: {words}; name another results file, delete those lines, or tabulate them as they are "
-                "by --only-table"
+                f"be compared with: {words}; name another results file, delete those lines, or tabulate them "
+                "as they are by --only-table"
             )
 
     def missing(self) -> list[Cell]:

@@ -170,7 +170,7 @@ def train_recipe(worker, name, rank, world):
     actor = {"strategy": "fsdp2", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 4, "loss_agg_mode": mode}
     worker.set_loss_fn(partial(ppo_loss, config=ActorConfig(**actor, policy_loss=PolicyLoss(recipe=name))))
     before = [p.detach().clone() for p in worker.engine.module.parameters()]
-    metrics = train(worker, 0, rank, world)
+    metrics = train(worker, 0, rank, world, groups=True)
     after = list(worker.engine.module.parameters())
     moved = sum((a - b).full_tensor().abs().sum().item() for a, b in zip(after, before, strict=True))
     return {"moved": moved, **{k: metrics[k] for k in ("entropy/mean", "clip/high_frac", "loss", "grad_norm")}}
