@@ -154,7 +154,7 @@ def test_temperatures_of_evaluations(tmp_path):
         ({"then_steps": 4}, "then_steps: got 4 without a second task"),
         ({"then": ["expr-digit"], "then_steps": 0}, "then-steps: got 0, must be at least 1"),
         ({"then": ["exprdigit"]}, "then: .*did you mean expr-digit"),
-        ({"then": ["reversal"]}, "then: task must be one of"),
+        ({"then": ["reversal"]}, "then: task .reversal. is a sequence"),
         ({"then": 3}, "then: got 3, must be str"),
         ({"then": ["expr-digit", None]}, "then: got None, must be str"),
         ({"task": ["expr"]}, r"task: got \['expr'\], must be str"),

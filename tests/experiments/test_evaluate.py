@@ -310,6 +310,17 @@ def test_progress_says_how_long_it_takes():
     progress.started -= 10
     progress(5, 10, 100)
     assert said[0].startswith("m: 5/10 completions, 10 tokens/s, eta 0:1")
+    progress(10, 10, 200)
+    assert said[1].startswith("m: 10/10 completions")
+
+
+def test_progress_says_nothing_of_what_is_over_in_a_moment():
+    said = []
+    progress = Progress("m", said.append)
+    progress(5, 10, 100)
+    progress(10, 10, 200)
+    assert not said
+    assert progress.speed > 0
 
 
 def test_micro_batches_add_up_to_the_same_run(tmp_path):

@@ -100,6 +100,21 @@ def test_the_digest_of_a_model_is_that_of_its_weights(tmp_path):
     assert model_digest(str(tmp_path / "elsewhere")) != found
 
 
+def test_of_a_large_file_size_and_spread_blocks_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "WHOLE", 100)
+    monkeypatch.setattr(module, "BLOCK", 4)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * 4)
+    read = module.content(path)
+    assert len(read) == len(b"1024") + module.BLOCKS * 4
+    assert read.startswith(b"1024" + bytes(range(4)))
+    assert read.endswith(bytes(range(252, 256)))
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    assert module.content(path) != read
+    path.write_bytes(b"few")
+    assert module.content(path) == b"few"
+
+
 def test_a_model_that_is_elsewhere_has_its_name():
     assert model_digest("org/model") == model_digest("org/model") != model_digest("org/other")
 

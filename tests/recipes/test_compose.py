@@ -312,3 +312,10 @@ def test_recipe_names_need_no_torch():
 def test_a_penalty_that_is_switched_off_may_still_be_a_knob():
     assert knob_range(compose("lp-reg", knob="penalty_coef", penalty_coef=0.0))[:3] == (0.0, 0.0, 1.0)
     assert knob_range(compose("lp-reg", knob="penalty_coef", penalty_coef=0.5))[:3] == (0.5, 0.0, 2.0)
+
+
+def test_pass_at_k_needs_more_samples_than_k():
+    assert check(RECIPES["pass-at-k"], 4, 5) == check(RECIPES["pass-at-k"])
+    for samples in (2, 4):
+        with pytest.raises(ValueError, match=f"pass_k must be below the samples a prompt, got 4 with {samples}"):
+            check(RECIPES["pass-at-k"], 4, samples)

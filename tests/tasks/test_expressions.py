@@ -445,3 +445,10 @@ def test_a_description_says_what_is_asked():
     assert "3 digits" in text
     assert "give or take 2" in text
     assert "the prompt's digit is the last operand; odd digits alone" in text
+
+
+@pytest.mark.parametrize("rate", ["null", "true", "[0.1]", "nan", ".", "0"])
+def test_a_rate_that_is_given_is_never_left_out(rate):
+    with pytest.raises(ValueError, match=r"must be a share from 0\.002 to 0\.5"):
+        load_task(f"expr:rate={rate}")
+    assert load_task("expr:rate=2e-2").name == load_task("expr:rate=0.02").name != "expr"

@@ -75,3 +75,10 @@ def test_a_named_sequence_is_of_tasks_that_can_follow_one_another(name):
     assert tasks[0].verify("9*8-3+4", 73, 5)
     assert tasks[1].verify("9*8-3-4", 65, 5)
     assert not tasks[1].verify("9*8-3+4", 73, 5)
+
+
+def test_the_name_of_a_sequence_is_suggested_and_is_no_task():
+    with pytest.raises(ValueError, match=r"is a sequence.* name one of its tasks: expr, expr:need=no-plus"):
+        load_task("reversal")
+    with pytest.raises(ValueError, match=r"got 'reversl' \(did you mean reversal\?\)"):
+        load_task("reversl")

@@ -309,7 +309,7 @@ def _check(config: RunConfig, path: str | None, has_updates: bool) -> RunConfig:
         recipe = recipe_of(config)
         if recipe.on_policy and not has_updates:
             config = replace(config, updates=_ON_POLICY_UPDATES)
-        check(recipe, config.updates)
+        check(recipe, config.updates, config.generations)
     if not 0 < config.learning_rate < float("inf"):
         raise ConfigError(f"{where}learning_rate: got {config.learning_rate}, must be > 0 and finite")
     if not 0 < config.temperature < float("inf"):

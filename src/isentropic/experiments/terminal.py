@@ -66,7 +66,7 @@ class Progress:
         now = time.monotonic()
         seconds = max(now - self.started, 1e-9)
         self.speed = round(tokens / seconds, 1)
-        if now - self.last < self.every and done < num:
+        if now - self.last < self.every and (done < num or self.last == self.started):
             return
         self.last = now
         left = math.ceil(seconds / done * (num - done))

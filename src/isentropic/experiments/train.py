@@ -35,6 +35,7 @@ from .config import RunConfig, as_dict, config_errors, recipe_of, total_steps
 from .devices import check_device
 from .evaluate import check_prompts, evaluate
 from .origin import origin
+from .terminal import Progress
 from .trainer import build_trainer
 
 
@@ -182,6 +183,7 @@ class _Evaluation:
                 others=config.eval_temperatures,
                 seed=config.seed,
                 max_tokens=config.max_completion_length,
+                progress=Progress(f"evaluation on {task.name}", self.say),
             )
 
 

@@ -142,12 +142,13 @@ def _with_knob_named(recipe: Recipe, knob: str, changes: dict[str, Any]) -> Reci
     return replace(recipe, knob=knob, **{key: value for key, value in blank.items() if key not in changes})
 
 
-def check(recipe: Recipe, updates: int | None = None) -> Recipe:
+def check(recipe: Recipe, updates: int | None = None, samples: int | None = None) -> Recipe:
     """Refuse a composition that cannot work.
 
     Args:
         recipe: what to check.
         updates: optimizer steps per generated batch, if known.
+        samples: samples a prompt, if known.
 
     Raises:
         ValueError: what is wrong, what is allowed, the remedy.
@@ -156,6 +157,12 @@ def check(recipe: Recipe, updates: int | None = None) -> Recipe:
     choose("reduction", recipe.reduction, REDUCTIONS)
     _check_clip(recipe)
     _check_constants(recipe)
+    k = recipe.constants_of("baseline").get("pass_k")
+    if k is not None and samples is not None and k >= samples:
+        raise ValueError(
+            f"pass_k must be below the samples a prompt, got {k:g} with {samples}: every draw would be the whole "
+            "group, and no advantage would differ from 0; draw more samples, or lower pass_k by recipe_options"
+        )
     if recipe.on_policy and updates is not None and updates != 1:
         raise ValueError(
             f"this recipe is strictly on-policy: one optimizer step a generated batch, got {updates}; "

@@ -210,11 +210,18 @@ def load_task(name: str) -> Task:
         module_name, _, attribute = KINDS[kind].loader.partition(":")
         return getattr(importlib.import_module(module_name), attribute)(rest, name)
     if name not in TASKS and not colon:
+        from .sequence import SEQUENCES
+
+        if name in SEQUENCES:
+            raise ValueError(
+                f"task {name!r} is a sequence, which has no prompts of its own; name one of its tasks: "
+                f"{', '.join(SEQUENCES[name].tasks)}"
+            )
         known = list(dict.fromkeys([*TASKS, *KINDS]))
         raise ValueError(
             f"task must be one of {', '.join(known)}, or 'package.module:attribute', got {short(name)!r}"
-            f"{suggest(name, known)}; name a Task of your own, for example 'my_tasks.py:spelling', or see "
-            "`isentropic tasks`"
+            f"{suggest(name, [*known, *SEQUENCES])}; name a Task of your own, for example 'my_tasks.py:spelling', or "
+            "see `isentropic tasks`"
         )
     module_name, _, attribute = TASKS.get(name, name).rpartition(":")
     module = _module(name, module_name)

@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
-from math import log
+from math import log, nan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -349,10 +349,10 @@ def load(rest: str, name: str) -> Task:
         ('expr:need=last,product', 'Write an expression of 3 digits 1-9 with + - * that has the given value, with: odd \
 digits alone.')
     """
-    values = options_of(name, rest, {"need": "", "within": 0, "operands": 4, "rate": None})
+    values = options_of(name, rest, {"need": "", "within": 0, "operands": 4, "rate": ""})
     rate = values.pop("rate")
     try:
-        if rate is not None:
+        if rate:
             if values["need"] or values["within"] or values["operands"] != 4:
                 raise ValueError("rate chooses need and within for 4 operands; leave them out, or leave rate out")
             rung = nearest_rung(rate)
@@ -372,12 +372,16 @@ def nearest_rung(rate: Any) -> Rung:
         >>> nearest_rung(0.02).need
         ('last', 'different')
     """
-    if isinstance(rate, bool) or not isinstance(rate, int | float) or not HARDEST <= rate <= EASIEST:
+    try:
+        share = float(rate)
+    except ValueError:
+        share = nan
+    if not HARDEST <= share <= EASIEST:
         raise ValueError(
-            f"rate: got {rate!r}, must be a share from {HARDEST} to {EASIEST} of right answers before training; "
+            f"rate: got {rate}, must be a share from {HARDEST} to {EASIEST} of right answers before training; "
             "`isentropic tasks` lists the rates there are"
         )
-    return min(RUNGS, key=lambda rung: abs(log(rung.rate / rate)))
+    return min(RUNGS, key=lambda rung: abs(log(rung.rate / share)))
 
 
 expr = expressions()

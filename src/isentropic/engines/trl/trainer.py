@@ -89,7 +89,8 @@ class EntropyControlConfig:
         check_explain(self.explain_every, self.head)
         adopt(self, owned)
         super().__post_init__()  # type: ignore[misc]
-        check(self.entropy_recipe, updates_per_batch(self))
+        args: Any = self
+        check(self.entropy_recipe, updates_per_batch(args), args.num_generations)
         round_save_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
