@@ -170,6 +170,14 @@ VARIED = {"1": ([2, 2, 1, 1], [2, 2, 1, 1]), "0.5": ([2, 2, 2, 1], [1, 1, 1, 1])
 WRONG = {"1": ([0, 0, 0, 0], [0, 0, 0, 0]), "0.5": ([1, 1, 0, 0], [1, 1, 0, 0])}
 
 
+def test_a_baseline_that_learned_nothing_asks_for_no_accuracy():
+    wrong = {"1": ([0, 0, 0, 0], [0, 0, 0, 0]), "0.5": ([0, 0, 0, 0], [0, 0, 0, 0])}
+    lines = [evaluated("base", 0, wrong, [0, 0, 0, 0]), evaluated("other", 0, WARM, [1, 1, 1, 0])]
+    comparison = compare(lines, "base")
+    assert comparison.floors == {"expr": 0.0}
+    assert comparison.cells["base"]["distinct/equal"].mean == 0.0
+
+
 def test_distinct_answers_are_compared_at_equal_accuracy():
     lines = [evaluated("base", 0, WARM, [1, 1, 1, 0]), evaluated("varied", 0, VARIED, [1, 1, 1, 0])]
     lines.append(evaluated("wrong", 0, WRONG, [0, 0, 0, 0]))

@@ -16,6 +16,7 @@ from isentropic.engines import tabular
 from isentropic.experiments import origin as module
 from isentropic.experiments.config import as_dict, load
 from isentropic.experiments.origin import KEYS, NUMBERS, differs, digest, model_digest, origin, task_digest
+from isentropic.runs import checkpoints
 
 RECORDED = Path(__file__).parent / "numbers.json"
 # Between them every stage, a knob of each kind, and the controllers that are used most.
@@ -100,19 +101,15 @@ def test_the_digest_of_a_model_is_that_of_its_weights(tmp_path):
     assert model_digest(str(tmp_path / "elsewhere")) != found
 
 
-def test_of_a_large_file_size_and_spread_blocks_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "WHOLE", 100)
-    monkeypatch.setattr(module, "BLOCK", 4)
-    path = tmp_path / "weights"
-    path.write_bytes(bytes(range(256)) * 4)
-    read = module.content(path)
-    assert len(read) == len(b"1024") + module.BLOCKS * 4
-    assert read.startswith(b"1024" + bytes(range(4)))
-    assert read.endswith(bytes(range(252, 256)))
-    path.write_bytes(b"x" + path.read_bytes()[1:])
-    assert module.content(path) != read
-    path.write_bytes(b"few")
-    assert module.content(path) == b"few"
+def test_of_large_weights_blocks_are_read(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    path, content = tmp_path / "model.safetensors", bytes(range(256)) * 4
+    path.write_bytes(content)
+    whole = model_digest(str(tmp_path))
+    monkeypatch.setattr(checkpoints, "_BLOCK", 4)
+    monkeypatch.setattr(checkpoints, "_BLOCKS", 3)
+    sampled = model_digest(str(tmp_path))
+    assert sampled == digest([content[:4] + content[510:514] + content[-4:]]) != whole
 
 
 def test_a_model_that_is_elsewhere_has_its_name():

@@ -81,6 +81,14 @@ def test_rotation_keeps_the_last_whole_ones(tmp_path):
     assert [step for step, _ in run.checkpoints()] == [32]
 
 
+def test_the_best_one_is_spared(tmp_path):
+    run = Record(tmp_path)
+    for step in (8, 16, 24, 32):
+        save(tmp_path, step)
+    rotate(run, 1, spare=16)
+    assert [step for step, _ in run.checkpoints()] == [16, 32]
+
+
 def test_no_whole_one_is_deleted_while_too_few_are_whole(tmp_path):
     folder = save(tmp_path, 8)
     (folder / "config.json").write_text("")

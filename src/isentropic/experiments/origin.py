@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models import resolve_model
+from ..runs.checkpoints import blocks
 from ..tasks import load_task
 
 # Increment it with a change by which a run of the same settings, warm start and seed gives other numbers. The test of
@@ -20,7 +21,6 @@ from ..tasks import load_task
 NUMBERS = 1
 
 KEYS = ("numbers", "model", "tasks")
-WHOLE, BLOCKS, BLOCK = 2**28, 64, 2**20  # bytes of a file that is read whole; blocks of a larger one, and their bytes
 
 
 def digest(parts: Iterable[bytes]) -> str:
@@ -31,24 +31,11 @@ def digest(parts: Iterable[bytes]) -> str:
     return sha.hexdigest()[:12]
 
 
-def content(path: Path) -> bytes:
-    """A file's bytes; of a large one its size, and blocks spread evenly over it: many gigabytes would take minutes."""
-    size = path.stat().st_size
-    if size <= WHOLE:
-        return path.read_bytes()
-    with path.open("rb") as file:
-        parts = [str(size).encode()]
-        for i in range(BLOCKS):
-            file.seek(i * (size - BLOCK) // (BLOCKS - 1))
-            parts.append(file.read(BLOCK))
-    return b"".join(parts)
-
-
 def model_digest(model: str) -> str:
     """The digest of the weights that a model name resolves to; of the name alone if they are not on this machine."""
     folder = Path(resolve_model(model))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    return digest(content(path) for path in files) if files else digest([model.encode()])
+    return digest(b"".join(blocks(path)) for path in files) if files else digest([model.encode()])
 
 
 def task_digest(name: str) -> str:

@@ -14,6 +14,7 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,8 +61,27 @@ def _own_files(folder: Path) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
+def blocks(path: Path) -> Iterator[bytes]:
+    """A file's bytes, block by block; of one above 64 MiB 64 blocks of 1 MiB, spread evenly over it.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "a"
+        >>> _ = path.write_bytes(b"123456789")
+        >>> b"".join(blocks(path))
+        b'123456789'
+    """
+    size = path.stat().st_size
+    is_large = size > _BLOCK * _BLOCKS
+    with path.open("rb", buffering=0) as file:
+        for i in range(_BLOCKS if is_large else -(-size // _BLOCK)):
+            if is_large:
+                file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+            yield file.read(_BLOCK)
+
+
 def digest(path: Path) -> int:
-    """The CRC-32 of a file: of all of it up to 64 MiB, of 64 blocks of 1 MiB if it is larger.
+    """The CRC-32 of a file, or of the blocks of a large one.
 
     Example:
         >>> import tempfile
@@ -70,13 +90,7 @@ def digest(path: Path) -> int:
         >>> hex(digest(path))
         '0xcbf43926'
     """
-    value, size = 0, path.stat().st_size
-    with path.open("rb", buffering=0) as file:
-        for i in range(_BLOCKS if size > _BLOCK * _BLOCKS else -(-size // _BLOCK)):
-            if size > _BLOCK * _BLOCKS:
-                file.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
-            value = zlib.crc32(file.read(_BLOCK), value)
-    return value
+    return reduce(lambda value, block: zlib.crc32(block, value), blocks(path), 0)
 
 
 def damage(folder: Path, digests: bool = True) -> str | None:
