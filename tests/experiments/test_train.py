@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,6 +16,7 @@ from isentropic.experiments.evaluate import evaluate
 from isentropic.experiments.origin import origin
 from isentropic.experiments.terminal import closing_table
 from isentropic.experiments.train import train
+from isentropic.experiments.trainer import Checkpoints
 from isentropic.runs.frontier import best_step
 from isentropic.runs.record import Record
 
@@ -151,6 +153,20 @@ def test_a_resumed_run_repeats_no_evaluation(along, tmp_path, monkeypatch):
         assert len(evaluated) == {4: 2, 8: 1}[kept]
         assert again.rows("evaluations") == run.rows("evaluations")
         assert without_seconds(again) == without_seconds(run)
+
+
+def test_the_checkpoint_of_the_best_evaluation_stays(along, tmp_path):
+    shutil.copytree(along[0].path, tmp_path / "run")
+    run = Record(tmp_path / "run")
+    rows = run.rows("evaluations")
+    for row in rows:
+        for counts in (row, *row["at"].values()):
+            counts["num_correct"] = [2 if row["step"] == 4 else 0] * 6
+    (run.path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args, state = (SimpleNamespace(**x) for x in ({"output_dir": run.path}, {"global_step": 10}))
+    state.is_world_process_zero = True
+    Checkpoints(1).on_save(args, state, None)
+    assert [step for step, _ in run.checkpoints()] == [4, 10]
 
 
 def test_the_summary_has_the_best_evaluation(along):
