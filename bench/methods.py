@@ -1,6 +1,6 @@
 """When does control pay, which method, what target, and what of the next task? On the embedded task; one on SmolLM2.
 
-    python bench/methods.py pays|which|target|sequence|smollm2 [--seeds 0 1] [--jobs 2] [--only-table]
+    python bench/methods.py pays|which|target|auto|sequence|smollm2 [--seeds 0 1] [--jobs 2] [--only-table]
 
 `isentropic compare` runs the missing runs of the experiment's grids in bench/grids/; a finished run is a line of
 docs/results/pays.jsonl.gz, or smollm2.jsonl.gz, and never runs again. Then the table and the figure are made from those
@@ -23,6 +23,7 @@ EXPERIMENTS = {
     "pays": ["pays-base", "pays-hard", "pays-sequence", "pays-long"],
     "which": ["choice-long", "which-hard", "which-sequence", "rates"],
     "target": ["choice", "choice-sequence"],
+    "auto": ["auto-tune", "auto-tune-sequence", "auto-score", "auto-score-sequence"],
     "sequence": ["pays-sequence", "pays-alone", "which-sequence"],
     "smollm2": ["smollm2"],
 }
@@ -280,6 +281,81 @@ def candidate(name, sections):
     least = [f"{min(values.values(), default=0):+.3f}" for values in (greedy, best)]
     row = [name, str(seeds), *least, f"{geometric:.2f}", *cells, "; ".join(reasons) or "no"]
     return bool(reasons), geometric, row
+
+
+def auto(grids, plt):
+    """Targets that set themselves: where each task's entropy went, its best constant target, and what that gave."""
+    sections = [
+        (task, [x for x in lines if x["task"] == task], None)
+        for lines in (grids[0].lines(), grids[2].lines())
+        for task in dict.fromkeys(x["task"] for x in lines)
+    ]
+    sections.append(("second task of the tuning", grids[1].lines(), None))
+    last = grids[3].lines()
+    names = dict.fromkeys(row["task"] for x in last for row in x["evaluations"])
+    sections += [(f"reversal-3: {task}", last, task) for task in names]
+    sections = [section for section in sections if len({x["cell"] for x in section[1]}) > 1]
+    columns = min(len(sections), 4)
+    rows_ = -(-len(sections) // columns)
+    figure, axes = plt.subplots(rows_, columns, figsize=(3 * columns, 2.8 * rows_), squeeze=False)
+    parts, colours = [], {}
+    for axis, (title, lines, task) in zip(axes.flat, sections, strict=False):
+        best = best_constant(lines, task)
+        cells = list(dict.fromkeys(x["cell"] for x in lines if x["cell"] != BASELINE))
+        for cell in cells:
+            colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
+            if cell.startswith("auto") or cell == "settled":
+                trace(axis, lines, cell, colour)
+        if best is not None:
+            axis.axhline(share_of(best), color=GREY, ls="--", lw=1, label=f"best constant: {share_of(best):.0%}")
+        axis.set(title=title, xlabel="optimizer steps", ylim=(0, 1.1))
+        axis.legend(frameon=False, fontsize=5.5)
+        body = [
+            [f"**{cell}**" if cell == best else cell, str(len(found)), *(written(claim(found, f), f) for f in NAMES)]
+            for cell in cells
+            if (found := pairs(lines, cell, task=task))
+        ]
+        parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body))
+        if best is not None:
+            parts.append(beside_best(title, lines, best, cells, task))
+    for axis in list(axes.flat)[len(sections) :]:
+        axis.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("entropy / initial entropy")
+    return figure, "\n\n".join(filter(None, parts))
+
+
+def share_of(cell):
+    """The constant target of a cell, as a share; the default's is 60 %."""
+    return 0.6 if cell == DEFAULT else float(cell.removesuffix("%")) / 100
+
+
+def best_constant(lines, task):
+    """The constant target with the most distinct answers, of those as accurate as GRPO; see the protocol."""
+    scored = []
+    for cell in dict.fromkeys(x["cell"] for x in lines):
+        found = pairs(lines, cell, task=task) if cell == DEFAULT or cell[:-1].isdigit() else {}
+        if found and min(claim(found, f).difference for f in ("greedy", "best")) >= -MARGIN:
+            scored.append((claim(found, "distinct").ours, cell))
+    return max(scored)[1] if len(scored) > 1 else None
+
+
+def beside_best(title, lines, best, cells, task):
+    """Each automatic target beside the best constant one, at the seeds that both have."""
+    body = []
+    for cell in cells:
+        found = pairs(lines, cell, best, task) if cell.startswith("auto") or cell == "settled" else {}
+        if found:
+            body.append([cell, str(len(found)), *(written(claim(found, f), f) for f in (*NAMES, "at_1"))])
+    heads = [f"{name}: it / {best}" for name in (*NAMES.values(), "pass@1 at temperature 1")]
+    return table([f"{title}, beside the best constant target", "seeds", *heads], body) if body else ""
+
+
+def trace(axis, lines, cell, colour):
+    """The entropy of each run of a cell along its steps, as a share of its start."""
+    for i, line in enumerate(x for x in lines if x["cell"] == cell):
+        values = [entropy / line["entropy_start"] for entropy in line["curve"]["entropy"]]
+        axis.plot(line["curve"]["step"], values, color=colour, lw=1, label=None if i else cell)
 
 
 def sequence(grids, plt):

@@ -8,7 +8,7 @@ controllers and the command line need an :class:`EntropyReading` and nothing hea
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,9 @@ class TokenBatch(NamedTuple):
         reward: ``[b]`` reward of each completion, NaN if it was not scored; needed only by components that name it.
         group_rate: ``[b]`` how well the samples of its prompt did, in [0, 1]: the share of right answers if all rewards
             are 0 or 1, else the mean reward scaled by the group's range (``losses.advantages.group_rate``).
+        group_reward: ``[b]`` mean reward of the samples of its prompt.
+        group_distinct: ``[b]`` distinct right answers among the samples of its prompt, as a share of the right ones;
+            NaN if none is right.
     """
 
     logp: Tensor
@@ -43,6 +46,8 @@ class TokenBatch(NamedTuple):
     logp_rows: Tensor | None = None
     reward: Tensor | None = None
     group_rate: Tensor | None = None
+    group_reward: Tensor | None = None
+    group_distinct: Tensor | None = None
 
 
 class TokenFacts(NamedTuple):
@@ -81,6 +86,46 @@ class TokenStats(NamedTuple):
     sum_p2_logp2: Tensor | None = None
 
 
+class GroupFacts(NamedTuple):
+    """What a step knows of the groups, the samples of one prompt: sums over completions and tokens, on all ranks.
+
+    Plain numbers; 0-d tensors while the step runs.
+
+    ``L = log π + H`` is the centred log-probability of a sampled token, nats.
+
+    Attributes:
+        completions: number of completions whose group is known.
+        failed, solved: those whose group has no right answer, and those whose group has no wrong one.
+        rate: Σ of the groups' success rates.
+        reward: Σ of the rewards.
+        right, distinct: completions whose group has a right answer, and Σ over them of the share of distinct answers
+            among the right ones.
+        pull: Σ (reward − mean of the group)·L over the tokens of groups that are neither failed nor solved.
+        spread: Σ L² over the same tokens, nats².
+        failing_entropy, failing_tokens: Σ (1 − ρ)·H and Σ (1 − ρ) over all tokens, ρ the success rate of the group.
+        held_out, held_out_count: right answers and answers of an evaluation on held-out prompts since the last step.
+    """
+
+    completions: Any = 0.0
+    failed: Any = 0.0
+    solved: Any = 0.0
+    rate: Any = 0.0
+    reward: Any = 0.0
+    right: Any = 0.0
+    distinct: Any = 0.0
+    pull: Any = 0.0
+    spread: Any = 0.0
+    failing_entropy: Any = 0.0
+    failing_tokens: Any = 0.0
+    held_out: Any = 0.0
+    held_out_count: Any = 0.0
+
+    @property
+    def mixed(self) -> Any:
+        """Completions whose group has right and wrong answers."""
+        return self.completions - self.failed - self.solved
+
+
 class EntropyReading(NamedTuple):
     """The entropy of one optimizer step: (sum, count) over every token the policy generated, on all ranks.
 
@@ -97,6 +142,7 @@ class EntropyReading(NamedTuple):
         steps: number of optimizer steps with a prediction; 0 if none was predicted.
         rate: learning rate of the step, the same on every rank; ``None`` if it is not known or stays the same. What a
             knob can move falls with it, and controllers allow for that.
+        groups: what the step knows of the groups; ``None`` if its engine knows none.
 
     Example:
         >>> EntropyReading(sum=6.0, count=4.0).mean
@@ -115,6 +161,7 @@ class EntropyReading(NamedTuple):
     gain: float = 0.0
     steps: int = 0
     rate: float | None = None
+    groups: GroupFacts | None = None
 
     @property
     def mean(self) -> float:
@@ -144,4 +191,11 @@ class EntropyReading(NamedTuple):
             predicted=self.predicted + other.predicted,
             gain=self.gain + other.gain,
             steps=self.steps + other.steps,
+            groups=_added(self.groups, other.groups),
         )
+
+
+def _added(one: GroupFacts | None, other: GroupFacts | None) -> GroupFacts | None:
+    if one is None or other is None:
+        return one or other
+    return GroupFacts(*(a + b for a, b in zip(one, other, strict=True)))

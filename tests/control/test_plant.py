@@ -136,3 +136,21 @@ def test_a_plant_is_the_same_for_the_same_seed():
     one, same, other = (run(pi, Plant(), knob(), steps=50, seed=seed) for seed in (3, 3, 4))
     assert one == same
     assert one != other
+
+
+@pytest.mark.parametrize("authority", [0.02, 0.04, 0.08])
+@pytest.mark.parametrize("name", HOLD)
+def test_a_known_delay_of_four_steps_is_held(name, authority):
+    """As if a sampler reads entropy, whose weights are four optimizer steps old; one that is not told is worse."""
+    for seed, sign in ((0, 1), (1, -1)):
+        plant = Plant(authority=authority, delay=4)
+        told, untold = (
+            run(lambda span: HOLD[name](span, **options), plant, knob(sign), seed=seed)  # noqa: B023
+            for options in ({"delay": 4}, {})
+        )
+        assert rms_error(told) < 0.012
+        assert bound_to_bound(told, knob(sign)) == 0
+        if authority > 0.02:
+            assert rms_error(told) < 0.9 * rms_error(untold)
+        if name == "pi" and authority == 0.08:
+            assert bound_to_bound(untold, knob(sign)) > 40

@@ -1,145 +1,32 @@
 """What entropy is held at: pure pairs ``init() -> TargetState``, ``update(state, entropy, tokens) -> TargetState``.
 
 A target is told every reading. ``level(state)`` is H*, nats per token, or ``None`` while the start is still being
-measured; ``hold(state)`` is true if the knob must not move although a reading came in.
+measured; ``hold(state)`` is true if the knob must not move although a reading came in. A target that finds its level
+from the run is in :mod:`isentropic.control.auto`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+from .auto import AUTO, parse_auto
+from .levels import Level, Target, TargetState, check_first, feasible, measure, parse_level
 
-class TargetState(NamedTuple):
-    """State of a target.
-
-    Attributes:
-        readings: number of readings so far.
-        sum, count: Σ H and tokens of the first readings, whose mean is the initial entropy.
-        active: of a band: 1 while steering up, -1 while steering down, 0 while left alone.
-        done: of a level that moves: the share of its way that it has covered.
-    """
-
-    readings: int = 0
-    sum: float = 0.0
-    count: float = 0.0
-    active: int = 0
-    done: float = 0.0
-
-
-class Target(NamedTuple):
-    """A pair of pure functions, and two views of the state."""
-
-    init: Callable[[], TargetState]
-    update: Callable[[TargetState, float, float], TargetState]
-    level: Callable[[TargetState], float | None]
-    hold: Callable[[TargetState], bool]
-
-
-class Level(NamedTuple):
-    """A height in nats, or as a share of the initial entropy."""
-
-    amount: float
-    of_initial: bool
-
-    def at(self, state: TargetState) -> float:
-        """Nats per token, once the initial entropy is measured."""
-        return self.amount * (state.sum / state.count if self.of_initial else 1.0)
-
-
-MAX_NATS = 20.0  # log of a vocabulary of 485 million tokens
-MAX_SHARE = 2.0
-
-
-def feasible(nats: float, vocabulary: int | None = None) -> float:
-    """A level that a policy over a vocabulary can have, ``0 < H* < log v``.
-
-    Args:
-        nats: the level, nats per token.
-        vocabulary: number of tokens that the model chooses from, v; None if it is not known.
-
-    Returns:
-        ``nats``.
-
-    Raises:
-        ValueError: a level that is not positive, above log v, or above 20 nats, log of any vocabulary.
-
-    Example:
-        >>> feasible(0.8, vocabulary=32)
-        0.8
-        >>> feasible(4.0, vocabulary=32)
-        Traceback (most recent call last):
-        ...
-        ValueError: an entropy target must be below log of the vocabulary, 3.466 nats for 32 tokens, got 4; lower it
-
-    [ours]
-    """
-    if not 0 < nats < math.inf:
-        raise ValueError(f"an entropy level must be > 0 and finite, got {nats:g} nats; sampling cannot reach it")
-    if nats > MAX_NATS:
-        share = f"; did you mean {nats:g}%?" if nats <= 100 * MAX_SHARE else "; 0.2 to 2 nats are usual"
-        raise ValueError(
-            f"an entropy level is at most {MAX_NATS:g} nats a token in any vocabulary, got {nats:g}{share}"
-        )
-    if vocabulary is not None and nats >= math.log(vocabulary):
-        raise ValueError(
-            f"an entropy target must be below log of the vocabulary, {math.log(vocabulary):.4g} nats for "
-            f"{vocabulary} tokens, got {nats:.4g}; lower it"
-        )
-    return nats
-
-
-def parse_level(text: str, vocabulary: int | None = None) -> Level:
-    """``"0.8"`` is 0.8 nats a token; ``"80%"`` is a share of the initial entropy.
-
-    A share may be up to 200 %: entropy can rise, but training lowers it, so that a target above the start is held
-    against the reward, and at three times the start the guard stops a run. More than that can be written in nats.
-
-    Args:
-        text: the form.
-        vocabulary: number of tokens that the model chooses from, if known: a level in nats must be below its log.
-
-    Raises:
-        ValueError: anything else; a level that is not positive, or cannot be had.
-
-    Example:
-        >>> parse_level("80%")
-        Level(amount=0.8, of_initial=True)
-        >>> parse_level("80")
-        Traceback (most recent call last):
-        ...
-        ValueError: an entropy level is at most 20 nats a token in any vocabulary, got 80; did you mean 80%?
-    """
-    share = text.strip().endswith("%")
-    try:
-        amount = float(text.strip().removesuffix("%")) / (100 if share else 1)
-    except ValueError:
-        raise ValueError(
-            f"an entropy level must be nats (0.8) or a share of the initial entropy (80%), got {text!r}"
-        ) from None
-    if not 0 < amount < math.inf:
-        raise ValueError(f"an entropy level must be > 0 and finite, got {text!r}; sampling cannot reach it")
-    if not share:
-        return Level(feasible(amount, vocabulary), False)
-    if amount > MAX_SHARE:
-        raise ValueError(
-            f"an entropy level may be at most {MAX_SHARE:.0%} of the initial entropy, got {text!r}: training lowers "
-            "entropy, and few knobs raise it so far; take a lower share, or write the level in nats"
-        )
-    return Level(amount, True)
-
-
-def _measure(first: int, state: TargetState, entropy: float, tokens: float) -> TargetState:
-    state = state._replace(readings=state.readings + 1)
-    if state.readings <= first:
-        state = state._replace(sum=state.sum + entropy * tokens, count=state.count + tokens)
-    return state
-
-
-def _check_first(first: int) -> None:
-    if first < 1:
-        raise ValueError(f"initial readings must be >= 1, got {first}; the first reading already measures the start")
+__all__ = [
+    "TARGETS",
+    "Level",
+    "Settled",
+    "Target",
+    "TargetState",
+    "anneal",
+    "band",
+    "constant",
+    "feasible",
+    "parse_level",
+    "parse_target",
+    "settle",
+]
 
 
 def constant(level: Level, first: int = 1) -> Target:
@@ -179,7 +66,7 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
         1.0
         1.0
     """
-    _check_first(first)
+    check_first(first)
     if steps < 1:
         raise ValueError(f"anneal steps must be >= 1, got {steps}; count optimizer steps")
     measured = start.of_initial or end.of_initial
@@ -194,7 +81,7 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
         return measured and state.readings <= first
 
     def update(state: TargetState, entropy: float, tokens: float) -> TargetState:
-        state = _measure(first, state, entropy, tokens)
+        state = measure(first, state, entropy, tokens)
         return state._replace(done=max(state.done, min((state.readings - 1) / max(steps - 1, 1), 1.0)))
 
     return Target(TargetState, update, level, hold)
@@ -219,7 +106,7 @@ def band(low: Level, high: Level, first: int = 1) -> Target:
         >>> seen
         [True, False, False, True, True]
     """
-    _check_first(first)
+    check_first(first)
     if low.of_initial == high.of_initial and not low.amount < high.amount:
         raise ValueError(f"a band needs low < high, got {low.amount} and {high.amount}; swap them")
     measured = low.of_initial or high.of_initial
@@ -228,7 +115,7 @@ def band(low: Level, high: Level, first: int = 1) -> Target:
         return None if measured and state.readings < first else (low.at(state) + high.at(state)) / 2
 
     def update(state: TargetState, entropy: float, tokens: float) -> TargetState:
-        state = _measure(first, state, entropy, tokens)
+        state = measure(first, state, entropy, tokens)
         if state.readings < first and measured:
             return state._replace(active=0)
         a, b = sorted((low.at(state), high.at(state)))
@@ -245,22 +132,95 @@ def band(low: Level, high: Level, first: int = 1) -> Target:
     return Target(TargetState, update, middle, hold)
 
 
+class Settled(NamedTuple):
+    """State of a target that settles.
+
+    Attributes:
+        inner: state of the target itself.
+        readings: number of readings so far.
+    """
+
+    inner: Any
+    readings: int = 0
+
+
+def settle(target: Target, ends: Sequence[int], share: float = 0.1, to: float = 0.4) -> Target:
+    """Let the level of a target down toward the end of the run, or of each task of a sequence.
+
+    ``H* · (1 − (1 − to)·p)``, p from 0 to 1 over the last ``share`` of the task's optimizer steps
+
+    It is for policies that are sampled at temperature 1, where every nat that was held counts as error: entropy is held
+    while it serves learning, and let down before the policy is used.
+
+    Args:
+        target: whose level is let down.
+        ends: optimizer steps done at the end of each task, in order; of a single task, the steps of the run.
+        share: of a task's steps, over which the level falls.
+        to: the level at the end of a task, as a share of the target's own.
+
+    Raises:
+        ValueError: shares that make no sense.
+
+    Example:
+        >>> t = settle(constant(parse_level("1.0")), ends=[10], share=0.2, to=0.5)
+        >>> s, seen = t.init(), []
+        >>> for _ in range(10):
+        ...     s = t.update(s, 1.0, 1.0); seen.append(t.level(s))
+        >>> seen[-4:]
+        [1.0, 1.0, 0.75, 0.5]
+    """
+    for name, value in (("settle", share), ("settle_to", to)):
+        if not 0 < value <= 1:
+            raise ValueError(f"{name} must lie in (0, 1], got {value:g}; write {name}=10%")
+    spans = [(end - share * (end - start), end) for start, end in zip((0, *ends), ends, strict=False)]
+
+    def progress(state: Settled) -> float:
+        for begin, end in spans:
+            if begin < state.readings <= end:
+                return (state.readings - begin) / (end - begin)
+        return 0.0
+
+    def update(state: Settled, entropy: float, tokens: float, *groups: Any) -> Settled:
+        return Settled(target.update(state.inner, entropy, tokens, *groups), state.readings + 1)
+
+    def level(state: Settled) -> float | None:
+        nats = target.level(state.inner)
+        return None if nats is None else nats * (1 - (1 - to) * progress(state))
+
+    def hold(state: Settled) -> bool:
+        # A band that leaves entropy alone still lets it down.
+        return target.hold(state.inner) and (progress(state) == 0 or target.level(state.inner) is None)
+
+    def why(state: Settled) -> str:
+        if progress(state):
+            return f"let down: {progress(state):.0%} of the way, at the end of the task"
+        return "" if target.why is None else target.why(state.inner)
+
+    return Target(lambda: Settled(target.init()), update, level, hold, target.reads_groups, why)
+
+
 TARGETS: dict[str, str] = {
     "initial": "the entropy before training, measured over the first readings",
     "NATS (0.8)": "a constant, nats per token",
     "SHARE% (80%)": "a share of the initial entropy",
     "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another; at TO in the last of the steps or of the run",
     "band:LOW:HIGH": "leave it alone between two NATS or SHARE%, steer back to the middle when it leaves",
+    "auto[:RULE][:OPTION=VALUE]": "found from the run; rules: "
+    + "; ".join(f"{name}, {what}" for name, (_, what) in AUTO.items()),
+    "TARGET:settle=SHARE%[:settle_to=SHARE%]": "any of these, let down over the last share of each task's steps",
 }
 
 
-def parse_target(text: str, first: int = 1, steps: int | None = None, vocabulary: int | None = None) -> Target:
+def parse_target(
+    text: str, first: int = 1, steps: int | Sequence[int] | None = None, vocabulary: int | None = None
+) -> Target:
     """A target from its text form, as the command line and config files write it (see :data:`TARGETS`).
 
     Args:
         text: the form.
         first: readings that the initial entropy is the mean of.
-        steps: optimizer steps of the whole run, for a target that goes over it.
+        steps: optimizer steps of the whole run, for a target that covers it; of a sequence of tasks, the steps done at
+            the end of each.
         vocabulary: number of tokens that the model chooses from, if known. A level in nats is checked against it here;
             one that is a share is nats only once the start is measured, and :func:`feasible` checks it then.
 
@@ -272,14 +232,52 @@ def parse_target(text: str, first: int = 1, steps: int | None = None, vocabulary
         >>> t.level(t.update(t.init(), 2.0, 1))
         2.0
     """
-    kind, *parts = str(text).strip().split(":")
+    ends = [steps] if isinstance(steps, int) else list(steps or ())
+    plain, options = _settling(str(text).strip())
+    target = _parse_plain(plain, first, ends[-1] if ends else None, vocabulary)
+    if not options:
+        return target
+    if not ends:
+        raise ValueError(_needs_steps(text, "pass steps, or leave settle out"))
+    share, to = (_share_of(key, options.get(key, usual)) for key, usual in (("settle", "10%"), ("settle_to", "40%")))
+    return settle(target, ends, share, to)
+
+
+def _settling(text: str) -> tuple[str, dict[str, str]]:
+    """A form without its options for settling, and these."""
+    parts, options, kept = text.split(":"), {}, []
+    for part in parts:
+        key, equals, value = part.partition("=")
+        if not (equals and key.strip() in ("settle", "settle_to")):
+            kept.append(part)
+        elif key.strip() in options:
+            raise ValueError(f"target option {key} is given twice, got {text!r}; keep one")
+        else:
+            options[key.strip()] = value
+    if options and "settle" not in options:
+        raise ValueError(f"settle_to has no effect without settle, got {text!r}; write settle=10% too")
+    return ":".join(kept), options
+
+
+def _share_of(key: str, text: str) -> float:
+    level = parse_level(text) if text.strip().endswith("%") else None
+    if level is None:
+        raise ValueError(f"{key} must be a share, got {text!r}; write {key}=10%")
+    return level.amount
+
+
+def _needs_steps(text: str, remedy: str) -> str:
+    return f"target {text!r} covers a whole run, and its optimizer steps are not known here, got steps=None; {remedy}"
+
+
+def _parse_plain(text: str, first: int, steps: int | None, vocabulary: int | None) -> Target:
+    kind, *parts = text.split(":")
+    if kind == "auto":
+        return parse_auto(text, first)
     if kind == "anneal" and (len(parts) == 2 or (len(parts) == 3 and _is_count(parts[2]))):
         over = int(parts[2]) if len(parts) == 3 else steps
         if over is None:
-            raise ValueError(
-                f"target {text!r} goes over a whole run, and its optimizer steps are not known here, got steps=None; "
-                f"pass steps, or write {text}:STEPS"
-            )
+            raise ValueError(_needs_steps(text, f"pass steps, or write {text}:STEPS"))
         return anneal(parse_level(parts[0], vocabulary), parse_level(parts[1], vocabulary), over, first)
     if kind == "band" and len(parts) == 2:
         return band(parse_level(parts[0], vocabulary), parse_level(parts[1], vocabulary), first)

@@ -50,6 +50,9 @@ class ThermostatState(NamedTuple):
         """The knob."""
         return self.controller.value
 
+    def __repr__(self) -> str:
+        return f"ThermostatState(value={self.value:g}, readings={self.readings}, refused={self.refused})"
+
 
 class Thermostat(NamedTuple):
     """A pair of pure functions, the way back from JSON, and views of the state.
@@ -60,6 +63,7 @@ class Thermostat(NamedTuple):
         restore: the state from what :func:`to_json` made of it.
         steers: whether the knob follows readings at this state: not while the target holds it, and never if the
             controller goes by none.
+        why: why the target is where it is, for people; empty if it moves by no evidence.
     """
 
     init: Callable[[], ThermostatState]
@@ -67,6 +71,13 @@ class Thermostat(NamedTuple):
     level: Callable[[ThermostatState], float | None]
     restore: Callable[[dict[str, Any]], ThermostatState]
     steers: Callable[[ThermostatState], bool]
+    why: Callable[[ThermostatState], str]
+
+    def __repr__(self) -> str:
+        state = self.init()
+        level = self.level(state)
+        target = "measured at the start" if level is None else f"{level:g} nats per token"
+        return f"<Thermostat: knob starts at {state.value:g}, target {target}>"
 
 
 def thermostat(controller: Controller, target: Target, every: int | None = None) -> Thermostat:
@@ -104,7 +115,8 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
     def update(state: ThermostatState, reading: EntropyReading, act: bool = True) -> ThermostatState:
         if reading.problem():
             return state._replace(refused=state.refused + 1)
-        heard = target.update(state.target, reading.mean, reading.count)
+        groups = (reading.groups,) if target.reads_groups else ()
+        heard = target.update(state.target, reading.mean, reading.count, *groups)
         state = _added(state, reading)._replace(target=heard)
         if not (act if every is None else state.waited >= every):
             return state
@@ -117,14 +129,15 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
     def restore(saved: dict[str, Any]) -> ThermostatState:
         blank = init()
         saved = _tuples(saved)
-        controller, target = type(blank.controller)(**saved["controller"]), type(blank.target)(**saved["target"])
-        fields: dict[str, Any] = {**saved, "controller": controller, "target": target}
-        return blank._replace(**fields)
+        return _like(blank, saved)
 
     def steers(state: ThermostatState) -> bool:
         return controller.steers and target.level(state.target) is not None and not target.hold(state.target)
 
-    return Thermostat(init, update, lambda state: target.level(state.target), restore, steers)
+    def why(state: ThermostatState) -> str:
+        return "" if target.why is None else target.why(state.target)
+
+    return Thermostat(init, update, lambda state: target.level(state.target), restore, steers, why)
 
 
 def _added(state: ThermostatState, reading: EntropyReading) -> ThermostatState:
@@ -173,4 +186,16 @@ def to_json(state: ThermostatState) -> dict[str, Any]:
         >>> t.restore(to_json(t.init())) == t.init()
         True
     """
-    return {**state._asdict(), "controller": state.controller._asdict(), "target": state.target._asdict()}
+    return _plain(state)
+
+
+def _plain(value: Any) -> Any:
+    """NamedTuples as dicts, within one another too."""
+    return {k: _plain(v) for k, v in value._asdict().items()} if hasattr(value, "_asdict") else value
+
+
+def _like(blank: Any, saved: Any) -> Any:
+    """A NamedTuple of the same type as ``blank``, and within it, from what :func:`_plain` made of it."""
+    if not hasattr(blank, "_asdict"):
+        return saved
+    return type(blank)(**{name: _like(getattr(blank, name, None), value) for name, value in saved.items()})

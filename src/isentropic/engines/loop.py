@@ -21,11 +21,12 @@ from torch import Tensor
 from ..control.targets import feasible
 from ..control.thermostat import ThermostatState, to_json
 from ..control.watchdog import Watchdog, WatchdogState
-from ..losses.reduce import SumCount  # noqa: F401  (for an example below)
+from ..losses.reduce import SumCount, sum_dtype  # noqa: F401  (SumCount: for an example below)
 from ..recipes import Recipe, build_thermostat, knob_range, with_knob
 from ..recipes.apply import per_token
 from ..runs.record import CHECKPOINT_FILE
 from ..types import EntropyReading, TokenBatch, TokenFacts
+from .groups import group_row
 
 logger = logging.getLogger("isentropic")
 MAX_REFUSED = 10
@@ -169,11 +170,6 @@ def masked_sums(rows: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.bool(), rows, 0.0).sum((1, 2), dtype=sum_dtype(rows.device))
 
 
-def sum_dtype(device: torch.device) -> torch.dtype:
-    """The dtype that sums over tokens are kept in."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def _tensors(sums: tuple[Any, ...]) -> Iterator[Tensor]:
     for value in sums:
         if isinstance(value, tuple):
@@ -248,11 +244,12 @@ class ControlLoop:
         self.watched = WatchdogState()
         self.refused = 0
         self.masked_by = ""
+        self._held_out = (0.0, 0.0)
         self._sums: Any = None
 
-    def extend_to(self, steps: int) -> None:
-        """Tell a target that covers the whole run its length, in optimizer steps."""
-        self.thermostat = build_thermostat(self.recipe, steps, self.vocabulary)
+    def extend_to(self, *ends: int) -> None:
+        """Tell a target that covers the whole run its length: the optimizer steps done at the end of each task."""
+        self.thermostat = build_thermostat(self.recipe, ends, self.vocabulary)
 
     @property
     def value(self) -> float | None:
@@ -274,6 +271,20 @@ class ControlLoop:
     def recipe_now(self) -> Recipe:
         """The recipe with its knob in force."""
         return with_knob(self.recipe, self.value)
+
+    def tell_held_out(self, right: float, count: float) -> None:
+        """Note an evaluation on held-out prompts, on the process that made it; the next step's reading carries it.
+
+        Args:
+            right: number of right answers, or Σ of their accuracies.
+            count: number of answers.
+        """
+        self._held_out = (self._held_out[0] + right, self._held_out[1] + count)
+
+    def take_held_out(self) -> tuple[float, float]:
+        """What evaluations told since the last step, for the first micro-batch of this one to carry."""
+        told, self._held_out = self._held_out, (0.0, 0.0)
+        return told
 
     def observe(self, sums: tuple[Any, ...]) -> None:
         """Add a micro-batch: a NamedTuple of tensors, of one type throughout."""
@@ -354,10 +365,13 @@ class ControlLoop:
             "ratio/outside_frac": sums.outside / n,
             "cov/adv_logp": sums.adv_logp / n - sums.adv / n * sums.logp / n,
             "adv/mean": sums.adv / n,
+            **group_row(reading.groups, reading.count),
         }
         if self.thermostat is None or self.state is None or before is None:
             return row
         target = self.thermostat.level(self.state)
+        if why := self.thermostat.why(self.state):
+            row["entropy/target_why"] = why
         return row | {
             "entropy/target": target,
             "entropy/error": None if target is None else (reading.mean - target) / target,
@@ -373,6 +387,7 @@ class ControlLoop:
             "state": state,
             "watched": self.watched._asdict(),
             "refused": self.refused,
+            "held_out": list(self._held_out),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
@@ -383,6 +398,7 @@ class ControlLoop:
         """
         # A run that ten refusals ended is given ten more.
         self.refused = saved["refused"] if saved["refused"] < MAX_REFUSED else 0
+        self._held_out = tuple(saved.get("held_out", (0.0, 0.0)))
         if self.thermostat is None:
             return
         self.state = self.thermostat.init()

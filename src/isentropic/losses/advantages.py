@@ -8,7 +8,7 @@ group and its advantage is 0. For every baseline computed from the group, a grou
 import math
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 INTERPOLATIONS = ("linear", "lower", "higher", "midpoint", "nearest", "inverted_cdf")
@@ -30,6 +30,44 @@ def _zero_uninformative(adv: Float[Tensor, "p g"], rewards: Float[Tensor, "p g"]
     """Set samples that are not scorable, and groups whose rewards are all equal, to zero, and flatten."""
     keep = informative_groups(rewards).unsqueeze(1) & ~rewards.isnan()
     return torch.where(keep, adv, torch.zeros_like(adv)).flatten()
+
+
+def group_reward(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """The mean reward of each group, repeated for every sample.
+
+    Args:
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable, which does not count.
+
+    Returns:
+        [b] means; 0 for a group without a scorable sample.
+
+    >>> group_reward(torch.tensor([[3.0, 1.0], [1.0, float("nan")]]))
+    tensor([2., 2., 1., 1.])
+    """
+    rewards = _scorable(rewards)
+    return _mean(rewards).expand(rewards.shape).flatten()
+
+
+def group_distinct(rewards: Float[Tensor, "p g"], answers: Int[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Distinct right answers of each group as a share of its right ones, repeated for every sample.
+
+    Args:
+        rewards: [p g] rewards; an answer is right if its reward is above 0.
+        answers: [p g] a number for each answer, equal for equal answers, for example a hash.
+
+    Returns:
+        [b] shares in (0, 1]; NaN for a group without a right answer.
+
+    [ours]
+
+    >>> group_distinct(torch.tensor([[1.0, 1.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]), torch.tensor([[7, 7, 8, 9]] * 2))
+    tensor([0.6667, 0.6667, 0.6667, 0.6667,    nan,    nan,    nan,    nan])
+    """
+    right = rewards > 0
+    same = (answers[:, :, None] == answers[:, None, :]) & right[:, None, :]
+    first = right & ~same.tril(-1).any(2)
+    share = first.sum(1, keepdim=True) / right.sum(1, keepdim=True)
+    return share.to(rewards.dtype).expand(rewards.shape).flatten()
 
 
 def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:

@@ -36,6 +36,11 @@ class SumCount(NamedTuple):
         return self.sum / torch.where(self.count > 0, self.count, torch.ones_like(self.count))
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """The dtype that sums over tokens are kept in: float64 if the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def merge(*pairs: SumCount) -> SumCount:
     """Add up pairs from micro-batches or ranks.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -152,12 +152,15 @@ def build_controller(recipe: Recipe) -> Controller:
     return controller.controller(span) if isinstance(controller, Factory) else parse_controller(controller, span)
 
 
-def build_thermostat(recipe: Recipe, steps: int | None = None, vocabulary: int | None = None) -> Thermostat | None:
+def build_thermostat(
+    recipe: Recipe, steps: int | Sequence[int] | None = None, vocabulary: int | None = None
+) -> Thermostat | None:
     """The recipe's controller and target, joined; ``None`` if nothing is under control.
 
     Args:
         recipe: composed and checked.
-        steps: optimizer steps of the run, which a target over the whole of it needs.
+        steps: optimizer steps of the run, which a target over the whole of it needs; of a sequence of tasks, the steps
+            done at the end of each.
         vocabulary: number of tokens that the model chooses from, if known.
 
     Raises:
@@ -174,7 +177,7 @@ def build_thermostat(recipe: Recipe, steps: int | None = None, vocabulary: int |
     target = recipe.target
     return thermostat(
         build_controller(recipe),
-        target.target(first=recipe.initial_readings, steps=steps)
+        target.target(first=recipe.initial_readings, steps=steps[-1] if isinstance(steps, Sequence) else steps)
         if isinstance(target, Factory)
         else parse_target(target, recipe.initial_readings, steps, vocabulary),
         recipe.every,

@@ -83,6 +83,14 @@ class Recipe:
             if not isinstance(value, str):
                 object.__setattr__(self, name, custom.factory(name, value))
 
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults, without the texts for people."""
+        given = {
+            f.name: (getattr(self, f.name), f.default) for f in fields(self) if f.name not in ("formula", "source")
+        }
+        shown = [f"{name}={_short(value)}" for name, (value, default) in given.items() if value not in (default, {})]
+        return f"Recipe({', '.join(shown)})"
+
     def component(self, stage: str) -> Component:
         """The entry of a stage's component.
 
@@ -160,3 +168,8 @@ class Recipe:
         numbers = {name: self.constants.get(name, owned.get(name, x)) for name, x in _NAMED_NUMBERS.items()}
         rest = {name: value for name, value in self.constants.items() if name not in numbers}
         return {**values, **numbers, "constants": rest}
+
+
+def _short(value: Any) -> str:
+    """A field as `Recipe` shows it: a part of yours by its name."""
+    return getattr(value, "written", "") or repr(value)

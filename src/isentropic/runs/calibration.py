@@ -11,6 +11,7 @@ from .record import is_number
 
 BLOCK = 20  # steps over which readings are averaged before measured and predicted changes are compared
 MIN_PAIRS = 3  # of neighbouring blocks
+MIN_CORRELATION = 0.3  # below, predictions say little about a run
 
 
 class Calibration(NamedTuple):
@@ -27,6 +28,15 @@ class Calibration(NamedTuple):
     drift: float
     correlation: float
     blocks: int
+
+    @property
+    def factor(self) -> str:
+        """The slope as a person reads it.
+
+        >>> Calibration(1934.2, 0.0, 0.9, 5).factor, Calibration(0.5123, 0.0, 0.9, 5).factor
+        ('1,934', '0.512')
+        """
+        return f"{self.slope:,.0f}" if abs(self.slope) >= 100 else f"{self.slope:.3g}"
 
 
 def block_changes(
@@ -104,3 +114,25 @@ def calibrate(rows: Sequence[dict[str, Any]], name: str = "predict/change", bloc
         return None
     slope = cov / var_p
     return Calibration(slope, (mean_m - slope * mean_p) / block, cov / math.sqrt(var_m * var_p), num)
+
+
+def distrust(calibration: Calibration | None) -> str | None:
+    """Why the predictions of a run are not to be trusted; None if nothing speaks against them.
+
+    Args:
+        calibration: of the whole run, or None if it is too short for one.
+
+    Example:
+        >>> distrust(Calibration(-3.0, 0.0, -0.2, 5))
+        'predictions have the wrong sign: measured = -3 × predicted, with a correlation of -0.20 over 5 pairs of blocks'
+        >>> distrust(Calibration(3.0, 0.0, 0.9, 5)) is None
+        True
+    """
+    # A slope has the sign of the correlation.
+    if calibration is None or calibration.correlation >= MIN_CORRELATION:
+        return None
+    wrong = "have the wrong sign" if calibration.slope < 0 else "hardly follow what was measured"
+    return (
+        f"predictions {wrong}: measured = {calibration.factor} × predicted, with a correlation of "
+        f"{calibration.correlation:.2f} over {calibration.blocks} pairs of blocks"
+    )

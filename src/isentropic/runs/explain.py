@@ -1,7 +1,8 @@
-"""Why did entropy move? The answer that a run directory gives, in figures and in one sentence.
+"""What is wrong, and why did entropy move? The answer that a run directory gives, in figures and in a few sentences.
 
-Everything comes from metrics.jsonl: the entropies, and what was predicted of the steps that were explained. Between two
-explained steps a prediction counts for the steps that follow it. This module needs no torch.
+What is wrong comes first, by the rules of :mod:`isentropic.runs.diagnosis`. The rest comes from metrics.jsonl: the
+entropies, and what was predicted of the steps that were explained. Between two explained steps a prediction counts for
+the steps that follow it. This module needs no torch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from itertools import pairwise
 from textwrap import fill
 from typing import Any
 
-from .calibration import BLOCK, calibrate
+from .calibration import BLOCK, Calibration, calibrate, distrust
+from .diagnosis import diagnose
 from .labels import CLIP_STATES, COLUMNS, POSITIONS, QUADRANTS, SIGNS
 from .record import Record, is_number
+from .summary import SETTLED, steps_at_bound
 
 COMPLETIONS = {"finished": "ended by themselves", "truncated": "cut at the limit"}
 LENGTHS = {"short": "shortest third", "middle": "middle third", "long": "longest third"}
@@ -61,10 +64,12 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         steps: as :func:`parse_steps` reads it.
 
     Returns:
-        ``steps``, ``entropy`` (first, last and change by the mean of a few readings at either end), ``predicted`` (Σ of
-        every ``predict/`` field over the explained steps, each weighted by the steps it counts for), ``explained``,
-        ``shares`` (of the explained tokens, by end and by length of the completion, as far as known),
-        ``calibration``, ``knob``, ``tokens``, ``rows`` for the table, ``numerics``, ``theorem2``.
+        ``problems`` (see :func:`isentropic.runs.diagnosis.diagnose`), ``steps``, ``entropy`` (first, last and change by
+        the mean of a few readings at either end), ``predicted`` (Σ of every ``predict/`` field over the explained
+        steps, each weighted by the steps it counts for), ``explained``, ``shares`` (of the explained tokens, by end and
+        by length of the completion, as far as known), ``calibration``, ``distrust`` (why predictions are not to be
+        trusted, or None), ``knob``, ``saturated`` (see :func:`isentropic.runs.summary.steps_at_bound`), ``tokens``,
+        ``rows`` for the table, ``numerics``, ``theorem2``.
 
     Raises:
         ValueError: not a run directory, no steps yet, or steps that the run does not have.
@@ -78,7 +83,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         >>> round(explanation["entropy"]["change"], 6), explanation["predicted"]
         (-0.1, {'change': -0.1})
     """
-    record.header()
+    header = record.header()
     rows = readable(record.rows("metrics"))
     if not rows:
         raise ValueError(f"{record.path} has no steps in metrics.jsonl yet; wait for the first, or name another run")
@@ -88,6 +93,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
     spans = _spans(explained, high)
     calibration = calibrate(rows)
     return {
+        "problems": [problem._asdict() for problem in diagnose(header, inside)],
         "run": str(record.path),
         "steps": [low, high],
         "explained": len(explained),
@@ -96,8 +102,9 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         "predicted": _predicted(explained, spans),
         "shares": _shares(explained, spans),
         "calibration": calibration and calibration._asdict(),
+        "distrust": distrust(calibration),
         "knob": _mean(inside, "knob/value"),
-        "saturated": _mean(inside, "knob/saturated"),
+        "saturated": steps_at_bound(inside),
         "tokens": top_tokens(inside),
         "numerics": {name: _mean(explained, f"numerics/{name}") for name in ("logp_rms", "entropy_bias")},
         "clip": {name: _mean(inside, f"clip/{name}") for name in ("low_frac", "high_frac")},
@@ -124,7 +131,10 @@ def readable(rows: Sequence[Row]) -> list[Row]:
         {
             name: value
             for name, value in {**by_step[step], "step": step}.items()
-            if (is_number(value) and abs(value) < _LARGEST) or isinstance(value, bool) or name == "predict/top_tokens"
+            if (is_number(value) and abs(value) < _LARGEST)
+            or isinstance(value, bool)
+            or name == "predict/top_tokens"
+            or (name == "task" and isinstance(value, str))
         }
         for step in sorted(by_step)
     ]
@@ -256,14 +266,17 @@ def render(explanation: dict[str, Any]) -> str:
         Lines for a terminal; a section without figures is absent.
     """
     low, high = explanation["steps"]
-    lines = [f"{explanation['run']}, steps {low} to {high}", "", fill(verdict(explanation), 100), ""]
+    lines = [line for problem in explanation["problems"] for line in _problem_lines(problem)]
+    lines += [f"{explanation['run']}, steps {low} to {high}", "", fill(verdict(explanation), 100), ""]
     if not explanation["explained"]:
         return "\n".join(lines).rstrip()
     lines += _calibration_lines(explanation)
+    if explanation["distrust"]:
+        lines += [fill(f"Do not trust the attribution below: {explanation['distrust']}.", 100), ""]
     predicted = explanation["predicted"]
     scale = predicted.get("absolute") or 1.0
     sections = {
-        "What moved entropy? (predicted nats a token, and share of all contributions)": QUADRANTS,
+        "What moved entropy? (predicted nats per token, and share of all contributions)": QUADRANTS,
         "In which answers?": SIGNS,
         "What did the clip do?": CLIP_STATES,
     }
@@ -275,6 +288,12 @@ def render(explanation: dict[str, Any]) -> str:
     lines += _token_lines(explanation["tokens"])
     lines += _other_lines(explanation)
     return "\n".join([*lines, *_step_lines(explanation["rows"])]).rstrip()
+
+
+def _problem_lines(problem: dict[str, str]) -> list[str]:
+    """The headline, what shows it, and the remedy; the sections of docs/troubleshooting.md have the same order."""
+    texts = (problem["detail"], f"Remedy: {problem['remedy']}.")
+    return [problem["headline"], *(fill(text, 100, initial_indent="  ", subsequent_indent="  ") for text in texts), ""]
 
 
 def verdict(explanation: dict[str, Any]) -> str:
@@ -321,14 +340,15 @@ def _bar(label: str, value: float, scale: float, width: int = 20) -> str:
 def _calibration_lines(explanation: dict[str, Any]) -> list[str]:
     predicted, entropy = explanation["predicted"], explanation["entropy"]
     lines = [
-        f"measured {entropy['change']:+.3f} nats a token, predicted {predicted['change']:+.2e} to first order in the "
+        f"measured {entropy['change']:+.3f} nats per token, predicted {predicted['change']:+.2e} to first order in the "
         f"logits ({explanation['explained']} steps explained)"
     ]
-    if (calibration := explanation["calibration"]) is not None:
+    if explanation["calibration"] is not None:
+        calibration = Calibration(**explanation["calibration"])
         lines += [
-            f"over the whole run, by blocks of {BLOCK} steps: measured = {calibration['slope']:.3g} × predicted "
-            f"{calibration['drift']:+.1e} a step,",
-            f"with a correlation of {calibration['correlation']:.2f} over {calibration['blocks']} pairs of blocks",
+            f"over the whole run, by blocks of {BLOCK} steps: measured = {calibration.factor} × predicted "
+            f"{calibration.drift:+.1e} per step,",
+            f"with a correlation of {calibration.correlation:.2f} over {calibration.blocks} pairs of blocks",
         ]
     return [*lines, ""]
 
@@ -363,7 +383,7 @@ def _other_lines(explanation: dict[str, Any]) -> list[str]:
     if explanation["knob"] is not None:
         effect = f"adds {predicted['knob']:+.2e}" if "knob" in predicted else "acts through the clip"
         share = explanation["saturated"]
-        bound = f", at its bound in {share:.0%} of the steps" if share else ""
+        bound = f", at its bound in {share:.0%} of the steps after {SETTLED}" if share else ""
         lines.append(f"knob       mean {explanation['knob']:.3g}, {effect}{bound}")
     clip = explanation["clip"]
     if clip["high_frac"] is not None:

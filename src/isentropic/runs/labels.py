@@ -7,10 +7,10 @@ from __future__ import annotations
 
 # Fields of metrics.jsonl, with their units, as captions.
 METRICS = {
-    "entropy/mean": "Entropy, nats a token",
+    "entropy/mean": "Entropy, nats per token",
     "reward/mean": "Mean reward of the training prompts",
-    "predict/knob": "What the knob adds to entropy, predicted, nats a token a step",
-    "predict/gain": "Predicted change by one unit of the knob, nats a token a step",
+    "predict/knob": "What the knob adds to entropy, predicted, nats per token and step",
+    "predict/gain": "Predicted change by one unit of the knob, nats per token and step",
     "clip/low_frac": "Share of tokens stopped by the lower bound (A < 0)",
     "clip/high_frac": "Share of tokens stopped by the upper bound (A > 0)",
     "ratio/outside_frac": "Share of ratios outside the bounds",

@@ -3,8 +3,8 @@
 ::
 
     RUN/
-      run.json           written first: schema, created, command, config (resolved), recipe, versions, machine, seed,
-                         and origin, what the run's numbers come from besides its settings
+      run.json           written first: schema, created, command, config (resolved), recipe, task, model, versions,
+                         machine, seed, and of `isentropic train` origin, what its numbers come from besides settings
       audit.json         as training starts: findings on precision and sampling, what was checked, measured figures
       metrics.jsonl      one row an optimizer step
       samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
@@ -12,6 +12,7 @@
       summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, and
                          ``before`` holds earlier tasks' evaluations at the start, at every switch and at the end
       report.html        written at the end: what the rest of the directory holds, as a page
+      README.md          the model card, with the first checkpoint and again at the end
       checkpoint-N/      the engine's own checkpoint after optimizer step N; isentropic.json, the controller, once
                          that is written; and checkpoint.json, sizes and digests of all these files, written last
       .run.lock          while the run is under way: whose it is
@@ -19,77 +20,108 @@
 Rows are JSON objects; a number that is not finite, or not known, is null. Fields are only ever added within a schema
 number. Text files are UTF-8, and a reader must ignore a last line that is cut short (a run may be killed in a write).
 
-A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since this process began training) and:
+A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since this process began training) and the
+fields below, as far as they are known. Trackers get those that are numbers, by the same names. The part of a name
+before the slash is its group.
 
-==========================  ==========================================================================================
-``entropy/mean``            nats per generated token, exact, at the sampling temperature; whole step, all ranks
-``entropy/tokens``          tokens that were read
-``entropy/target``          H* in force, nats; null while the first entropy is measured, or without a target
-``entropy/error``           (H − H*)/H*
-``entropy/refused``         readings refused in a row
-``knob/value``              the knob in force during the step
-``knob/saturated``          1 if it is at a bound, else 0
-``clip/low_frac``           share of tokens with A<0 whose gradient the lower bound removed
-``clip/high_frac``          share of tokens with A>0 whose gradient the upper bound removed or capped
-``ratio/mean``              mean importance ratio
-``ratio/outside_frac``      share of tokens whose ratio lies outside the clip, whatever the sign of A
-``ratio/ess_frac``          effective sample size of the N tokens under their ratios r, as a share: (Σr)²/(N·Σr²); 1 if
-                            all are alike
-``clip/dropped_frac``       share of tokens whose gradient is dropped: by a bound, as above, or with A≠0 by a selection
-``clip/entropy_share``      share of all entropy that those tokens have: Σ of H over them / Σ of H over all; above
-                            ``clip/dropped_frac``, what is dropped has more entropy than the mean
-``mismatch/kl``             KL of the sampler μ from the trainer π, nats per sampled token, at the weights that sampled:
-                            mean of e^d − 1 − d with d = log π − log μ; ``mismatch/kl_k1``, mean of −d; and
-                            ``mismatch/kl_over_entropy``, the former over the mean entropy of the same tokens; absent
-                            where the engine does not know log μ, or log π: a later step of a batch of verl's that
-                            takes the sampler's log-probs for the old ones
-``policy/age``              optimizer steps between the weights that sampled and those that are updated, mean over
-                            tokens; verl: since the batch reached the actor
-``theorem2/violated_frac``  share of rows whose entropy left [(1−ε_low)·H, (1+ε_high)·H] of when they were sampled;
-                            token ratios under a clip only
-``cov/adv_logp``            covariance over tokens of the unshaped advantage and log π
-``adv/mean``                mean unshaped advantage over tokens
-``loss``, ``grad_norm``     of the step; the gradient norm before clipping
-``learning_rate``           of the step
-``reward/mean``             and ``reward/std``, ``reward/zero_std_frac``: of the latest generated batch; verl: the mean
-                            alone, of the step's completions
-``length/mean``             tokens a completion, and ``length/truncated_frac``, share without an end token; verl: of the
-                            step's completions, with an environment's tokens, and share that reached the limit
-``samples/total``           completions generated so far
-``episode/win_frac``        of the latest batch of episodes with an environment: share won; ``episode/return``, mean sum
-                            of rewards; ``episode/turns``, actions an episode; ``episode/calls``, resets and steps of
-                            the batch; ``episode/truncated_frac``, share that turns or tokens ended
-``entropy/turn_1``          to ``entropy/turn_8``: as ``entropy/mean``, over the tokens of an episode's first turn and
-                            on, as far as there were turns; the eighth holds the later ones too
-``task``                    name of the task, if tasks follow one another; another name than before is a switch
-==========================  ==========================================================================================
-
-On steps that are explained (``explain_every``), a row also holds what ``entropy/prediction.py`` predicts: nats per
-token, to first order in the logits, times the learning rate. Each split sums to ``predict/change``.
-
-==========================  ==========================================================================================
-``predict/change``          predicted entropy change of the step: exact form, or without moments if ``moments`` is 0
-``predict/change_simple``   by the form without moments; and ``predict/change_natural``, of a natural-gradient step
-``predict/absolute``        Σ of absolute contributions, the scale of the others
-``predict/likely_up``       quadrants: the sampled token likely (surprisal < H) or ``rare``, pushed ``up`` or ``down``:
-                            ``likely_up``, ``rare_up``, ``likely_down``, ``rare_down``; with ``bonus``, through H itself
-``predict/unclipped``       by clip, with ``clipped_low`` and ``clipped_high``; beside the split, ``removed_low`` and
-                            ``removed_high`` estimate what the clip took away
-``predict/positive``        by sign of the advantage, with ``negative`` and ``neutral``
-``predict/position_1``      to ``position_8``, by eighth of the completion
-``predict/finished``        by end, with ``truncated``, of completions without an end token
-``predict/short``           by length, with ``middle`` and ``long``: thirds of a generated batch's completions, ranked
-                            by the policy's tokens; equal lengths share their mean rank
-``tokens/finished_frac``    share of the tokens in completions of these kinds; with ``tokens/truncated_frac``,
-                            ``tokens/short_frac``, ``tokens/middle_frac`` and ``tokens/long_frac``
-``predict/gain``            derivative of the change by the knob; for a clip, an estimate from the tokens at its edge
-``predict/knob``            gain × knob: what the knob adds; null for a clip
-``predict/numerics``        what the rounding of log π in this pass adds, to first order; null without moments
-``predict/moments``         1 if the moments of the rows were available, else 0
-``predict/top_tokens``      [text, change, count] of the tokens that moved entropy most, summed by token, main process
-``numerics/logp_rms``       rms difference between the engine's log π and that of an fp32 head, nats; with
-                            ``numerics/entropy_bias``, mean difference of the entropies
-==========================  ==========================================================================================
+============================  ==========================================================================================
+**entropy**                   nats per generated token; a nat is 1.44 bits
+``entropy/mean``              exact, at the sampling temperature; over the whole step and all ranks
+``entropy/tokens``            number of tokens that were read
+``entropy/target``            target H* in force; null while the first entropy is measured, or without a target
+``entropy/error``             (H − H*)/H*
+``entropy/refused``           readings refused in a row
+``entropy/failing``           mean over tokens with the weight 1 − ρ, ρ the share of right answers in the token's group
+``entropy/turn_N``            N from 1 to 8: over the tokens of an episode's turn N; the eighth holds the later ones too
+**knob**                      the number that the controller turns
+``knob/value``                value in force during the step
+``knob/saturated``            1 if it is at a bound, else 0
+**clip, ratio, policy**       and how far the update is from the samples
+``clip/low_frac``             share of tokens with A<0 whose gradient the lower bound removed
+``clip/high_frac``            share of tokens with A>0 whose gradient the upper bound removed or capped
+``clip/dropped_frac``         share of tokens whose gradient is dropped: by a bound, or with A≠0 by a selection
+``clip/entropy_share``        share of all entropy that those tokens have; above ``clip/dropped_frac``, they have more
+                              than the mean
+``ratio/mean``                mean importance ratio r
+``ratio/outside_frac``        share of tokens whose ratio is outside the clip, whatever the sign of A
+``ratio/ess_frac``            effective sample size of the N tokens as a share, (Σr)²/(N·Σr²); 1 if all ratios are alike
+``policy/age``                optimizer steps between the weights that sampled and those that are updated, mean over
+                              tokens; verl: since the batch reached the actor
+``mismatch/kl``               KL of the sampler μ from the trainer π, nats per sampled token, at the weights that
+                              sampled: mean of e^d − 1 − d with d = log π − log μ; absent if the engine does not know
+                              both
+``mismatch/kl_k1``            the same KL, estimated by the mean of −d
+``mismatch/kl_over_entropy``  ``mismatch/kl`` over the mean entropy of the same tokens
+``theorem2/violated_frac``    share of rows whose entropy left [(1−ε_low)·H, (1+ε_high)·H] of when they were sampled;
+                              token ratios under a clip only
+**adv, group, price**         advantages, and groups: the samples of one prompt
+``adv/mean``                  mean unshaped advantage A over tokens
+``cov/adv_logp``              covariance over tokens of the unshaped advantage and log π
+``group/failed_frac``         share of completions whose group has no right answer
+``group/mixed_frac``          share of completions whose group has right and wrong answers
+``group/solved_frac``         share of completions whose group has no wrong answer
+``group/distinct_frac``       distinct right answers as a share of the right answers, mean over completions whose group
+                              has one
+``price/nat``                 reward per completion that one nat per token costs: Σ(R − mean of the group)·L / ΣL² over
+                              mixed groups, L = log π + H, times tokens per completion
+**reward, length, episode**   of the latest generated batch; verl: of the step's completions
+``reward/mean``               mean reward
+``reward/std``                standard deviation of the rewards; not in verl
+``reward/zero_std_frac``      share of groups whose rewards are all alike; not in verl
+``reward/unscored``           completions without a finite reward, if there are any
+``length/mean``               tokens per completion; verl: with an environment's tokens
+``length/truncated_frac``     share of completions without an end token; verl: that reached the limit
+``samples/total``             completions generated so far
+``episode/win_frac``          of episodes with an environment: share that was won
+``episode/return``            mean sum of rewards of an episode
+``episode/turns``             actions per episode
+``episode/calls``             resets and steps of the environments in the batch
+``episode/truncated_frac``    share of episodes that the limit of turns or tokens ended
+``task``                      name of the task, if tasks follow one another; another name than before is a switch
+**optimizer**                 of the step
+``loss``                      as the engine computes it
+``grad_norm``                 norm of the gradient before clipping
+``learning_rate``             in force
+**predict, tokens**           on steps that are explained (``explain_every``): the change of entropy that
+                              ``entropy/prediction.py`` predicts, nats per token, to first order in the logits, times
+                              the learning rate; each split adds up to ``predict/change``
+``predict/change``            of the step: exact form, or without moments if ``predict/moments`` is 0
+``predict/change_simple``     by the form without moments
+``predict/change_natural``    of a natural-gradient step
+``predict/absolute``          Σ of absolute contributions, the scale of the others
+``predict/likely_up``         by quadrant: the sampled token is likely (surprisal < H), and is pushed up
+``predict/rare_up``           rare, pushed up
+``predict/likely_down``       likely, pushed down
+``predict/rare_down``         rare, pushed down
+``predict/bonus``             through H itself, by an entropy term
+``predict/unclipped``         by clip: tokens inside it
+``predict/clipped_low``       tokens that the lower bound stopped
+``predict/clipped_high``      tokens that the upper bound stopped
+``predict/removed_low``       beside the split: what the lower bound took away, estimated
+``predict/removed_high``      what the upper bound took away, estimated
+``predict/positive``          by sign of the advantage: A>0
+``predict/negative``          A<0
+``predict/neutral``           A=0
+``predict/position_N``        N from 1 to 8: by eighth of the completion
+``predict/finished``          by end: completions with an end token
+``predict/truncated``         completions without one
+``predict/short``             by length: the shortest third of the batch's completions, by the policy's tokens; equal
+                              lengths share their mean rank
+``predict/middle``            the middle third
+``predict/long``              the longest third
+``predict/gain``              derivative of the change by the knob; for a clip, an estimate from the tokens at its edge
+``predict/knob``              gain × knob: what the knob adds; null for a clip
+``predict/numerics``          what the rounding of log π in this pass adds, to first order; null without moments
+``predict/moments``           1 if the moments of the rows were available, else 0
+``predict/top_tokens``        [text, change, count] of the tokens that moved entropy most, summed by token, main process
+``tokens/finished_frac``      share of the tokens in completions with an end token
+``tokens/truncated_frac``     in completions without one
+``tokens/short_frac``         in the shortest third of completions
+``tokens/middle_frac``        in the middle third
+``tokens/long_frac``          in the longest third
+``numerics/logp_rms``         rms difference between the engine's log π and that of an fp32 head, nats
+``numerics/entropy_bias``     mean difference between their entropies, nats
+============================  ==========================================================================================
 
 audit.json (missing with ``--audit off``): ``findings``, gravest first, each with ``severity`` (serious, warning, note),
 ``code``, ``what``, ``where``, ``effect``, ``remedy``, ``nats`` and ``clipped_frac``; ``serious``, the number of the
@@ -297,6 +329,9 @@ class Record:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+
+    def __repr__(self) -> str:
+        return f"Record({str(self.path)!r})"
 
     def start(self, config: dict[str, Any], recipe: dict[str, Any], seed: int, **more: Any) -> None:
         """Write run.json, and create the directory if it is missing.

@@ -67,3 +67,21 @@ def _picture(char: str) -> str:
         return f"⟦U+{code:04X}⟧"
     # A lone half of a surrogate pair cannot be written as UTF-8.
     return "\ufffd" if 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 else char
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as hours, minutes and seconds.
+
+    Args:
+        seconds: not negative; parts of a second are dropped.
+
+    Returns:
+        ``M:SS``, or ``H:MM:SS`` from an hour on.
+
+    Example:
+        >>> duration(59), duration(3723)
+        ('0:59', '1:02:03')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

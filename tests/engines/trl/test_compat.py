@@ -6,9 +6,9 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
-from trl import GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer import utils
-from trl_case import BASE, make, parts, train
+from trl_case import BASE, make, parts, save_model, train
 
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer, compat
 
@@ -182,3 +182,39 @@ def test_weights_alone_are_loaded(tmp_path):
         assert torch.equal(x, y)
     assert fresh.state.global_step == 0
     assert BASE["num_generations"] == 8
+
+
+def test_the_steps_of_a_subclass_that_are_checked_are_trls():
+    for step in compat._STEPS:
+        assert callable(getattr(GRPOTrainer, step)), step
+    calls = inspect.unwrap(GRPOTrainer.compute_loss).__code__.co_names
+    assert "_compute_loss" in calls
+    assert "_calculate_rewards" in inspect.unwrap(GRPOTrainer._generate_and_score_completions).__code__.co_names
+    assert compat.bypassed(GRPOTrainer, watched=False) is None
+    assert compat.bypassed(IsentropicTrainer, watched=False) is None
+
+
+@pytest.mark.parametrize("settings", [{}, {"epsilon": 0.1}, {"epsilon": 0.1, "epsilon_high": 0.3}])
+def test_settings_that_are_applied_late_are_those_of_a_trainer_that_was_made_with_them(tmp_path, settings):
+    settings = {"loss_type": "cispo", "scale_rewards": "none", "importance_sampling_level": "sequence", **settings}
+    made, late = (make(GRPOTrainer, GRPOConfig, tmp_path, 4, **s) for s in (settings, {}))
+    for name, value in settings.items():
+        setattr(late.args, name, value)
+    compat.apply_settings(late)
+    differing = {
+        name
+        for name, value in vars(made).items()
+        if isinstance(value, str | int | float | bool | None) and vars(late).get(name) != value
+    }
+    assert differing == set()
+
+
+def test_a_model_knows_where_it_is_from(tmp_path):
+    assert compat.model_id(parts()[0]) == ""
+    path = save_model(tmp_path)
+    assert compat.model_id(type(parts()[0]).from_pretrained(path)) == path
+
+
+def test_the_tags_of_a_class_are_those_of_its_models(tmp_path):
+    trainer = make(GRPOTrainer, GRPOConfig, tmp_path, 4)
+    assert set(compat.tags_of(GRPOTrainer)) <= set(trainer.model.model_tags)

@@ -518,7 +518,7 @@ def test_a_method_of_ones_own(tmp_path):
 
 
 def test_rows_are_refused_where_the_head_is_not_known(tmp_path, monkeypatch):
-    monkeypatch.setattr("isentropic.engines.trl.hidden.head_of", lambda model: None)
+    monkeypatch.setattr("isentropic.engines.trl.head.head_of", lambda model: None)
     with pytest.raises(ValueError, match="reads whole rows of log-probabilities"):
         controlled(tmp_path, recipe="aent")
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("trl")
 from task_cases import digits, digits_model, logp_and_entropy
-from trl_case import BASE, VARIANT, same, weights
+from trl_case import BASE, QUIET, VARIANT, same, undocumented, weights
 
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
 from isentropic.engines.trl.rollout import Rollout
@@ -17,7 +17,7 @@ def trainer_of(home, head, **settings):
 
     model, tokenizer = digits_model()
     task = digits()
-    settings = {**BASE, "max_steps": 2, "max_completion_length": 60, **settings}
+    settings = {**BASE, **QUIET, "max_steps": 2, "max_completion_length": 60, **settings}
     args = IsentropicConfig(output_dir=str(home), head=head, **settings)
     return IsentropicTrainer(
         model,
@@ -73,6 +73,7 @@ def test_figures_of_the_episodes_are_in_the_row(tmp_path):
     trainer = trainer_of(tmp_path, "auto", recipe="dapo", knob="zeta", target="90%")
     trainer.train()
     row = Record(tmp_path).rows("metrics")[0]
+    assert undocumented(row) == []
     assert row["episode/win_frac"] == row["episode/return"] == row["reward/mean"]
     assert 1 <= row["episode/turns"] <= 3
     assert row["episode/calls"] == pytest.approx(64 * (1 + row["episode/turns"]))

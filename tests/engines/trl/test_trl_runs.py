@@ -102,7 +102,8 @@ def test_a_run_prints_a_line_a_step_and_a_table(uninterrupted):
     assert "eta" in steps[0]
     assert "reward" in steps[3]
     assert "(target" in steps[3]
-    assert "knob" in steps[3]
+    assert "zeta" in steps[3]
+    assert "clip" in steps[3]
     assert any("RMS entropy error after 20 steps" in line for line in lines)
     assert lines[-1].startswith("run directory:")
 

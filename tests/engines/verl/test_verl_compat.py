@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 import os
 import subprocess
 import sys
@@ -322,17 +323,40 @@ def test_groups_are_put_together_over_ranks_by_one_call(monkeypatch, key, jagged
         lengths = data["response_mask"].sum(1).tolist()
         rows = [row[:n] for row, n in zip(data[key], lengths, strict=True)]
         data[key] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-    engine = Ranks(monkeypatch, [[("a", 1.0), ("c", 1.0)], [("a", 1.0)]])
+    engine = Ranks(monkeypatch, [[("a", 1.0, 7), ("c", 1.0, 7)], [("a", 1.0, 7)]])
     groups.attach_groups(engine, data)
     assert data[Keys.REWARD].tolist() == [1.0, 0.0, 0.0]
     assert data[Keys.GROUP_RATE].tolist() == [0.75, 0.0, 0.75]
+    assert data[Keys.GROUP_REWARD].tolist() == [0.75, 0.0, 0.75]
+    # Of three right answers to a, the two from elsewhere are equal.
+    distinct = data[Keys.GROUP_DISTINCT].tolist()
+    assert distinct[0] == distinct[2] == pytest.approx(2 / 3)
+    assert math.isnan(distinct[1])
     assert engine.calls == 1
+
+
+def test_equal_answers_have_equal_hashes(monkeypatch):
+    """Whatever follows the end of an answer; and padded as jagged."""
+    data = batch(["a", "b", "a"], [1.0, 0.0, 0.0])
+    answers, lengths = data[Keys.ANSWERS], compat.answer_lengths(data).tolist()
+    answers[:] = torch.arange(answers.shape[1])
+    first = compat.answer_hashes(data)
+    assert len(set(first)) == len(set(lengths))
+    answers[0, lengths[0] :] = 99
+    assert compat.answer_hashes(data) == first
+    answers[0, 0] = 98
+    assert compat.answer_hashes(data)[0] != first[0]
 
 
 def test_rates_of_graded_rewards_by_hand():
     """(mean − min)/(max − min) of each group, whatever its size; a sample that was not scored does not count."""
     samples = [("a", 3.0), ("b", 2.0), ("a", 1.0), ("a", 2.5), ("b", float("nan")), ("b", 6.0), ("c", -1.0)]
-    assert groups.rates(samples) == pytest.approx({"a": (6.5 / 3 - 1) / 2, "b": 0.5, "c": 0.0})
+    known = groups.by_group((*sample, i % 3) for i, sample in enumerate(samples))
+    assert {name: one.rate for name, one in known.items()} == pytest.approx(
+        {"a": (6.5 / 3 - 1) / 2, "b": 0.5, "c": 0.0}
+    )
+    assert {name: one.mean for name, one in known.items()} == pytest.approx({"a": 6.5 / 3, "b": 4.0, "c": -1.0})
+    assert [known[name].distinct for name in "ab"] == pytest.approx([2 / 3, 1.0])
 
 
 @pytest.mark.parametrize("missing", ["uid", "token_level_scores"])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import recipes
 from ...entropy.statistics import token_entropy
-from ...losses.advantages import group_rate
+from ...losses.advantages import group_distinct, group_rate, group_reward
 from ...recipes import Recipe
 from .states import Tree, answers, reach
 
@@ -28,6 +28,8 @@ class Batch(NamedTuple):
             moved since.
         reward: ``[b]`` rewards of the answers.
         group_rate: ``[b]`` share of right answers in the group of each.
+        group_reward: ``[b]`` mean reward of the group of each.
+        group_distinct: ``[b]`` distinct right answers of the group of each, as a share of its right ones.
     """
 
     rows: Tensor
@@ -38,6 +40,8 @@ class Batch(NamedTuple):
     entropy_old: Tensor | None = None
     reward: Tensor | None = None
     group_rate: Tensor | None = None
+    group_reward: Tensor | None = None
+    group_distinct: Tensor | None = None
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -99,7 +103,8 @@ def expected_batch(
     weight = weight.flatten() * (weight.numel() / tree.prompts)
     reward = rewards.flatten().repeat_interleave(group, 0)
     rate = (others.to(prob.dtype) + rewards.flatten()[:, None]) / group
-    return Batch(rows, ids, logp, adv.flatten(), weight, entropy, reward, rate.flatten())
+    # Rewards are 0 and 1: the mean of a group is its rate.
+    return Batch(rows, ids, logp, adv.flatten(), weight, entropy, reward, rate.flatten(), rate.flatten())
 
 
 def sampled_batch(
@@ -151,4 +156,5 @@ def draw(
     rows, ids = rows[chosen], ids[chosen]
     entropy = token_entropy(logits, chunk=len(logits))[rows]
     logp, rate = logits.log_softmax(-1)[rows, ids], group_rate(sampled)
-    return Batch(rows, ids, logp, adv, torch.ones_like(adv), entropy, sampled.flatten(), rate)
+    of_group = group_reward(sampled), group_distinct(sampled, drawn)
+    return Batch(rows, ids, logp, adv, torch.ones_like(adv), entropy, sampled.flatten(), rate, *of_group)

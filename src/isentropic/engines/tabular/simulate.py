@@ -9,10 +9,11 @@ from torch import Tensor
 from ... import recipes
 from ...entropy import prediction
 from ...recipes import Recipe
-from ...types import EntropyReading
+from ...types import EntropyReading, GroupFacts, TokenBatch
+from ..groups import group_sums
 from ..loop import ControlLoop
 from ..rewrite import across_knob
-from .batches import Batch, draw
+from .batches import Batch, draw, expected_batch
 from .states import Tree, make_rewards, mean_entropy, random_logits, reach
 from .steps import Pass, forward, loss_of, pulls
 
@@ -52,6 +53,15 @@ def _predict(recipe: Recipe, batch: Batch, run: Pass, knob: float | None, share:
     return loss, (share * change).sum()
 
 
+def _groups(batch: Batch, run: Pass) -> GroupFacts:
+    """What a minibatch knows of the groups; of a group that was cut, its whole rate."""
+    mask = torch.ones_like(run.stats.logp)
+    of_group = {name: getattr(batch, name) for name in ("reward", "group_rate", "group_reward", "group_distinct")}
+    tokens = TokenBatch(run.stats.logp, None, batch.adv, mask, run.stats.entropy, **of_group)
+    sums = group_sums(tokens, weight=batch.weight)
+    return GroupFacts(*map(float, sums))
+
+
 def _gain(recipe: Recipe, batch: Batch, run: Pass, knob: float, share: Tensor) -> float:
     """Derivative of the prediction by the knob."""
     moved = across_knob(recipe, knob, lambda end: _predict(end, batch, run, None, share)[1])
@@ -70,6 +80,7 @@ def simulate(
     regime: str = "uninformed",
     share: float = 0.2,
     scale: float = 1.0,
+    exact: bool = False,
 ) -> Run:
     """Run a recipe under the control of its thermostat on a table, as an engine would.
 
@@ -88,6 +99,8 @@ def simulate(
         updates: minibatches, and optimizer steps, of a batch.
         regime, share: of the rewards, as in ``make_rewards``.
         scale: standard deviation of the first logits.
+        exact: whether a batch is what groups hold in expectation (``expected_batch``), so that no draw is left to
+            chance; needs rewards of 0 and 1 and one update.
 
     Returns:
         Arrays [steps].
@@ -106,7 +119,7 @@ def simulate(
     # What a part draws at random comes from the global generator, which a simulation leaves as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return _simulate(recipe, steps, seed, tree, lr, group, updates, regime, share, scale)
+        return _simulate(recipe, steps, seed, tree, lr, group, updates, regime, share, scale, exact)
 
 
 def _simulate(
@@ -120,8 +133,11 @@ def _simulate(
     regime: str,
     share: float,
     scale: float,
+    exact: bool,
 ) -> Run:
     recipes.check(recipe, updates)
+    if exact and updates != 1:
+        raise ValueError(f"an exact simulation takes one update a batch, got {updates}; set updates=1")
     if not 1 <= updates <= tree.prompts * group:
         raise ValueError(f"updates must lie in [1, {tree.prompts * group}], the answers of a batch, got {updates}")
     generator = torch.Generator().manual_seed(seed)
@@ -129,7 +145,10 @@ def _simulate(
     rewards = make_rewards(tree, logits, regime, share, seed)
     loop, table = ControlLoop(recipe, steps, vocabulary=tree.vocab), []
     while len(table) < steps:
-        batch = draw(tree, logits, rewards, recipe, group, generator)
+        if exact:
+            batch = expected_batch(tree, logits, rewards, recipe, group)
+        else:
+            batch = draw(tree, logits, rewards, recipe, group, generator)
         order = torch.randperm(len(batch.adv), generator=generator)
         for i, part in enumerate(order.tensor_split(updates)[: steps - len(table)]):
             minibatch = Batch(*(x[part] for x in batch if x is not None))
@@ -139,9 +158,10 @@ def _simulate(
             loss, predicted = _predict(recipe, minibatch, run, knob, token_share)
             gain = 0.0 if knob is None else _gain(recipe, minibatch, run, knob, token_share)
             logits = logits - lr * torch.autograd.grad(loss, run.logits)[0]
-            seen, before = run.stats.entropy, float(visits @ run.by_row)
-            reading = EntropyReading(float(seen.sum()), seen.numel(), "exact", 1.0, "float64", rate=lr)
-            reading = reading._replace(predicted=float(predicted), gain=gain, steps=1)
+            before, count = float(visits @ run.by_row), minibatch.weight[:, None].expand_as(run.stats.entropy)
+            seen = float((count * run.stats.entropy).sum())
+            reading = EntropyReading(seen, float(count.sum()), "exact", 1.0, "float64", rate=lr)
+            reading = reading._replace(predicted=float(predicted), gain=gain, steps=1, groups=_groups(minibatch, run))
             loop.regulate(reading, act=i == updates - 1)
             target = loop.thermostat.level(loop.state) if loop.thermostat and loop.state else None
             reward = float((prob * rewards).sum(1).mean())

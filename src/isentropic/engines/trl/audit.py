@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from itertools import cycle, islice
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-from ...entropy.audit import AuditBatch, Clip, Report, Scored, audit
+from ...entropy.audit import AuditBatch, Clip, Report, Scored, audit, merged
 from ...runs.record import write_json
-from .compat import CHANGED_IN_PLACE, Trainer, generated_batch, scored_tokens, tokenizer_of
+from .compat import CHANGED_IN_PLACE, Trainer, generated_batch, scored_tokens, stop_at, tokenizer_of
 
 logger = logging.getLogger("isentropic")
 AUDIT_FILE = "audit.json"
@@ -40,32 +41,75 @@ _OBJECTS = ("batches", "run_log", "run_log.samples")
 
 
 @torch.no_grad()
-def audit_trainer(trainer: Trainer, prompts: int = 2, tokens: int = 64) -> Report:
+def audit_trainer(trainer: Trainer, prompts: int = 2, tokens: int = 64, batches: int = 3) -> Report:
     """Audit a GRPOTrainer, or one of its subclasses, before it trains.
+
+    Several batches are looked at: one in which every completion is as long as the others holds no padding, and cannot
+    show a mask that counts it. If none of them holds any, a further one is made to: its completions end at one more
+    token.
 
     Args:
         trainer: made, not yet trained; under FSDP2 it has to be prepared, as it is when training begins.
-        prompts: prompts of the training set that are answered, each by a group.
+        prompts: prompts of the training set that are answered in a batch, each by a group.
         tokens: limit of a completion's length; a large vocabulary lowers it.
+        batches: how many, each of other prompts.
 
     Returns:
-        Findings, the checks that were made, measured figures. Every rank must call this; each sees its own completions.
+        Findings, each as the batch shows it in which it is worst; the checks that were made; measured figures. Every
+        rank must call this; each sees its own completions.
     """
+    padding, reports, batch = [], [], None
     with _untouched(trainer):
         trainer.model.train()
-        batch = _generated(trainer, prompts, tokens)
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        with trainer.accelerator.autocast():
-            report = audit(
-                model,
-                batch,
-                lambda scored, part: _score(trainer, scored, part),
-                _clip(trainer, batch),
-                torch.float32 if trainer.args.cast_lm_head_to_fp32 else None,
-                "trainer",
-            )
+        dataset = cycle(trainer.train_dataset)
+        for i in range(batches + (batches > 1)):
+            if i == batches and not _everywhere(trainer, not any(padding) and _ends_early(trainer, batch)):
+                break
+            batch = _generated(trainer, list(islice(dataset, prompts)), tokens)
+            assert batch.generated is not None
+            padding.append(1 - batch.generated.double().mean().item())
+            with trainer.accelerator.autocast():
+                reports.append(
+                    audit(
+                        model,
+                        batch,
+                        lambda scored, part: _score(trainer, scored, part),
+                        _clip(trainer, batch),
+                        torch.float32 if trainer.args.cast_lm_head_to_fp32 else None,
+                        "trainer",
+                        target=_target(trainer),
+                    )
+                )
+    report = merged(reports)
     findings = [f._replace(remedy=_REMEDIES.get(f.code, f.remedy)) for f in report.findings]
-    return report._replace(findings=findings)
+    seen = f"{sum(padding) / len(padding):.0%} of positions" if any(padding) else "none in these batches"
+    return report._replace(findings=findings, checked={**report.checked, "padding": seen})
+
+
+def _everywhere(trainer: Trainer, holds: bool) -> bool:
+    """Whether something holds on every rank: all of them generate, or none."""
+    return bool(trainer.accelerator.gather(torch.tensor([holds], device=trainer.accelerator.device)).all())
+
+
+def _ends_early(trainer: Trainer, batch: AuditBatch | None) -> bool:
+    """Have completions end at a token that about half of a batch's have in their middle; False if there is none."""
+    num = 0 if batch is None else batch.mask.shape[1]
+    if batch is None or getattr(trainer, "generation_config", None) is None or num < 3:
+        return False
+    found = [set(row) for row in batch.input_ids[:, -num + 1 : -1].tolist()]
+    counts = Counter(token for row in found for token in row)
+    trainer.generation_kwargs = dict(trainer.generation_kwargs)  # changed in place; the trainer's own is put back
+    stop_at(trainer, [min(counts, key=lambda token: abs(counts[token] - len(found) / 2))])
+    return True
+
+
+def _target(trainer: Trainer) -> str | None:
+    """The entropy target that a knob is turned for; None if there is none."""
+    recipe = getattr(trainer, "recipe", None)
+    if recipe is None or not recipe.knob:
+        return None
+    return str(getattr(recipe.target, "written", recipe.target))
 
 
 def _score(trainer: Trainer, model: Any, batch: AuditBatch) -> Scored:
@@ -82,9 +126,9 @@ def _clip(trainer: Trainer, batch: AuditBatch) -> Clip:
     return Clip(low, high, max(1, round(batch.mask.sum(1).double().mean().item())) if by_sequence else 1)
 
 
-def _generated(trainer: Trainer, prompts: int, tokens: int) -> AuditBatch:
+def _generated(trainer: Trainer, prompts: list[Any], tokens: int) -> AuditBatch:
     """A batch by the trainer's own generation, and the distributions it was drawn from, if the sampler gives them."""
-    rows = [row for row in islice(iter(trainer.train_dataset), prompts) for _ in range(trainer.num_generations)]
+    rows = [row for row in prompts for _ in range(trainer.num_generations)]
     vocab = trainer.model.get_output_embeddings().weight.shape[0]
     limit = max(1, min(tokens, trainer.args.max_completion_length, _MAX_SCORES // (vocab * len(rows))))
     trainer.reward_funcs = [_stand_in] * len(trainer.reward_funcs)

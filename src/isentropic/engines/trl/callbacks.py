@@ -1,4 +1,4 @@
-"""Callbacks and signals: a guard against exploding entropy, the length of the run, and the request to stop."""
+"""Callbacks and signals: the lines that a run prints, a guard against exploding entropy, and the request to stop."""
 
 from __future__ import annotations
 
@@ -11,24 +11,121 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ...control.guard import PATIENCE, USUAL_BOUND, Guard, GuardState
-from ...recipes import Recipe
+from ...recipes import Recipe, build_controller
+from ...runs.summary import NOT_KNOWN
+from ...runs.text import duration, visible
 from .compat import Trainer
+from .log import recipe_of
 from .settings import boundary
 
 logger = logging.getLogger("isentropic")
 
 
-class RunLength(TrainerCallback):
-    """Tells a target over the whole run its length as training begins: by epochs it is known no sooner."""
+class Opening(TrainerCallback):
+    """Opens the run directory as training begins, and says what is controlled: by epochs the length is known then."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.loop.extend_to(state.max_steps)
+        starts = getattr(self.trainer, "starts", (0,))
+        self.trainer.loop.extend_to(*starts[1:], state.max_steps)
+        self.trainer.run_log.begin(state.max_steps)
+        if state.is_world_process_zero:
+            self.trainer.say(opening_line(self.trainer))
+
+
+def opening_line(trainer: Trainer) -> str:
+    """What is controlled by what, and how often entropy is read and explained."""
+    recipe, explainer = trainer.recipe, trainer.explainer
+    target = getattr(recipe.target, "written", recipe.target)
+    held = "only monitored" if recipe.knob is None else f"knob {recipe.knob}"
+    if recipe.knob is not None:
+        held += f", target {target}" if build_controller(recipe).steers else " without a target"
+    head = "fused head" if explainer.fused else "TRL's head"
+    rare = f"read each step, explained every {explainer.every} steps" if explainer.every else "read each step"
+    how = "read and explained each step" if explainer.every == 1 else rare
+    return f"isentropic: {recipe_of(trainer)}, {held}, {head}; entropy {how}"
+
+
+def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any], knob: str | None) -> str:
+    """The line of an optimizer step: six figures, as far as they are known.
+
+    Args:
+        step, steps: done, and in all.
+        seconds_left: of training.
+        row: of metrics.jsonl, with ``reward``.
+        knob: its name.
+
+    Example:
+        >>> row = {"entropy/mean": 0.91, "entropy/target": 1.0, "knob/value": 0.02, "reward": 0.5}
+        >>> step_line(7, 800, 61.0, {**row, "clip/low_frac": 0.01, "clip/high_frac": 0.002}, "zeta")
+        'step   7/800  eta 1:01  reward 0.500  entropy 0.910 (target 1.000)  zeta 0.02  clip 1.2%'
+    """
+    columns = [f"step {step:{len(str(steps))}d}/{steps}", f"eta {duration(seconds_left)}"]
+    if row.get("reward") is not None:
+        columns.append(f"reward {row['reward']:.3f}")
+    entropy, target = row.get("entropy/mean"), row.get("entropy/target")
+    against = f" (target {target:.3f})" if target is not None else ""
+    columns.append(f"entropy {NOT_KNOWN if entropy is None else f'{entropy:.3f}'}{against}")
+    if row.get("knob/value") is not None:
+        columns.append(f"{knob} {row['knob/value']:.3g}" + (" at its bound" if row.get("knob/saturated") else ""))
+    if row.get("clip/low_frac") is not None and row.get("clip/high_frac") is not None:
+        columns.append(f"clip {row['clip/low_frac'] + row['clip/high_frac']:.1%}")
+    return "  ".join(columns)
+
+
+class _StepLines(TrainerCallback):
+    """Prints six figures of a logged step in place of all that TRL logs of it; other logs are printed as ever."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__()
+        self.trainer = trainer
+        self._started, self._first = time.monotonic(), 0
+        self._reward: float | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._started, self._first = time.monotonic(), state.global_step
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        # At its end transformers logs the run time, which is in the closing table.
+        if not logs or "train_runtime" in logs:
+            return
+        if "loss" not in logs:
+            super().on_log(args, state, control, logs=logs, **kwargs)
+            return
+        self._reward = logs.get("reward", self._reward)  # TRL logs it once a generated batch
+        done = max(state.global_step - self._first, 1)
+        left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
+        row = {**logs, "reward": self._reward}
+        if state.is_world_process_zero:
+            self.write(step_line(state.global_step, state.max_steps, left, row, self.trainer.recipe.knob))
+
+    def write(self, line: str) -> None:
+        self.trainer.say(line)
+
+
+class StepPrinter(_StepLines, PrinterCallback):
+    """transformers' printer, which prints the six figures."""
+
+
+class StepBar(_StepLines, ProgressCallback):
+    """transformers' progress bar, above which the six figures are printed."""
+
+    def write(self, line: str) -> None:
+        bar: Any = self.training_bar
+        bar.write(visible(line))
+
+
+def print_six_figures(trainer: Trainer) -> None:
+    """Put our printer, or our bar, in the place of a trainer's own; a trainer without one stays silent."""
+    for native, ours in ((PrinterCallback, StepPrinter), (ProgressCallback, StepBar)):
+        if trainer.pop_callback(native) is not None:
+            trainer.add_callback(ours(trainer))
 
 
 def bound_of(recipe: Recipe, asked: float | None) -> float:
@@ -92,7 +189,7 @@ class EntropyGuard(TrainerCallback):
             tries.insert(0, "a recipe with a target, such as isentropic")
         elif row.get("knob/saturated"):
             tries.insert(0, f"knob {recipe.knob} is at its bound: a wider one by knob_low or knob_high")
-        return f"try {', '.join(tries)}; `isentropic explain` says what moved it; `--stop-above 0` continues regardless"
+        return f"try {', '.join(tries)}; `isentropic explain` says what moved it; stop_above = 0 continues regardless"
 
 
 class StopRequest:

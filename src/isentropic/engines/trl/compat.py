@@ -6,6 +6,7 @@ its first argument. ``tests/engines/trl/test_compat.py`` has a contract test for
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -72,12 +73,19 @@ class Trainer(Protocol):
     mask_truncated_completions: bool
     eos_token_ids: Any
     generation_config: Any
+    generation_kwargs: Any
     reward_funcs: Any
+    reward_func_names: Any
     rollout_func: Any
+    hub_model_id: Any
+    add_callback: Any
+    pop_callback: Any
     # Ours.
     recipe: Recipe
     loop: ControlLoop
     run_log: Any
+    explainer: Any
+    say: Callable[[str], None]
     native: bool
 
 
@@ -212,6 +220,60 @@ def generating(trainer: Any) -> Iterator[Any]:
     )
     with bare as model, trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
         yield model
+
+
+def model_id(model: Any) -> str:
+    """The hub id or the directory that a model was loaded from; empty if it was made in the script."""
+    return getattr(model.config, "_name_or_path", "") or ""
+
+
+def apply_settings(trainer: Any) -> None:
+    """Have a trainer that was made take the settings of its loss from its config again, and tag its model as ours."""
+    args = trainer.args
+    trainer.loss_type, trainer.scale_rewards = args.loss_type, args.scale_rewards
+    trainer.importance_sampling_level = args.importance_sampling_level
+    trainer.epsilon_low = args.epsilon
+    trainer.epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    trainer.model.add_model_tags(trainer._tag_names)
+
+
+# Steps of TRL in which ours are called, and what an override has to call for that.
+_STEPS = {
+    "compute_loss": ("compute_loss", "_compute_loss"),
+    "_compute_loss": ("_compute_loss",),
+    "_generate_and_score_completions": ("_generate_and_score_completions", "_calculate_rewards"),
+}
+# A loss of its own can be watched, but need not take advantages per token.
+_WATCHED = {**_STEPS, "_compute_loss": ("_compute_loss", "_get_per_token_logps_and_entropies")}
+
+
+def bypassed(kind: type, watched: bool) -> tuple[str, str] | None:
+    """A step that a GRPOTrainer subclass replaces without a call by which ours would be reached.
+
+    Args:
+        kind: the subclass.
+        watched: whether entropy is only monitored.
+
+    Returns:
+        The method, as ``Class.method``, and what the class has to call; None if there is no such step.
+    """
+    for owner in kind.__mro__[: kind.__mro__.index(GRPOTrainer)]:
+        functions = [inspect.unwrap(getattr(value, "__func__", value)) for value in vars(owner).values()]
+        called = {name for f in functions if hasattr(f, "__code__") for name in f.__code__.co_names}
+        for step, reaches in (_WATCHED if watched else _STEPS).items():
+            if step in vars(owner) and not called & set(reaches):
+                return f"{owner.__name__}.{step}", f"super().{reaches[0]}"
+    return None
+
+
+def replaced_steps(trainer: Any) -> list[str]:
+    """The steps of TRL in which ours are called that were replaced on the object itself."""
+    return [step for step in _STEPS if step in vars(trainer)]
+
+
+def tags_of(kind: Any) -> list[str]:
+    """The tags that a trainer's class gives its models."""
+    return list(kind._tag_names)
 
 
 def tokenizer_of(trainer: Any) -> Any:

@@ -30,8 +30,7 @@ from ...recipes.apply import per_token
 from ...types import TokenBatch, TokenFacts, TokenStats
 from ..rewrite import CLIP_KNOBS, Rewritten, across_knob, advantages_at
 from .compat import Trainer, tokenizer_of
-from .head import last_stats
-from .hidden import head_of, logits_of, plain_logits, whole
+from .head import head_of, last_stats, logits_of, plain_logits, whole
 from .loss import Term, native_facts, native_ratio
 from .settings import clip_settings
 

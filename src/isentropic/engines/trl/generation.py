@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ...losses.advantages import group_rate, informative_groups, overlong_penalty
+from ...losses.advantages import group_distinct, group_rate, group_reward, informative_groups, overlong_penalty
 from ...recipes.apply import advantages
 from .compat import Trainer, scores_old_logps
 from .explain import completion_groups
@@ -41,6 +41,7 @@ class GeneratedBatches:
         self.scoring = False
         self.num_unscored = 0
         self._rewards: torch.Tensor | None = None
+        self._answers: torch.Tensor | None = None
         self._entropies: torch.Tensor | None = None
         self._keeps_entropies = False
 
@@ -62,6 +63,9 @@ class GeneratedBatches:
             limit, buffer = int(trainer.args.max_completion_length), trainer.recipe.overlong_buffer
             rewards = rewards + overlong_penalty(trainer.accelerator.gather(lengths), limit, buffer)
         self._rewards = rewards
+        # The hash of a tuple of integers is the same in every process.
+        answers = torch.tensor([hash(tuple(map(int, ids))) for ids in completion_ids], device=rewards.device)
+        self._answers = trainer.accelerator.gather(answers)
         unscored = rewards.isnan()
         before, self.num_unscored = self.num_unscored, int(unscored.sum())
         if self.num_unscored and not before:
@@ -118,6 +122,9 @@ class GeneratedBatches:
         groups = rewards.view(-1, trainer.num_generations)
         output["rewards"] = rewards[local]
         output["group_rate"] = group_rate(groups)[local]
+        output["group_reward"] = group_reward(groups)[local]
+        assert self._answers is not None
+        output["group_distinct"] = group_distinct(groups, self._answers.view_as(groups))[local]
         named = getattr(trainer.args, "recipe", None) is not None
         if named and (recipe.baseline not in _NATIVE_BASELINES or recipe.overlong_buffer):
             output["advantages"] = advantages(recipe, groups).to(rewards.dtype)[local]

@@ -1,20 +1,30 @@
-"""What the trainer writes into the run directory: a row for each optimizer step, and a few completions of a batch."""
+"""What the trainer writes into the run directory: a row for each optimizer step, and a few completions of a batch.
+
+At the end a run is closed: its summary says that it has ended, and the report shows it.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from ...entropy.prediction import bound_violations
-from ...runs.record import Record
-from ...types import TokenBatch, TokenFacts
-from ..loop import OffPolicySums, TokenSums, sum_dtype, token_sums
-from .compat import Trainer, metrics
+from ...losses.reduce import sum_dtype
+from ...recipes import Recipe
+from ...runs.record import Record, write_json
+from ...runs.summary import summary
+from ...types import GroupFacts, TokenBatch, TokenFacts
+from ..card import Trained
+from ..loop import OffPolicySums, TokenSums, token_sums
+from .compat import Trainer, metrics, model_id
+from .settings import recipe_name
 
 # The figures that a row carries from the latest generated batch, by TRL's names.
 FROM_TRL = {
@@ -27,6 +37,8 @@ FROM_TRL = {
     **{f"episode/{name}": f"episode/{name}" for name in ("win_frac", "return", "turns", "calls", "truncated_frac")},
 }
 TURNS = 8  # the last of them holds all that come after it
+# What `datasets` calls a data set that was made from files or in the script.
+_UNNAMED = ("json", "csv", "parquet", "arrow", "text", "pandas", "generator", "default")
 _SAMPLED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "rewards")
 
 
@@ -35,6 +47,7 @@ class StepSums(NamedTuple):
 
     Attributes:
         of_tokens, off_policy: over the tokens.
+        of_groups: what is known of the groups.
         violated, compared: rows whose entropy left Theorem 2's bounds, and rows that were compared.
         loss: Σ of the micro-batches' losses.
         stop: processes that were asked to stop.
@@ -43,6 +56,7 @@ class StepSums(NamedTuple):
 
     of_tokens: TokenSums
     off_policy: OffPolicySums
+    of_groups: GroupFacts
     violated: Any
     compared: Any
     loss: Any
@@ -52,7 +66,13 @@ class StepSums(NamedTuple):
 
 
 def step_sums(
-    trainer: Trainer, batch: TokenBatch, facts: TokenFacts, off_policy: OffPolicySums, has_turns: bool, stop: bool
+    trainer: Trainer,
+    batch: TokenBatch,
+    facts: TokenFacts,
+    off_policy: OffPolicySums,
+    of_groups: GroupFacts,
+    has_turns: bool,
+    stop: bool,
 ) -> StepSums:
     """What a micro-batch adds to its optimizer step, but for its loss, without a synchronisation."""
     assert batch.entropy is not None
@@ -64,7 +84,7 @@ def step_sums(
         pair = bound_violations(batch.entropy, batch.entropy_old, batch.mask, low, high)
         violated, compared = (x.to(kind) for x in pair)
     entropy, tokens = turn_sums(batch) if has_turns else (zero.new_zeros(TURNS), zero.new_zeros(TURNS))
-    return StepSums(of_tokens, off_policy, violated, compared, zero, zero + float(stop), entropy, tokens)
+    return StepSums(of_tokens, off_policy, of_groups, violated, compared, zero, zero + float(stop), entropy, tokens)
 
 
 def turn_sums(batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,6 +158,113 @@ def _sample_row(sample: dict[str, torch.Tensor], step: int, decode: Callable[...
     }
 
 
+def model_of(trainer: Trainer) -> str:
+    """The name of the model: its hub id, its directory, or its class if it was made in the script."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model_id(base) or type(base).__name__
+
+
+def task_of(trainer: Trainer) -> str:
+    """The name of the task: of the data set, if it has one, and of what gives the rewards."""
+    owners = [getattr(getattr(f, "__self__", None), "name", None) for f in trainer.reward_funcs]
+    rewards = [
+        owner if isinstance(owner, str) else name for owner, name in zip(owners, trainer.reward_func_names, strict=True)
+    ]
+    data = getattr(getattr(trainer.train_dataset, "info", None), "dataset_name", None)
+    named = [data] if data and data not in _UNNAMED else []
+    return ": ".join([*named, ", ".join(dict.fromkeys(rewards))]) if rewards else data or "a task"
+
+
+def recipe_of(trainer: Trainer) -> str:
+    """The name of the recipe as it was asked for, else its formula."""
+    asked, record = getattr(trainer.args, "recipe", None), trainer.run_log.record
+    if isinstance(asked, Recipe) and record.begun():
+        # A run of `isentropic train` has composed the recipe that its header names.
+        named = (record.header().get("config") or {}).get("recipe")
+        return named if isinstance(named, str) else asked.formula
+    return recipe_name(asked or trainer.recipe)
+
+
+def trained(trainer: Trainer, name: str | None, dataset: str | None, tags: list[str]) -> Trained:
+    """What the card of a trainer's model says: of a run that has ended, or of the run so far.
+
+    Args:
+        trainer: the trainer.
+        name: of the model; None takes the hub's, or the directory's.
+        dataset: hub id of the data set, if it is known.
+        tags: of the model.
+    """
+    args, record = trainer.args, trainer.run_log.record
+    header = record.header() if record.begun() else {}
+    ended = record.path / "summary.json"
+    if ended.is_file():
+        figures = json.loads(ended.read_text(encoding="utf-8"))
+    else:
+        figures = summary(record.rows("metrics"), record.rows("evaluations"), trainer.run_log.seconds)
+    hub, saved = args.hub_model_id, record.checkpoints()
+    whole = any((record.path / f"{kind}.json").is_file() for kind in ("config", "adapter_config"))
+    last = saved[-1][1] if saved else record.path / f"checkpoint-{trainer.state.global_step}"
+    return Trained(
+        name or (hub or record.path.name).split("/")[-1],
+        header.get("model") or model_of(trainer),
+        hub or str(record.path if whole else last),
+        header.get("task") or task_of(trainer),
+        recipe_of(trainer),
+        trainer.recipe,
+        figures,
+        float(trainer.temperature),
+        getattr(trainer.processing_class, "chat_template", None) is not None,
+        tags,
+        dataset,
+    )
+
+
+def closing_figures(record: Record, seconds: float, stopped: str | None) -> dict[str, Any]:
+    """The summary of a run: its closing figures, and why it ended itself early, if it did.
+
+    Args:
+        record: the run directory.
+        seconds: that the run took.
+        stopped: the reason, or None.
+    """
+    figures = summary(record.rows("metrics"), record.rows("evaluations"), seconds)
+    return figures if stopped is None else {**figures, "stopped": stopped}
+
+
+def close_run(
+    record: Record,
+    seconds: float,
+    stopped: str | None,
+    say: Callable[[str], None],
+    write_report: Callable[[Record], Path] | None,
+) -> dict[str, Any]:
+    """End a run: write its summary, then its report; returns the summary.
+
+    Args:
+        record: the run directory.
+        seconds: that the run took.
+        stopped: why the run ended itself early, if it did.
+        say: called with a line on the report.
+        write_report: writes a page and returns its path; an error in it does not fail the run.
+    """
+    figures = closing_figures(record, seconds, stopped)
+    write_json(record.path / "summary.json", figures)
+    if write_report is not None:
+        try:
+            say(f"report: {write_report(record)}")
+        except Exception as error:
+            say(f"no report: {error}")
+    return figures
+
+
+def page_of(record: Record) -> Path:
+    """Write the report of a run into its directory."""
+    from ...report import write
+
+    return write([record.path], record.path / "report.html")
+
+
 class RunLog:
     """The run directory of a trainer: the row of the latest optimizer step waits here for TRL's gradient norm.
 
@@ -155,12 +282,25 @@ class RunLog:
         self.of_batch: dict[str, Any] = {}
         self._began = time.monotonic()
 
-    def begin(self) -> None:
-        """Training begins: write run.json, with the changed settings and the recipe, unless `isentropic train` has."""
+    @property
+    def seconds(self) -> float:
+        """Since training began in this process."""
+        return time.monotonic() - self._began
+
+    def begin(self, steps: int) -> None:
+        """Training begins: write run.json, with the changed settings and the recipe, unless the run is resumed.
+
+        Args:
+            steps: optimizer steps of the whole run.
+        """
         self._began = time.monotonic()
         trainer, args, record = self.trainer, self.trainer.args, self.record
         record.path.mkdir(parents=True, exist_ok=True)
-        if not trainer.accelerator.is_main_process or (record.path / "run.json").exists():
+        if not trainer.accelerator.is_main_process:
+            return
+        # A run that is resumed has not ended any more.
+        (record.path / "summary.json").unlink(missing_ok=True)
+        if record.begun():
             return
         private = ("output_dir", "run_name", "logging_dir", "seed", "recipe")
         default = {
@@ -171,11 +311,11 @@ class RunLog:
             for name, value in default.items()
             if name not in private and "token" not in name and getattr(args, name) != value
         }
-        steps = args.max_steps if args.max_steps > 0 else None
         recipe = getattr(args, "recipe", None)
         name = recipe if isinstance(recipe, str) else args.loss_type if recipe is None else recipe.formula
         known = {"steps": steps, "recipe": name, "out": args.output_dir}
-        record.start({**changed, **known}, trainer.recipe.as_dict(), args.seed)
+        about = {"task": task_of(trainer), "model": model_of(trainer)}
+        record.start({**changed, **known}, trainer.recipe.as_dict(), args.seed, **about)
 
     def batch_generated(self, num_unscored: int = 0) -> None:
         """Take the figures that TRL logs of a generated batch, and the number of completions without a reward."""
@@ -195,7 +335,7 @@ class RunLog:
         self.flush()
         self.row = {
             "step": step,
-            "seconds": round(time.monotonic() - self._began, 3),
+            "seconds": round(self.seconds, 3),
             **row,
             "loss": loss / trainer.accelerator.num_processes,
             "samples/total": generated,

@@ -8,10 +8,13 @@ import math
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache
+from numbers import Real
 from typing import Any
 
-from ...recipes import Recipe, compose
+from ...recipes import RECIPES, Recipe, compose, load_recipe
+from ...recipes.catalogue import DEFAULT
 from ..rewrite import lower_width
+from .compat import bypassed
 
 logger = logging.getLogger("isentropic")
 _LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}
@@ -107,6 +110,8 @@ def _options(given: Any) -> dict[str, Any]:
 def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
     """The recipe that a config means, and the settings it takes over (none if no recipe is named).
 
+    A target or a controller without a knob is given that of the default recipe, unless the recipe shapes advantages.
+
     Raises:
         ValueError: an unknown name or option, or a composition that cannot work.
     """
@@ -116,13 +121,19 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
     twice = [name for name in changes if name in options]
     if twice:
         raise ValueError(f"recipe_options has {', '.join(twice)}, which the config has a field for; set that instead")
+    if isinstance(changes["target"], Real) and not isinstance(changes["target"], bool):
+        changes["target"] = repr(float(changes["target"]))
     if changes["controller"] == "none":
         changes |= {"knob": "none", "controller": None}
     name = getattr(args, "recipe", None)
     if not isinstance(name, str | Recipe | None):
         raise ValueError(f"recipe must be a name, a FILE.py:NAME, or a Recipe, got {name!r}; see `isentropic recipes`")
+    start = _as_recipe(args) if name is None else load_recipe(name) if isinstance(name, str) else name
+    asked = any(changes[key] is not None for key in ("target", "controller")) and changes["knob"] is None
+    if asked and start.knob is None and start.shaping == "none" and "shaping" not in options:
+        changes["knob"] = RECIPES[DEFAULT].knob
     if name is not None:
-        recipe = compose(name, **changes, **options)
+        recipe = compose(start, **changes, **options)
         _check_effects(args, recipe)
         return recipe, settings(recipe)
     fixed = _OF_A_RECIPE & set(options)
@@ -130,7 +141,21 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
         raise ValueError(
             f"recipe_options {', '.join(sorted(fixed))} need a recipe to change, got recipe=None; name one"
         )
-    return compose(_as_recipe(args), **changes, **options), {}
+    return compose(start, **changes, **options), {}
+
+
+def check_switches(args: Any) -> None:
+    """Refuse switches that are no truth values, and a bound on entropy that the start of a run is above.
+
+    Raises:
+        ValueError: what was got, what is allowed.
+    """
+    for name in ("audit", "report"):
+        if not isinstance(getattr(args, name), bool):
+            raise ValueError(f"{name} must be True or False, got {getattr(args, name)!r}; False switches it off")
+    bound = args.stop_above
+    if bound is not None and not (bound == 0 or bound > 1):
+        raise ValueError(f"stop_above must be above 1, or 0 for never, got {bound!r}; 3 is usual")
 
 
 def _general(args: Any, recipe: Recipe) -> bool:
@@ -198,9 +223,10 @@ def _as_recipe(args: Any) -> Recipe:
     if args.importance_sampling_level == "sequence" and objective == "clipped":
         objective = "sequence_clipped"
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    listed = RECIPES.get(args.loss_type.replace("_", "-"))
     return Recipe(
         formula=f"TRL's {args.loss_type}",
-        source="the trainer's own settings",
+        source="the trainer's own settings" + (f"; loss type of {listed.source}" if listed else ""),
         baseline="mean_std" if args.scale_rewards in ("group", "batch", True) else "mean",
         objective=objective,
         reduction=reduction,
@@ -222,8 +248,7 @@ def adopt(args: Any, owned: dict[str, Any]) -> None:
         if got not in (default[name], value):
             hint = "set clip_low and clip_high in recipe_options" if "epsilon" in name else f"leave {name} out"
             raise ValueError(
-                f"recipe {_recipe_name(args.recipe)} sets {name}={value!r}, got {got!r}; {hint}, "
-                "or leave the recipe out"
+                f"recipe {recipe_name(args.recipe)} sets {name}={value!r}, got {got!r}; {hint}, or leave the recipe out"
             )
         setattr(args, name, value)
 
@@ -270,7 +295,23 @@ def refuse_two_bonuses(args: Any, recipe: Recipe) -> None:
         )
 
 
-def _recipe_name(recipe: str | Recipe) -> str:
+def refuse_bypass(kind: type, recipe: Recipe) -> None:
+    """Refuse a trainer that replaces a step of TRL's in which entropy is read, or advantages are rewritten.
+
+    Raises:
+        ValueError: the method, and what it has to call.
+    """
+    found = bypassed(kind, watched=recipe.knob is None and recipe.plain)
+    if found is not None:
+        step, needed = found
+        watch = ", or only monitor, by controller='none'" if step.endswith("._compute_loss") else ""
+        raise ValueError(
+            f"{step} replaces TRL's own, which entropy control works in, and never calls it: call {needed} in it{watch}"
+        )
+
+
+def recipe_name(recipe: str | Recipe) -> str:
+    """A recipe as people know it: its name as it was given, else its formula."""
     return recipe if isinstance(recipe, str) else recipe.formula
 
 

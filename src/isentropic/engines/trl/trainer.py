@@ -27,23 +27,29 @@ import torch
 from ...recipes import Recipe, check
 from ...recipes.apply import finite, per_token
 from ...runs.record import CHECKPOINT_FILE, write_json
+from ...runs.summary import closing_table
+from ...runs.text import show
 from ...types import EntropyReading, TokenBatch
+from ..card import model_card
+from ..groups import group_sums
 from ..loop import ControlLoop, EntropyReadingError, off_policy_row, off_policy_sums, saved_in
 from ..rewrite import CLIP_KNOBS, Rewritten
-from .callbacks import RunLength, StopRequest
+from .audit import StartAudit
+from .callbacks import EntropyGuard, Opening, StopRequest, bound_of, print_six_figures
 from .compat import GRPOConfig, GRPOTrainer, TrainerHooks, opens_batch
 from .explain import Explainer, check_explain
 from .generation import GeneratedBatches
-from .head import install
-from .hidden import WholeRows
-from .log import RunLog, StepSums, by_turn, step_sums
+from .head import WholeRows, install
+from .log import RunLog, StepSums, by_turn, close_run, page_of, step_sums, trained
 from .loss import add_terms, deselected, native_facts, native_ratio, rewrite_for_trl
 from .settings import (
     adopt,
     boundary,
     check_context,
+    check_switches,
     clip_settings,
     is_native,
+    refuse_bypass,
     refuse_two_bonuses,
     resolve_recipe,
     round_save_steps,
@@ -70,6 +76,9 @@ class EntropyControlConfig:
             None is every step if the moments of the rows cost little, else every tenth.
         head: ``auto`` scores tokens by the fused head of ``isentropic.entropy.kernels`` if that is faster and its kind
             is known; ``trl`` by TRL's own, whose training is reproduced bit for bit.
+        audit: look for errors of precision and sampling as training starts; see :class:`~.audit.StartAudit`.
+        stop_above: save and stop if entropy stays above its target times this factor; 0 never, None is 3 with a knob.
+        report: write report.html as the run ends.
     """
 
     # HfArgumentParser reads a flag as the second type of a union: text.
@@ -78,17 +87,34 @@ class EntropyControlConfig:
     controller: Callable[..., Any] | str | None = field(
         default=None, metadata={"help": "pi, fixed, ...; none monitors."}
     )
-    target: Callable[..., Any] | str | None = field(default=None, metadata={"help": "initial, 0.8, 80%, band:..."})
+    target: Callable[..., Any] | str | float | None = field(
+        default=None, metadata={"help": "initial, 0.8, 80%, band:..."}
+    )
     recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
     samples_logged: int = field(default=2, metadata={"help": "Completions kept for each generated batch."})
     explain_every: int | None = field(default=None, metadata={"help": "Steps between explained ones; 0 is never."})
     head: str = field(default="auto", metadata={"help": "auto: the fused head where it is faster; trl: TRL's own."})
+    audit: bool = field(default=True, metadata={"help": "Audit precision and sampling as training starts."})
+    stop_above: float | None = field(default=None, metadata={"help": "Stop above the target times this; 0 never."})
+    report: bool = field(default=True, metadata={"help": "Write report.html as the run ends."})
 
     def __post_init__(self) -> None:
+        self.take_settings(super().__post_init__)  # type: ignore[misc]
+
+    def take_settings(self, native: Callable[[], None]) -> None:
+        """Compose the recipe, and take over the fields that it sets.
+
+        Args:
+            native: checks the fields of TRL, and completes them.
+
+        Raises:
+            ValueError: settings that cannot work, or contradict one another.
+        """
         self.entropy_recipe, owned = resolve_recipe(self)
         check_explain(self.explain_every, self.head)
+        check_switches(self)
         adopt(self, owned)
-        super().__post_init__()  # type: ignore[misc]
+        native()
         args: Any = self
         check(self.entropy_recipe, updates_per_batch(args), args.num_generations)
         round_save_steps(self)
@@ -97,7 +123,9 @@ class EntropyControlConfig:
         """Plain values, for training_args.bin: a function of yours may be one that cannot be pickled."""
         recipe = self.entropy_recipe.as_dict()
         texts = {
-            name: recipe[name] for name in ("controller", "target") if not isinstance(getattr(self, name), str | None)
+            name: recipe[name]
+            for name in ("controller", "target")
+            if not isinstance(getattr(self, name), str | int | float | None)
         }
         named = self.recipe if isinstance(self.recipe, str | None) else recipe
         return {**self.__dict__, **texts, "recipe": named, "recipe_options": None, "entropy_recipe": recipe}
@@ -143,8 +171,8 @@ class MicroBatch:
 class EntropyControlMixin(TrainerHooks):
     """Entropy control for a GRPOTrainer subclass of your own: ``class Mine(EntropyControlMixin, MyTrainer)``.
 
-    Its ``args`` must carry :class:`EntropyControlConfig`; with a plain GRPOConfig it only monitors. The run directory
-    is ``args.output_dir``.
+    Its ``args`` must carry :class:`EntropyControlConfig`; with a plain GRPOConfig it only monitors, without an audit or
+    a report. The run directory is ``args.output_dir``.
 
     Attributes:
         recipe: the algorithm, as composed.
@@ -154,20 +182,33 @@ class EntropyControlMixin(TrainerHooks):
         run_log: what is written.
         record: the run directory.
         explainer: what is predicted.
+        guard: stops a run whose entropy explodes.
+        say: called with each line that the run prints.
+        closes: whether the run ends with :meth:`train`; if it does not, whoever called it closes the run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.take_control()
+
+    def take_control(self) -> None:
+        """Put the trainer, once it is made, under control.
+
+        Raises:
+            ValueError: a trainer that replaces the steps in which entropy is read.
+        """
         if not hasattr(self.args, "entropy_recipe"):
             self.args.entropy_recipe, _ = resolve_recipe(self.args)
         self.recipe: Recipe = self.args.entropy_recipe
         refuse_two_bonuses(self.args, self.recipe)
+        refuse_bypass(type(self), self.recipe)
         trainer: Any = self
         self.native = is_native(self.args, self.recipe)
         self.loop = ControlLoop(
             self.recipe, max(self.args.max_steps, 1), self._save_and_stop, vocabulary_of(self.model)
         )
-        self.add_callback(RunLength(self))
+        self.say: Callable[[str], None] = show
+        self.closes = True
         self.batches, self.run_log = GeneratedBatches(trainer), RunLog(trainer)
         self.record = self.run_log.record
         fused = getattr(self.args, "head", "trl") == "auto" and install(self)
@@ -184,6 +225,12 @@ class EntropyControlMixin(TrainerHooks):
             logger.warning(
                 "mask_truncated_completions: TRL does not score truncated completions, so entropy omits them"
             )
+        self.add_callback(Opening(trainer))
+        if getattr(self.args, "audit", False):
+            self.add_callback(StartAudit(trainer))
+        self.guard = EntropyGuard(trainer, bound_of(self.recipe, getattr(self.args, "stop_above", None)))
+        self.add_callback(self.guard)
+        print_six_figures(trainer)
 
     # Generation.
 
@@ -228,6 +275,8 @@ class EntropyControlMixin(TrainerHooks):
             entropy_old=inputs.get("old_entropies"),
             reward=inputs.get("rewards"),
             group_rate=inputs.get("group_rate"),
+            group_reward=inputs.get("group_reward"),
+            group_distinct=inputs.get("group_distinct"),
         )
         rows = self._rows.take(logp.shape[1]) if self._rows else None
         ratio = native_ratio(trainer, batch)
@@ -245,7 +294,8 @@ class EntropyControlMixin(TrainerHooks):
             deselected(inputs, rewritten.factors, logp),
             inputs.get("sampling_per_token_logps"),
         )
-        micro_batch.sums = step_sums(trainer, batch, facts, off_policy, "tool_mask" in inputs, self._stop.made)
+        groups = group_sums(batch, self.loop.take_held_out())
+        micro_batch.sums = step_sums(trainer, batch, facts, off_policy, groups, "tool_mask" in inputs, self._stop.made)
         if opens_batch(self):
             self.run_log.samples.keep(inputs, batch)
         if self.native and self.recipe.plain:
@@ -312,6 +362,7 @@ class EntropyControlMixin(TrainerHooks):
         at_boundary = step % boundary(self.args) == 0
         rate = self.optimizer.param_groups[0]["lr"] if self.optimizer is not None else 0.0
         reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", float(self.temperature), rate=rate)
+        reading = reading._replace(groups=sums.of_groups)
         self._trains = math.isfinite(reading.sum) or not self._reads_entropies()
         before = self.loop.state
         explained = self.explainer.close(rate)
@@ -358,17 +409,46 @@ class EntropyControlMixin(TrainerHooks):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's, but the first Ctrl-C or SIGTERM saves at the end of the generated batch, then stops.
 
+        A run that was not stopped is closed: its table is printed, and its summary and its report are written.
+
         Raises:
             EntropyReadingError: ten readings in a row were refused; a checkpoint was saved.
         """
         self._failure = None
-        self.run_log.begin()
         with self._stop.listening():
             result = super().train(*args, **kwargs)
         self.run_log.flush()
         if self._failure:
             raise EntropyReadingError(self._failure)
+        if self.closes and self.accelerator.is_main_process:
+            self._close()
         return result
+
+    def _close(self) -> None:
+        done, steps = self.state.global_step, self.state.max_steps
+        if self._stop.made and done < steps:
+            self.say(f"stopped at step {done}/{steps}; continue by trainer.train(resume_from_checkpoint=True)")
+            return
+        page = page_of if getattr(self.args, "report", False) else None
+        figures = close_run(self.record, self.run_log.seconds, self.guard.message, self.say, page)
+        self.renew_card()
+        self.say(closing_table(figures, str(self.record.path)))
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        """Write README.md: what was trained, by which recipe to which target, with what result."""
+        if not self.is_world_process_zero():
+            return
+        more = [tags] if isinstance(tags, str) else list(tags or ())
+        facts = trained(self._as_trainer(), model_name, dataset_name, [*self._tag_names, *more])
+        self.record.path.mkdir(parents=True, exist_ok=True)
+        (self.record.path / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+    def renew_card(self) -> None:
+        """Write README.md again, if a checkpoint has brought one."""
+        if (self.record.path / "README.md").is_file():
+            self.create_model_card()
 
 
 class IsentropicTrainer(EntropyControlMixin, GRPOTrainer):
@@ -379,5 +459,3 @@ class IsentropicTrainer(EntropyControlMixin, GRPOTrainer):
         args = IsentropicConfig(recipe="repo-r-loop", target="80%", steps_per_generation=4, output_dir="run")
         IsentropicTrainer(model, reward, args=args, train_dataset=dataset).train()
     """
-
-    _name = "isentropic"

@@ -100,6 +100,7 @@ def audit_micro_batch(module: Any, recipe: Recipe, batch: TokenBatch, logits: to
         some(batch.logp_old),
         None if sampler is None else some(aligned(sampler, keep.shape[1]).float()),
         "worker",
+        str(recipe.target) if recipe.knob else None,
     )
     findings += routing_findings(getattr(module, "config", None), bool(setting(data, _REPLAY, False)))
     checked = {name: "none" if x is None else str(x).removeprefix("torch.") for name, x in dtypes.items()}

@@ -69,6 +69,8 @@ class Keys:
     # Ours, attached to a generated batch.
     REWARD = "isentropic_reward"
     GROUP_RATE = "isentropic_group_rate"
+    GROUP_REWARD = "isentropic_group_reward"
+    GROUP_DISTINCT = "isentropic_group_distinct"
 
 
 class Engine(Protocol):
@@ -234,6 +236,15 @@ def answer_lengths(data: Any) -> torch.Tensor:
     if answers.is_nested:
         return answers.offsets().diff()
     return data["attention_mask"][:, -answers.shape[1] :].sum(1)
+
+
+def answer_hashes(data: Any) -> list[int]:
+    """A number for each answer, equal for equal answers on any process; 0 for all if the data holds no answers."""
+    if not holds(data, Keys.ANSWERS):
+        return [0] * len(data)
+    lengths, answers = answer_lengths(data).tolist(), data[Keys.ANSWERS]
+    rows = answers.unbind() if answers.is_nested else answers
+    return [hash(tuple(row[:length].tolist())) for row, length in zip(rows, lengths, strict=True)]
 
 
 def answer_limit(data: Any) -> int | None:

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ...entropy.prediction import Weights, change_of
+from ...losses.reduce import sum_dtype
 from ...recipes import Recipe
 from ...recipes.apply import finite, per_token, token_weights
 from ...runs.record import CHECKPOINT_FILE, Record, write_json
-from ...types import EntropyReading, TokenBatch, TokenStats
+from ...types import EntropyReading, GroupFacts, TokenBatch, TokenStats
+from ..groups import group_sums
 from ..loop import (
     ControlLoop,
     EntropyReadingError,
@@ -26,7 +28,6 @@ from ..loop import (
     off_policy_sums,
     saved_in,
     stop_unsaved,
-    sum_dtype,
     token_sums,
 )
 from ..rewrite import Rewritten, across_knob, rewrite
@@ -96,6 +97,7 @@ class StepSums(NamedTuple):
     Attributes:
         of_tokens, off_policy: over the tokens.
         of_answers: over the answers.
+        of_groups: what is known of the groups.
         change: Σ of the predicted entropy change, a unit of learning rate.
         gain: Σ of its derivative by the knob.
     """
@@ -103,6 +105,7 @@ class StepSums(NamedTuple):
     of_tokens: TokenSums
     off_policy: OffPolicySums
     of_answers: AnswerSums
+    of_groups: GroupFacts
     change: Any
     gain: Any
 
@@ -216,7 +219,8 @@ class Control:
         # The weights of a batch's first step are those that sampled it, whatever verl takes for the old log-probs.
         sampled = batch if self.age else batch._replace(logp_old=None)
         off_policy = off_policy_sums(sampled, facts, self.age, out, sampler_logp(data, batch.mask.shape[1]))
-        self.loop.observe(StepSums(token_sums(batch, facts), off_policy, answer_sums(batch, data), *sums))
+        groups = group_sums(still)
+        self.loop.observe(StepSums(token_sums(batch, facts), off_policy, answer_sums(batch, data), groups, *sums))
 
     # The optimizer step.
 
@@ -237,7 +241,7 @@ class Control:
         tokens = sums.of_tokens
         # verl's loss is a mean over ranks: each rank's weights are that many times too large.
         scale = rate / engine.get_data_parallel_size()
-        reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", temperature, rate=rate)
+        reading = EntropyReading(tokens.entropy, tokens.tokens, "exact", temperature, rate=rate, groups=sums.of_groups)
         reading = reading._replace(predicted=scale * sums.change, gain=scale * sums.gain, steps=1)
         before, self.step, self.age = self.loop.state, self.step + 1, 0 if act else self.age + 1
         self.loop.regulate(reading, act)
@@ -250,7 +254,7 @@ class Control:
             self.record.append("metrics", {"step": self.step, "seconds": seconds, "learning_rate": rate, **row})
         if self._failure is not None:
             self._save_and_stop(self._failure)
-        return {k: float(v) for k, v in row.items() if v is not None and math.isfinite(v)}
+        return {k: float(v) for k, v in row.items() if isinstance(v, int | float) and math.isfinite(v)}
 
     def _stop_after_row(self, reason: str) -> None:
         """The run ends with this step, once its row is written."""

@@ -8,36 +8,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...losses.advantages import group_rate
-from .compat import Engine, Keys, groups_of, holds, padded
+from ...losses.advantages import group_distinct, group_rate, group_reward
+from .compat import Engine, Keys, answer_hashes, groups_of, holds, padded
 
 
-def rates(samples: Iterable[tuple[Hashable, float]]) -> dict[Hashable, float]:
-    """The rate of each group, by :func:`~isentropic.losses.advantages.group_rate`; groups may differ in size.
+class OfGroup(NamedTuple):
+    """What is known of a group: its rate, its mean reward, and the share of distinct answers among its right ones."""
+
+    rate: float
+    mean: float
+    distinct: float
+
+
+def by_group(samples: Iterable[tuple[Hashable, float, int]]) -> dict[Hashable, OfGroup]:
+    """What is known of each group, by :mod:`isentropic.losses.advantages`; groups may differ in size.
 
     Args:
-        samples: group and reward of every sample of a generated batch; NaN if it was not scored.
+        samples: group, reward and hash of every sample of a generated batch; the reward is NaN if it was not scored.
 
     Example:
-        >>> rates([("a", 1.0), ("b", 0.0), ("a", 0.0), ("a", 1.0), ("a", 0.0)])
-        {'a': 0.5, 'b': 0.0}
+        >>> by_group([("a", 1.0, 7), ("b", 0.0, 7), ("a", 0.0, 8), ("a", 1.0, 7), ("a", 0.0, 9)])["a"]
+        OfGroup(rate=0.5, mean=0.5, distinct=0.5)
     """
-    members: dict[Hashable, list[float]] = {}
-    for group, reward in samples:
-        members.setdefault(group, []).append(reward)
-    size = max(len(rewards) for rewards in members.values())
+    members: dict[Hashable, list[tuple[float, int]]] = {}
+    for group, reward, answer in samples:
+        members.setdefault(group, []).append((reward, answer))
+    size = max(map(len, members.values()))
     # What is missing in a smaller group does not count.
-    table = [[*rewards, *[math.nan] * (size - len(rewards))] for rewards in members.values()]
-    of_samples = group_rate(torch.tensor(table)).reshape(-1, size)
-    return dict(zip(members, of_samples[:, 0].tolist(), strict=True))
+    table = [[*pairs, *[(math.nan, 0)] * (size - len(pairs))] for pairs in members.values()]
+    rewards = torch.tensor([[reward for reward, _ in pairs] for pairs in table])
+    answers = torch.tensor([[answer for _, answer in pairs] for pairs in table])
+    columns = group_rate(rewards), group_reward(rewards), group_distinct(rewards, answers)
+    rows = zip(*(column.view(-1, size)[:, 0].tolist() for column in columns), strict=True)
+    return {name: OfGroup(*row) for name, row in zip(members, rows, strict=True)}
 
 
 def attach_groups(engine: Engine, data: Any) -> None:
-    """Attach reward and group rate to this rank's share of a generated batch, ``[b]`` each, in fp32.
+    """Attach the reward and what is known of the group to this rank's share of a generated batch, ``[b]``, in fp32.
 
     Groups are put together over the data-parallel ranks. Nothing is attached if the data holds no groups or no rewards.
     """
@@ -47,7 +58,9 @@ def attach_groups(engine: Engine, data: Any) -> None:
     reward = padded(data[key]).sum(-1).float()
     group = engine.get_data_parallel_group()
     shares: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(shares, list(zip(names, reward.tolist(), strict=True)), group)
-    by_group = rates(sample for share in shares for sample in share)
+    share = list(zip(names, reward.tolist(), answer_hashes(data), strict=True))
+    torch.distributed.all_gather_object(shares, share, group)
+    known = by_group(sample for share in shares for sample in share)
+    columns = torch.tensor([known[name] for name in names], device=reward.device).unbind(1)
     data[Keys.REWARD] = reward
-    data[Keys.GROUP_RATE] = torch.tensor([by_group[name] for name in names], device=reward.device)
+    data[Keys.GROUP_RATE], data[Keys.GROUP_REWARD], data[Keys.GROUP_DISTINCT] = columns

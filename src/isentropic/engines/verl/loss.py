@@ -75,7 +75,14 @@ def read_batch(output: dict[str, Any], data: Any) -> TokenBatch:
         entropy=entropy,
         entropy_old=aligned(data[Keys.ENTROPY], length).float() if holds(data, Keys.ENTROPY) else None,
         reward=data[Keys.REWARD] if holds(data, Keys.REWARD) else None,
-        group_rate=data[Keys.GROUP_RATE] if holds(data, Keys.GROUP_RATE) else None,
+        **{
+            name: data[key] if holds(data, key) else None
+            for name, key in (
+                ("group_rate", Keys.GROUP_RATE),
+                ("group_reward", Keys.GROUP_REWARD),
+                ("group_distinct", Keys.GROUP_DISTINCT),
+            )
+        },
     )
 
 

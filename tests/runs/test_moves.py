@@ -1,0 +1,30 @@
+"""Why a target moved, as phases."""
+
+from isentropic.runs.moves import Phase, phase_lines, phases
+
+
+def rows(*pairs):
+    return [{"step": i, "entropy/target": level, "entropy/target_why": why} for i, (level, why) in enumerate(pairs, 1)]
+
+
+def test_reasons_that_differ_in_figures_are_one_phase():
+    found = phases(rows((1.0, "lowered: 70% of groups"), (0.9, "lowered: 71.5% of groups"), (0.9, "held: 0.2")))
+    assert found == [Phase(1, 2, 1.0, 0.9, "lowered: 71.5% of groups"), Phase(3, 3, 0.9, 0.9, "held: 0.2")]
+
+
+def test_the_shortest_phases_are_merged_into_those_before():
+    pairs = [(1.0, "a")] * 5 + [(0.9, "b")] + [(0.8, "c")] * 4 + [(0.7, "d")] * 2
+    found = phases(rows(*pairs), most=3)
+    assert [(p.first, p.last, p.why) for p in found] == [(1, 6, "a"), (7, 10, "c"), (11, 12, "d")]
+    assert found[0].end == 0.9
+    assert len(phases(rows(*pairs), most=1)) == 1
+
+
+def test_a_target_without_reasons_has_no_phases():
+    assert phases([{"step": 1, "entropy/target": 1.0}, {"step": 2, "entropy/mean": 1.0}]) == []
+    assert phase_lines([]) == []
+
+
+def test_lines():
+    lines = phase_lines(rows((1.0, "raised: x"), (1.25, "raised: x")))
+    assert lines == ["target 1.000 → 1.250, steps 1 to 2: raised: x"]
