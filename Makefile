@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "isentropic needs Python >= 3.11, got '$$($(PYTHON) -V 2>&1)'; run make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@echo 'building .venv from constraints.txt: a minute or two'
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[trl,cli,report,tasks,textworld,textarena,docs,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,docs,dev]'
 	@touch $@
 
 $(VERL): pyproject.toml constraints-verl.txt

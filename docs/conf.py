@@ -12,15 +12,22 @@ author = copyright = "The isentropic authors"
 release = version = isentropic.__version__
 language = "en"
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "catalogue", "api", "pages"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    *("api", "catalogue", "mathematics", "notebooks", "pages"),
+]
 exclude_patterns = ["_ext", "_static"]
 # Attributes of one name in several classes (`target`, `mean`) are no link, and none is meant.
 suppress_warnings = ["ref.python"]
 
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
@@ -31,6 +38,7 @@ highlight_language = "none"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 100
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = "isentropic"

@@ -180,6 +180,7 @@ def run_shell(block, names, site):
 
 
 def shell_isentropic(args, site):
+    from isentropic.cli.catalogue import configs
     from isentropic.cli.main import build_parser, main
     from isentropic.experiments.config import load
     from isentropic.tasks import load_task
@@ -191,6 +192,8 @@ def shell_isentropic(args, site):
         if "--resume" in args:
             site.run_dir("runs/expr-isentropic-s0")
         assert main(args if "--dry-run" in args else [*args, "--dry-run"]) == 0
+    elif command == "configs" and ">" in args:
+        (site.home / args[-1]).write_text(configs()[args[1]])
     elif command == "warmup":
         given = build_parser().parse_args(args)
         if not given.task.startswith("textworld:") or find_spec("textworld"):
@@ -324,7 +327,6 @@ def model_names(home, line):
 NAMES = {
     "trl": trl_names,
     "tracker": lambda home, line: trl_names(home, line, report_to=None),
-    "audit": lambda home, line: {},
     "resume": lambda home, line: {},
     "audit-trainer": trainer_names,
     "audit-model": model_names,
@@ -343,9 +345,9 @@ def the_core_holds_its_target(names, home):
     assert probabilities[:, :3].sum(-1).mean() > 0.6
 
 
-def three_lines_hold_entropy_in_trl(names, home):
-    (made,) = home.glob("out-*/metrics.jsonl")
-    assert made.read_text().count("entropy/target") == 4
+def the_subclass_and_the_function_hold_entropy_in_trl(names, home):
+    made = list(home.glob("out-*/metrics.jsonl"))
+    assert [path.read_text().count('entropy/target"') for path in made] == [4, 4]
 
 
 def the_core_holds_in_both_loops(names, home):
@@ -371,7 +373,7 @@ def the_tracker_has_our_names(names, home):
 
 
 AFTER = {
-    "README.md": [the_core_holds_its_target, three_lines_hold_entropy_in_trl],
+    "README.md": [the_core_holds_its_target, the_subclass_and_the_function_hold_entropy_in_trl],
     "docs/own-loop.md": [the_core_holds_in_both_loops],
     "docs/trl.md": [the_tracker_has_our_names],
 }

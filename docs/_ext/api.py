@@ -23,7 +23,18 @@ PAGES = {
     "entropy": ["entropy.statistics", "entropy.prediction", "entropy.kernels", "entropy.audit"],
     "control": [
         f"control.{name}"
-        for name in ("controllers", "predictive", "targets", "thermostat", "watchdog", "guard", "plant", "names")
+        for name in (
+            "controllers",
+            "predictive",
+            "levels",
+            "targets",
+            "auto",
+            "thermostat",
+            "watchdog",
+            "guard",
+            "plant",
+            "names",
+        )
     ],
     "recipes": [f"recipes.{name}" for name in ("recipe", "stages", "catalogue", "knobs", "compose", "custom", "apply")],
     "runs": [
@@ -36,11 +47,12 @@ PAGES = {
             "summary",
             "frontier",
             "calibration",
+            "diagnosis",
             "explain",
             "frames",
             "labels",
             "text",
-            "clock",
+            "moves",
         )
     ],
     "tasks": [
@@ -72,7 +84,14 @@ PAGES = {
     "engines": [
         "engines.loop",
         "engines.rewrite",
-        *(f"engines.trl.{name}" for name in ("trainer", "callbacks", "audit", "rollout", "settings", "sequence")),
+        "engines.groups",
+        "engines.function",
+        "engines.packing",
+        "engines.card",
+        *(
+            f"engines.trl.{name}"
+            for name in ("trainer", "wrap", "callbacks", "audit", "rollout", "settings", "sequence")
+        ),
         "engines.tabular",
     ],
     "experiments": [
@@ -84,8 +103,8 @@ PAGES = {
 # Modules behind a package's public names, and modules of an engine that nobody calls.
 INNER = (
     r"losses|entropy|control|recipes|runs|engines|experiments|cli|(entropy\.(kernels|audit)|report|engines\.tabular|cli)\..+|"
-    r"engines\.(trl|verl)|engines\.verl\..+|engines\.trl\.(compat|explain|generation|head|hidden|log|loss)|"
-    r"experiments\.(devices|processes|terminal|trainer)|tasks\.(equality|items|spec|worker)"
+    r"engines\.(trl|verl)|engines\.verl\..+|engines\.trl\.(compat|explain|generation|head|log|loss)|"
+    r"experiments\.(devices|hub|processes|terminal|trainer)|recipes\.changes|tasks\.(equality|items|spec|worker)"
 )
 
 
@@ -118,6 +137,14 @@ def _section(module, alone):
     return f"{head}.. automodule:: {name}\n" + "\n".join(options) + "\n"
 
 
+def _link(name):
+    """A top-level name, as a link to where it is described."""
+    found = getattr(isentropic, name)
+    if name == "RECIPES":
+        return ":doc:`RECIPES </recipes>`"
+    return f":py:obj:`{name} <{found.__module__}.{name}>`"
+
+
 def write(source):
     """Write the pages, and the index that lists them; a page that is right already is left alone."""
     there = modules()
@@ -137,10 +164,10 @@ def write(source):
     table = "\n".join(f"   {package}" for package in packages)
     pages["index.rst"] = (
         "API\n===\n\nOne page for each package, in the order in which data flows; "
-        "a package imports only the packages before it."
-        "\nShapes are in the axes of :doc:`types`. What the top level exports: "
-        + ", ".join(f"``{name}``" for name in isentropic.__all__)
-        + f".\n\n.. toctree::\n   :maxdepth: 1\n\n{table}\n"
+        "a package imports only the packages before it.\nShapes are in the axes of :doc:`types`."
+        f"\n\n.. toctree::\n   :maxdepth: 1\n\n{table}\n"
+        "\nNames of the top level\n----------------------\n\n``from isentropic import ...`` gives these.\n\n"
+        + "".join(f"* {_link(name)}\n" for name in isentropic.__all__)
     )
     for name, text in pages.items():
         path = folder / name

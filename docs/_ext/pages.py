@@ -3,10 +3,12 @@
 import re
 
 
-def _title(app, name, source):
-    if name.startswith("results/") and not source[0].lstrip().startswith("# "):
+def _table(app, name, source):
+    """A table gets a title, and is neither in the sidebar nor in the search: its page links it."""
+    if name.startswith("results/") and name.endswith("-table"):
         what = name.removeprefix("results/").removesuffix("-table")
-        source[0] = f"# Table: {what}\n\n{source[0]}"
+        head = "" if source[0].lstrip().startswith("# ") else f"# Table: {what}\n\n"
+        source[0] = f"---\norphan: true\nnosearch: true\n---\n\n{head}{source[0]}"
 
 
 def _plain(app, what, name, obj, options, lines):
@@ -36,9 +38,17 @@ def _skip(app, what, name, obj, skip, options):
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def _short(app, what, name, obj, options, signature, returns):
+    """A config that derives from an engine's has a hundred fields of the engine's; they are documented there."""
+    if what == "class" and signature and signature.count(",") > 60:
+        return "(**settings)", returns
+    return None
+
+
 def setup(app):
     app.connect("autodoc-process-docstring", _fields, priority=100)
+    app.connect("autodoc-process-signature", _short)
     app.connect("autodoc-skip-member", _skip)
-    app.connect("source-read", _title)
+    app.connect("source-read", _table)
     app.connect("autodoc-process-docstring", _plain, priority=200)
     return {"version": "1", "parallel_read_safe": True}

@@ -147,6 +147,8 @@ class EntropyReading(NamedTuple):
     Example:
         >>> EntropyReading(sum=6.0, count=4.0).mean
         1.5
+        >>> EntropyReading(sum=6.0, count=4.0, rate=0.1)
+        EntropyReading(sum=6.0, count=4.0, rate=0.1)
         >>> EntropyReading(sum=0.0, count=4.0).problem()
         'entropy is exactly 0 over 4 tokens; expected a positive number of nats: the head did not deliver entropies'
     """
@@ -167,6 +169,13 @@ class EntropyReading(NamedTuple):
     def mean(self) -> float:
         """Mean entropy, nats per token; NaN if no token was counted."""
         return self.sum / self.count if self.count > 0 else math.nan
+
+    def __repr__(self) -> str:
+        """The fields that differ from their defaults."""
+        plain = type(self)(self.sum, self.count)
+        more = {name: value for name, value in self._asdict().items() if value != getattr(plain, name)}
+        shown = {"sum": self.sum, "count": self.count, **more}
+        return f"EntropyReading({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def problem(self) -> str | None:
         """The reason why this reading must not move a knob, or ``None`` if it may."""

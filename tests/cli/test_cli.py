@@ -7,7 +7,10 @@ import time
 import pytest
 
 from isentropic.cli import main
+from isentropic.control.controllers import CONTROLLERS
+from isentropic.control.targets import TARGETS
 from isentropic.recipes import RECIPES
+from isentropic.recipes.knobs import all_knobs
 from isentropic.runs.record import Record
 
 # (flags, what the one line must hold: what was got, what is allowed, the remedy)
@@ -37,6 +40,12 @@ BAD_FLAGS = {
     "shaping": (["--shaping", "repo_x"], ["repo_x", "did you mean repo"]),
     "penalty": (["--penalty", "lp_rge"], ["lp_rge", "did you mean lp_reg?"]),
     "component of a file": (["--penalty", "nowhere.py:mine"], ["there is no file nowhere.py"]),
+    "option by set": (["--set", "recipe.clip_hihg=0.3"], ["clip_hihg", "did you mean clip_high?"]),
+    "set without recipe": (["--set", "steps=3"], ["'steps=3'", "recipe.OPTION=VALUE", "flags of their own"]),
+    "set without a value": (["--set", "recipe.clip_high"], ["recipe.OPTION=VALUE"]),
+    "tracker": (["--report-to", "wandbb"], ["wandbb", "did you mean wandb?"]),
+    "adapter": (["--lora-alpha", "8"], ["lora_alpha", "set lora_rank too"]),
+    "hub": (["--push-to-hub", "a b"], ["'a b'", "OWNER/NAME"]),
     "every": (["--every", "0"], ["at least 1"]),
     "head": (["--head", "liger"], ["liger", "auto, trl"]),
     "audit": (["--audit", "maybe"], ["maybe", "on, off"]),
@@ -128,7 +137,9 @@ def test_help_lists_every_setting_in_its_group(capsys):
     for words in (
         "--penalty STR",
         "kl_cov, lp_reg, aent",
-        "80%",
+        *all_knobs(),
+        *CONTROLLERS,
+        *TARGETS,
         "a controller turns a knob",
         "nats per token",
         "[800]",

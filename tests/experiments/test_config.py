@@ -15,7 +15,7 @@ from isentropic.experiments.config import (
     steps_of,
     total_steps,
 )
-from isentropic.experiments.lines import changed
+from isentropic.experiments.lines import changed, fingerprint
 from isentropic.recipes.stages import STAGES
 from isentropic.tasks.sequence import SEQUENCES
 
@@ -26,6 +26,21 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
     config = load(str(path), {"seed": 5})
     assert (config.steps, config.seed, config.learning_rate, config.model) == (7, 5, 1, RunConfig.model)
     assert recipe_of(config).clip_high == 0.4
+
+
+def test_options_by_set_join_those_of_the_file_and_win(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text('recipe = "clip-cov"\n[recipe_options]\ncov_low = 2.0\nclip_high = 0.4\n')
+    config = load(str(path), {"recipe_options": {"clip_high": 0.3}})
+    assert config.recipe_options == {"cov_low": 2.0, "clip_high": 0.3}
+    assert load(str(path), {}, {"recipe_options": {"clip_low": 0.1}}).recipe_options == {
+        "cov_low": 2.0,
+        "clip_high": 0.4,
+    }
+    resumed = load(
+        None, {"recipe_options": {"clip_high": 0.3}}, {"recipe": "dapo", "recipe_options": {"clip_low": 0.1}}
+    )
+    assert resumed.recipe_options == {"clip_low": 0.1, "clip_high": 0.3}
 
 
 def test_an_annealed_target_may_leave_its_steps_out():
@@ -77,6 +92,15 @@ def test_a_component_controller_and_target_of_a_file(tmp_path):
     assert "mine.control" in recipe.as_dict()["controller"]
 
 
+def test_what_changes_no_numbers_is_no_part_of_a_cell():
+    recipe = recipe_of(load(None, {})).as_dict()
+    cells = [
+        fingerprint(*changed(as_dict(load(None, flags)), recipe))
+        for flags in ({}, {"push_to_hub": "me/mine"}, {"report_to": []}, {"kl": 0.1})
+    ]
+    assert cells[0] == cells[1] == cells[2] != cells[3]
+
+
 def test_new_settings_at_their_defaults_change_no_cell():
     """A run directory of before a setting existed falls into the cell of a run with its default."""
     config = load(None, {"recipe": "dapo", "steps": 8})
@@ -95,7 +119,7 @@ def test_every_setting_is_in_a_group_and_says_what_it_is():
 
 def test_evaluation_takes_the_settings_of_the_first_run():
     run = {"task": "expr", "eval_k": 4, "eval_rows": 7, "seed": 3, "temperature": 0.5, "max_completion_length": None}
-    assert eval_settings({"k": None}, [run]) == ("expr", 4, 7, 0.5, [1.5, 1.0, 0.6, 0.3], 3, None)
+    assert eval_settings({"k": None}, [run]) == ("expr", 4, 7, 0.5, [1.5, 1.0, 0.6, 0.3], 3, None, None)
     assert eval_settings({"k": 2, "task": "expr-digit"}, [run])[:2] == ("expr-digit", 2)
     assert eval_settings({}, [{**run, "eval_temperatures": [2.0]}]).temperatures == [2.0]
     assert eval_settings({"also": [0.1]}, [{**run, "eval_temperatures": [2.0]}]).temperatures == [0.1]

@@ -3,7 +3,8 @@
 import pytest
 
 from isentropic.cli import main
-from isentropic.experiments.terminal import at_best, best_shares, closing_table, evaluation_table, floors
+from isentropic.experiments.terminal import at_best, best_shares, evaluation_table, floors
+from isentropic.runs.summary import closing_table
 
 RUN = {
     "steps": 24,

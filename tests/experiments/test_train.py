@@ -14,11 +14,11 @@ from isentropic.experiments import train as module
 from isentropic.experiments.config import load
 from isentropic.experiments.evaluate import evaluate
 from isentropic.experiments.origin import origin
-from isentropic.experiments.terminal import closing_table
 from isentropic.experiments.train import train
 from isentropic.experiments.trainer import Checkpoints
 from isentropic.runs.frontier import best_step
 from isentropic.runs.record import Record
+from isentropic.runs.summary import closing_table
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from task_cases import walk
 from trl_case import save_model
 
 from isentropic.cli import main
-from isentropic.experiments.terminal import closing_table
 from isentropic.runs.record import Record
+from isentropic.runs.summary import closing_table
 from isentropic.tasks import load_task
 
 TASKS = ["--task", "task_cases:letters", "--then", "task_cases:spaces"]

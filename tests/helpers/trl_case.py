@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ BASE = {
     "disable_tqdm": True,
     "save_strategy": "no",
 }
+# What most tests need no run to do at its start and at its end.
+QUIET = {"audit": False, "report": False}
 # `make test-heads` runs the suite under each of these: TRL's head, one that cannot be replaced, rare explanations.
 VARIANTS = {
     "trl": {"head": "trl"},
@@ -42,7 +45,7 @@ def _of_variant(config, settings):
     if VARIANT == "fixed":
         module.replaceable_head = lambda model: False
     ours = issubclass(config, EntropyControlConfig)
-    return {**VARIANTS.get(VARIANT, {}), **settings} if ours else settings
+    return {**QUIET, **VARIANTS.get(VARIANT, {}), **settings} if ours else settings
 
 
 def parts(seed=0):
@@ -106,6 +109,20 @@ def train(*args, **kwargs):
     return made
 
 
+def documented():
+    """Names in the table of metrics.jsonl, as patterns."""
+    from isentropic.runs import record
+
+    text = record.__doc__.partition("A row of metrics.jsonl")[2].partition("audit.json (missing")[0]
+    return re.findall(r"^``([\w/]+)``", text, re.MULTILINE)
+
+
+def undocumented(row):
+    """Fields of a row of metrics.jsonl that its table does not name."""
+    known = re.compile("|".join(re.sub(r"_N$", r"_[1-8]", name) for name in [*documented(), "step", "seconds"]))
+    return [name for name in row if not known.fullmatch(name)]
+
+
 def weights(trainer):
     return {name: p.detach().clone() for name, p in trainer.accelerator.unwrap_model(trainer.model).named_parameters()}
 
@@ -148,6 +165,35 @@ def _rank(out):
     (Path(out) / f"state-{rank}.json").write_text(json.dumps(state))
 
 
+AUTO = {
+    "recipe": "loop",
+    "knob": "zeta",
+    "target": "auto:success:memory=2:failing=10%:rate=0.1:settle=25%",
+    "recipe_options": {"every": 1},
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 2,
+    "save_strategy": "steps",
+    "save_steps": 4,
+}
+
+
+def _resumed_ranks(out):
+    """Two ranks under an automatic target: a whole run, and one that is continued; what each rank ends with."""
+    from isentropic.control.thermostat import to_json
+    from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+
+    ends, folder = [], Path(out) / "run"
+    for checkpoint in (None, str(folder / "checkpoint-4")):
+        trainer = make(IsentropicTrainer, IsentropicConfig, folder, steps=8, **AUTO)
+        if checkpoint is None and trainer.accelerator.is_main_process:
+            trainer.loop.tell_held_out(3.0, 4.0)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        total = sum(float(x.double().sum()) for x in weights(trainer).values())
+        ends.append({"state": to_json(trainer.loop.state), "weights": total.hex()})
+    rank = trainer.accelerator.process_index
+    (Path(out) / f"ends-{rank}.json").write_text(json.dumps(ends))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _rank(sys.argv[1])
+    {"rank": _rank, "resumed": _resumed_ranks}[sys.argv[2] if len(sys.argv) > 2 else "rank"](sys.argv[1])

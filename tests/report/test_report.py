@@ -106,12 +106,14 @@ def test_a_switch_of_task_is_marked(tmp_path):
 
 def test_the_page_and_explain_show_the_same_calibration(run):
     text = explain.render(explain.explain(Record(run)))
-    slope, drift = re.search(r"measured = (\S+) × predicted (\S+) a step", text).groups()
+    slope, drift = re.search(r"measured = (\S+) × predicted (\S+) per step", text).groups()
     correlation, blocks = re.search(r"correlation of (\S+) over (\d+) pairs of blocks", text).groups()
     body = why.predicted(read([run])).body
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", body)
     assert cells[:2] == ["isentropic", "exact form"]
-    assert [cell.replace("−", "-") for cell in cells[2:6]] == [slope, drift, correlation, blocks]
+    shown = [cell.replace("−", "-") for cell in cells[2:6]]
+    assert (shown[0], shown[2:]) == (slope, [correlation, blocks])
+    assert float(shown[1]) / 1000 == pytest.approx(float(drift), abs=5e-5)
     assert "without moments" in body
 
 
@@ -132,7 +134,10 @@ def test_predictions_add_up_over_the_steps_between_them(tmp_path):
     assert total["y"] == pytest.approx([level - 1.0 for level in levels[::5]], abs=1e-5)
     marks, fitted = panel.figures[1].traces
     assert len(marks["x"]) == 4
-    assert fitted["y"] == pytest.approx([2 * x + 0.02 for x in fitted["x"]], abs=1e-5)
+    # Per step, in thousandths of a nat: slope 2 and a drift of 0.001.
+    assert fitted["y"] == pytest.approx([2 * x + 1 for x in fitted["x"]], abs=1e-3)
+    titles = [panel.figures[1].layout[axis]["title"]["text"] for axis in ("xaxis", "yaxis")]
+    assert titles == ["predicted, 10⁻³ nats per token", "measured, 10⁻³ nats per token"]
     assert ">2</td>" in panel.body
 
 
@@ -149,6 +154,22 @@ def test_a_band_target_is_drawn_at_its_own_edges(tmp_path):
     assert (low["y"], high["y"], level["y"]) == ([0.6, 0.6], [0.9, 0.9], [0.75, 0.75, 0.75])
 
 
+def test_an_automatic_target_says_why_it_moved(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {"target": "auto"}, 0)
+    why = ["held: <a>", "lowered: 0.1", "lowered: 0.2"]
+    rows = [
+        {"step": s, "entropy/mean": 1.2, "entropy/target": 1 - s / 10, "entropy/target_why": why[s - 1]}
+        for s in (1, 2, 3)
+    ]
+    record.append("metrics", *rows)
+    panel = control.hold(read([record.path]))
+    assert (
+        "Why it moved: target 0.900, step 1: held: <a>; target 0.800 → 0.700, steps 2 to 3: lowered: 0.2." in panel.note
+    )
+    assert panel.figures[0].traces[2]["text"] == ["held: &lt;a&gt;", "lowered: 0.1", "lowered: 0.2"]
+
+
 def test_stages_and_intervals_of_evaluations(run):
     (one,) = read([run])
     assert [name for name, _ in answers.stages(answers.evaluations(one, "expr"))] == ["start", "middle", "end"]
@@ -160,7 +181,7 @@ def test_stages_and_intervals_of_evaluations(run):
 
 
 def values(runs):
-    return {key.name: (key.form.format(key.value(runs[0])), key.against(runs[0])) for key in about.keys(runs)}
+    return {key.name: (about._value(key, runs[0]), key.against(runs[0])) for key in about.keys(runs)}
 
 
 def test_key_numbers(tmp_path):
@@ -168,7 +189,7 @@ def test_key_numbers(tmp_path):
     record.start({}, {}, 0)
     rows = [{"step": s, "entropy/mean": 0.9 if s > 20 else 2.0, "entropy/target": 1.0} for s in range(1, 41)]
     record.append("metrics", *rows)
-    figures = {"entropy, nats a token": ("0.900", "target 1.000, from 2.000")}
+    figures = {"entropy, nats per token": ("0.900", "target 1.000, from 2.000")}
     figures |= {"RMS error to target": ("10.0%", "after step 20")}
     assert values(read([record.path])) == figures
     record.append("evaluations", {"step": 0, "task": "expr", "pass@1": 0.25, "pass@8": 0.5, "distinct": 1.25})
@@ -235,6 +256,46 @@ def test_the_page_shows_the_figures_of_the_summary(run):
     text = report.render([run])
     assert f"<dd>{one.summary['entropy/end']:.3f}<small>" in text
     assert f"after step 20: isentropic: {one.summary['knob/saturated']:.0%}." in text
+
+
+def test_small_quantities_have_axes_without_exponents(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    rows = [{"step": t, "predict/knob": 2e-5 * t, "clip/low_frac": 0.01, "length/mean": 9.0} for t in range(1, 4)]
+    record.append("metrics", *rows)
+    (run,) = read([record.path])
+    knob = figures.over_steps([run], "predict/knob")
+    assert knob.caption == "What the knob adds to entropy, predicted, 10⁻⁶ nats per token and step"
+    assert knob.traces[0]["y"] == [20.0, 40.0, 60.0]
+    assert figures.over_steps([run], "clip/low_frac").layout["yaxis"]["tickformat"] == ".2~%"
+    assert "tickformat" not in figures.over_steps([run], "length/mean").layout["yaxis"]
+
+
+def test_a_key_number_and_what_it_is_compared_with_have_the_digits_a_person_reads(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    record.append("metrics", *({"step": t, "reward/mean": 95.07 if t == 1 else 387.25} for t in (1, 2)))
+    assert values(read([record.path])) == {"reward": ("387", "from 95.1")}
+
+
+def test_at_a_bound_is_one_count_on_the_page_in_explain_and_in_the_summary(tmp_path):
+    record = Record(tmp_path / "run")
+    record.start({}, {"knob": "zeta"}, 0)
+    fields = {"entropy/mean": 1.0, "knob/value": 1.0}
+    record.append("metrics", *({"step": t, **fields, "knob/saturated": int(t < 29)} for t in range(1, 41)))
+    (run,) = read([record.path])
+    # 8 of the 20 steps after the first 20; of all 40 it would be 70 %.
+    assert run.summary["knob/saturated"] == explain.explain(Record(record.path))["saturated"] == 0.4
+    assert "after step 20: run: 40%." in control.knob([run]).note
+
+
+def test_an_attribution_that_is_not_to_be_trusted_says_so(run, tmp_path):
+    assert "Do not trust" not in why.quadrants(read([run])).note
+    record = Record(tmp_path / "run")
+    record.start({}, {}, 0)
+    rows = [{"step": t, "entropy/mean": 1 - 1e-5 * t * t, "predict/change": 1e-4 * t} for t in range(1, 101)]
+    record.append("metrics", *({**row, "predict/likely_up": row["predict/change"]} for row in rows))
+    assert why.quadrants(read([record.path])).note.startswith("Do not trust the attribution of run: predictions have")
 
 
 def test_thinning_keeps_spikes():

@@ -185,3 +185,15 @@ def test_mistakes_are_one_line_and_exit_two(run, arguments, capsys):
         main(["explain", *(a.format(run=run.path) for a in arguments)])
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_an_automatic_target_says_where_it_was_and_why(run):
+    run.append("metrics", row(1, 0.9))
+    assert "Where was the target" not in render(explain(run))
+    why = ["held at its ceiling: a nat costs 0.01 of reward and is worth 0.05", "lowered: a nat costs 0.2 of reward"]
+    for step, level, reason in ((7, 1.0, why[0]), (8, 1.0, why[0]), (9, 0.9, why[1])):
+        run.append("metrics", {**row(step, 0.9), "entropy/target": level, "entropy/target_why": reason})
+    lines = render(explain(run)).splitlines()
+    at = lines.index("Where was the target, and why?")
+    assert lines[at + 1] == f"  target 1.000, steps 7 to 8: {why[0]}"
+    assert lines[at + 2] == f"  target 0.900, step 9: {why[1]}"

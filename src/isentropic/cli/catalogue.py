@@ -1,13 +1,16 @@
-"""`isentropic recipes` and `isentropic tasks`: the choices, as text."""
+"""`isentropic recipes`, `isentropic tasks` and `isentropic configs`: the choices, as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib.resources import files
 from importlib.util import find_spec
 from typing import Any
 
 from ..control.controllers import CONTROLLERS
+from ..control.names import choose
 from ..control.targets import TARGETS
+from ..experiments.config import config_errors
 from ..recipes import RECIPES
 from ..recipes.knobs import all_knobs
 from ..recipes.stages import REDUCTIONS, STAGES, Component
@@ -29,6 +32,9 @@ def add_to(commands: Any) -> None:
     """Add the commands."""
     add_command(commands, "recipes", _print_recipes, "list the algorithms, their components, knobs and controllers")
     add_command(commands, "tasks", _print_tasks, "list the tasks, and how each is named")
+    help = "list configurations to start from, or print one: isentropic configs NAME > my.toml"
+    parser = add_command(commands, "configs", _print_configs, help)
+    parser.add_argument("name", nargs="?", metavar="NAME", help="the one to print [list all]")
 
 
 def _print_recipes(args: dict[str, Any]) -> int:
@@ -39,6 +45,35 @@ def _print_recipes(args: dict[str, Any]) -> int:
 def _print_tasks(args: dict[str, Any]) -> int:
     print(tasks())
     return 0
+
+
+def _print_configs(args: dict[str, Any]) -> int:
+    known = configs()
+    if args["name"] is None:
+        print(_section("CONFIGURATIONS (isentropic configs NAME > my.toml)", map(_headline, known.items())))
+        return 0
+    with config_errors():
+        choose("NAME", args["name"], known)
+    print(known[args["name"]], end="")
+    return 0
+
+
+def configs() -> dict[str, str]:
+    """The configurations that the package ships, by name: files for `train`, and accelerate's for FSDP2.
+
+    Example:
+        >>> configs()["smollm2-gsm8k-1gpu"].splitlines()[0]
+        '# SmolLM2-135M on GSM8K, one GPU of 24 GB or more.'
+    """
+    there = files("isentropic.experiments") / "configs"
+    shipped = {path.name.rpartition(".")[0]: path.read_text(encoding="utf-8") for path in there.iterdir()}
+    return dict(sorted(shipped.items()))
+
+
+def _headline(entry: tuple[str, str]) -> tuple[str, str]:
+    """A configuration's name and the first line of its header."""
+    name, text = entry
+    return name, text.partition("\n")[0].removeprefix("# ")
 
 
 def recipes() -> str:

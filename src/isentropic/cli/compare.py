@@ -13,8 +13,6 @@ from ..runs.text import as_json, show
 from .failures import check_file, make_folder
 from .parser import add_command
 
-_MAX_RUNS_ON_PAGE = 8
-
 
 def add_to(commands: Any) -> None:
     """Add the command."""
@@ -44,10 +42,10 @@ def add_to(commands: Any) -> None:
 
 
 class _Results(NamedTuple):
-    """Finished runs: their lines, the directories for the page, the output directory, the baseline, the errors."""
+    """Finished runs: their lines, a directory of each cell, the output directory, the baseline, the errors."""
 
     lines: list[dict[str, Any]]
-    runs: list[Path]
+    runs: dict[str, Path]
     folder: Path | None
     baseline: str | None
     failed: list[str]
@@ -58,24 +56,28 @@ def compare(args: dict[str, Any]) -> int:
     from ..experiments import compare as comparisons
 
     with config_errors():
-        if args["paths"] and not any(path.endswith(".toml") for path in args["paths"]):
-            results = _of_runs(args)
-        else:
-            if len(args["paths"]) > 1:
-                raise ConfigError(f"compare takes one grid, got {' '.join(args['paths'])}; leave the others out")
-            results = _of_grid(args)
+        results = _of_runs(args) if _names_runs(args["paths"]) else _of_grid(args)
         if results is None:
             return 0
         comparison = comparisons.compare(results.lines, results.baseline)
     if results.folder is not None:
         comparisons.write(comparison, results.lines, results.folder)
         if not args["only_table"]:
-            _write_report(results.runs, results.folder / "report.html")
+            _write_report(comparison, results, results.folder / "report.html")
     if args["json"]:
         print(as_json(comparison.as_json()))
     else:
         show(comparisons.render(comparison, args["markdown"]))
     return 1 if results.failed else 0
+
+
+def _names_runs(paths: Sequence[str]) -> bool:
+    """Whether the arguments are run directories, and not one grid."""
+    if len(paths) > 1 and not any(Path(path).is_dir() for path in paths):
+        raise ConfigError(
+            f"compare takes one grid, or directories of runs, got {' '.join(paths)}; leave the others out"
+        )
+    return bool(paths) and (len(paths) > 1 or not paths[0].endswith(".toml"))
 
 
 def _of_runs(args: dict[str, Any]) -> _Results:
@@ -89,7 +91,8 @@ def _of_runs(args: dict[str, Any]) -> _Results:
     lines = name_cells(line_of(Record(path)) for path in runs)
     if args["out"]:
         make_folder("--out", args["out"])
-    return _Results(lines, runs, Path(args["out"]) if args["out"] else None, args["baseline"], [])
+    by_cell = {line["cell"]: path for line, path in reversed(list(zip(lines, runs, strict=True)))}
+    return _Results(lines, by_cell, Path(args["out"]) if args["out"] else None, args["baseline"], [])
 
 
 def _of_grid(args: dict[str, Any]) -> _Results | None:
@@ -109,19 +112,19 @@ def _of_grid(args: dict[str, Any]) -> _Results | None:
         failed = run(grid, say=_say)
     lines = grid.lines()
     first_runs = {cell.name: cell.folder(grid.out) for cell in reversed(grid.cells)}
-    runs = [path for path in first_runs.values() if (path / "summary.json").exists()][::-1]
+    runs = {name: path for name, path in first_runs.items() if (path / "summary.json").exists()}
     baseline = grid.baseline if grid.baseline in {line["cell"] for line in lines} else None
     return _Results(lines, runs, grid.out, baseline, failed)
 
 
-def _write_report(runs: Sequence[Path], out: Path) -> None:
-    """Write a page of the first run of each cell, at most eight; an error in it does not fail the comparison."""
-    from ..report import write
+def _write_report(comparison: Any, results: _Results, out: Path) -> None:
+    """Write the page of a comparison; an error in it does not fail the comparison."""
+    from ..experiments.compare import remarks, tables
+    from ..report import Compared, write_comparison
 
-    if not runs:
-        return
     try:
-        _say(f"report: {write(runs[:_MAX_RUNS_ON_PAGE], out)}")
+        found = Compared(results.lines, tables(comparison), remarks(comparison), results.runs)
+        _say(f"report: {write_comparison(found, out)}")
     except Exception as error:
         _say(f"no report: {error}")
 
@@ -132,11 +135,23 @@ def _say(text: str) -> None:
 
 
 def _run_directories(paths: Sequence[str]) -> list[Path]:
-    """The run directories that are named, or those inside a directory that is not one; each once."""
+    """The run directories that are named, or those inside a directory that is not one; each once.
+
+    What lies beside them, such as the tables of an earlier comparison, is skipped with a word.
+    """
     runs: list[Path] = []
+    strays: list[Path] = []
     for path in map(Path, paths):
         inside = sorted(child.parent for child in path.glob("*/run.json"))
-        runs += inside if inside and not (path / "run.json").exists() else [path]
+        if (path / "run.json").exists() or not path.exists():
+            runs.append(path)  # one that does not exist is refused when it is read
+        else:
+            runs += inside
+            strays += [] if inside else [path]
+    if not runs:
+        raise ConfigError(f"no run directory among {' '.join(paths)}: none has a run.json; name those of `train --out`")
+    for path in strays:
+        _say(f"skipped {path}: not a run directory")
     return list({path.resolve(): path for path in runs}.values())
 
 

@@ -44,6 +44,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--max-completion-length", type=int, help="token limit of a completion [the run's, or the task's]"
     )
+    parser.add_argument("--system-prompt", help="system message of every prompt [the first run's]")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights [the run's, or as they were saved]"
     )

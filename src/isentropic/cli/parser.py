@@ -73,6 +73,32 @@ def add_settings(parser: Parser, leave_out: tuple[str, ...] = ()) -> None:
             metavar=kind.__name__.upper(),
             help=(setting.metadata["help"] + choices + default).replace("%", "%%"),
         )
+    groups["recipe"].add_argument(
+        "--set",
+        action="append",
+        default=argparse.SUPPRESS,
+        metavar="recipe.OPTION=VALUE",
+        help="another field of the recipe, or a constant of one of its components; may be repeated",
+    )
+
+
+def settings_of(args: dict[str, Any]) -> dict[str, Any]:
+    """The settings among the arguments of :func:`add_settings`, those of ``--set`` in ``recipe_options``.
+
+    Raises:
+        ConfigError: what ``--set`` cannot set.
+    """
+    pairs = args.pop("set", [])
+    for text in pairs:
+        if not re.match(r"recipe\.[^=]+=", text):
+            known = text.partition("=")[0].replace("-", "_") in RunConfig.__annotations__
+            flag = "; settings of the run have flags of their own" if known else ""
+            raise ConfigError(f"--set: got {text!r}, must be recipe.OPTION=VALUE, such as recipe.clip_high=0.3{flag}")
+    if not pairs:
+        return args
+    from ..experiments.grid import settings_from
+
+    return args | settings_from(pairs)
 
 
 def heavy(module: str) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 
 from ..experiments.config import ConfigError, RunConfig, as_dict, config_errors, load, recipe_of, total_steps
 from ..experiments.devices import check_device
+from ..experiments.hub import check_hub
 from ..models import resolve_model
 from ..runs.record import Record
 from ..runs.text import show
 from ..tasks import KINDS
-from .parser import PROG, add_command, add_settings, heavy
+from .parser import PROG, add_command, add_settings, heavy, settings_of
 
 
 def add_to(commands: Any) -> None:
@@ -41,10 +42,12 @@ def train(args: dict[str, Any]) -> int:
     resume, dry_run, rebuild = (args.pop(name) for name in ("resume", "dry_run", "rebuild"))
     path = args.pop("config")
     base = _settings_to_resume(args.get("out"), path) if resume else None
-    config = load(path, args, base)
+    config = load(path, settings_of(args), base)
     if dry_run:
         return _dry_run(config if resume else _with_out(config))
     check_device(config.device)
+    if config.push_to_hub is not None:
+        check_hub(config.push_to_hub)
     with _claimed(config, resume) as config:
         return _train(config, resume, rebuild)
 
@@ -63,7 +66,7 @@ def _train(config: RunConfig, resume: bool, rebuild: bool) -> int:
             raise
         show(f"stopped; resume with: {PROG} train --out {config.out} --resume", sys.stderr)
         return 130
-    from ..experiments.terminal import closing_table
+    from ..runs.summary import closing_table
 
     show(closing_table(summary, str(config.out)))
     return 1 if summary.get("stopped") else 0
@@ -78,7 +81,7 @@ def _write_report(record: Record) -> Path:
 def audit(args: dict[str, Any]) -> int:
     """Audit a config's trainer, and print the report."""
     as_json, path = args.pop("json"), args.pop("config")
-    config = load(path, args)
+    config = load(path, settings_of(args))
     experiment = heavy("experiments.train")
     heavy("models.loading").quiet()
     report = experiment.audit(config)

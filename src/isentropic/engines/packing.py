@@ -46,7 +46,7 @@ class Layout:
         if not parts or not all(x.dim() in allowed and x.is_floating_point() for x in parts):
             raise ValueError(
                 "logp must be log-probabilities [t] or [b t], or a list of [t], got "
-                f"{', '.join(f'{x.dtype} {list(x.shape)}' for x in parts[:3]) or 'no sequence'}; pass those of the tokens"
+                f"{', '.join(f'{x.dtype} {[*x.shape]}' for x in parts[:3]) or 'no sequence'}; pass those of the tokens"
             )
         self.lengths = None if isinstance(logp, Tensor) else [len(x) for x in parts]
         whole = self._joined("logp", logp)

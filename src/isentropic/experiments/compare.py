@@ -26,9 +26,9 @@ from ..runs.statistics import (
     paired_interval,
     probability_of_improvement,
 )
-from ..runs.summary import counted
+from ..runs.summary import aligned, counted
 from .lines import last_row
-from .terminal import aligned, best_shares, with_interval
+from .terminal import best_shares, with_interval
 
 # figure: (title, meaning); larger is better for SCORES.
 FIGURES = {
@@ -259,11 +259,21 @@ def _notes(lines: Sequence[dict[str, Any]], names: Sequence[str], tasks: Sequenc
 def _formatted(figure: str, value: float, interval: Interval | None, sign: str = "") -> str:
     whole = figure in ("steps", "seconds")
     digits = 0 if whole else 2 if figure.startswith("distinct") else 3
+    # A mean of 387 needs no thousandths, and its interval has the digits of the mean.
+    digits = max(0, digits - len(str(int(abs(value)))) + 1)
     return with_interval(value, None if whole else interval, sign, digits)
 
 
-def render(comparison: Comparison, markdown: bool = False) -> str:
-    """The tables as text, aligned for a terminal or as Markdown: runs, held-out figures, and against the baseline."""
+class Table(NamedTuple):
+    """A table of :func:`tables`: its title, which may be empty, the heads of its columns, and rows of as many texts."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+
+
+def tables(comparison: Comparison) -> list[Table]:
+    """The estimates as text: runs, held-out figures, and against the baseline; each with its interval in brackets."""
     cells, largest, baseline = comparison.cells, comparison.largest_pass, comparison.baseline
     figures = [f for f in _columns(FIGURES, largest) if any(f in cell for cell in cells.values())]
     titles = {f: largest if f == "pass@K" else FIGURES[f][0] for f in FIGURES}
@@ -293,20 +303,31 @@ def render(comparison: Comparison, markdown: bool = False) -> str:
         (f"Probability that a run beats one of {baseline}:", columns(scores, comparison.better, "P({} better)")),
         ("Interquartile means:", columns(scores, middles, "IQM {}")),
     )
-    sections = []
+    found = []
     for title, group in groups:
         named = [name for name in cells if any(name in column for column in group.values())]
         rows = [[name, *(column.get(name, "-") for column in group.values())] for name in named]
-        sections += [title] * bool(title and group) + [_table(["cell", *group], rows, markdown)] * bool(group)
-    sections.append(
-        f"Tasks: {', '.join(comparison.tasks)}. Mean over runs (95 % interval: of means by Student's t, of P by exact "
-        "ranks, of Δ over seeds, or over prompts if there is one; none where all runs are equal)."
-    )
-    sections += comparison.notes
+        found += [Table(title, ["cell", *group], rows)] if group else []
+    return found
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What the tables are of, and what makes them unfair."""
     few = sorted(name for name, num in comparison.seeds.items() if num < MIN_VALUES)
-    if few:
-        sections.append(f"No interval over runs for fewer than {MIN_VALUES} seeds: {', '.join(few)}.")
-    return "\n\n".join(sections)
+    return [
+        f"Tasks: {', '.join(comparison.tasks)}. Mean over runs (95 % interval: of means by Student's t, of P by exact "
+        "ranks, of Δ over seeds, or over prompts if there is one; none where all runs are equal).",
+        *comparison.notes,
+        *([f"No interval over runs for fewer than {MIN_VALUES} seeds: {', '.join(few)}."] if few else []),
+    ]
+
+
+def render(comparison: Comparison, markdown: bool = False) -> str:
+    """The tables and remarks, aligned for a terminal or as Markdown."""
+    sections = []
+    for title, head, rows in tables(comparison):
+        sections += [title] * bool(title) + [_table(head, rows, markdown)]
+    return "\n\n".join([*sections, *remarks(comparison)])
 
 
 def _table(head: list[str], rows: list[list[str]], markdown: bool) -> str:

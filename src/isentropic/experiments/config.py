@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 from ..control.controllers import CONTROLLERS
 from ..control.names import suggest
+from ..control.targets import TARGETS
 from ..models import check_saved
 from ..recipes import Recipe, check, compose
 from ..recipes.knobs import all_knobs
@@ -28,9 +31,12 @@ GROUPS = {
     "generation": "generation",
     "model": "weights and devices",
     "diagnosis": "diagnosis",
-    "saving": "checkpoints",
+    "saving": "checkpoints, trackers and the hub",
     "evaluation": "evaluation on held-out prompts: greedy, and sampled at several temperatures",
 }
+
+# Trackers of transformers that need no settings besides their own environment variables; each is also its package.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "swanlab", "comet_ml", "clearml")
 
 
 class ConfigError(ValueError):
@@ -109,7 +115,7 @@ class RunConfig:
         f"NAME[:OPTION=VALUE]: {', '.join(CONTROLLERS)}, FILE.py:NAME, or none, which only monitors [the recipe's]",
     )
     target: str | None = _setting(
-        None, "control", "entropy to hold: initial, 0.8, 80%, anneal:FROM:TO[:STEPS], band:LOW:HIGH, FILE.py:NAME"
+        None, "control", f"entropy to hold: {', '.join(TARGETS)}, or FILE.py:NAME [the recipe's]"
     )
     every: int | None = _setting(
         None, "control", "optimizer steps between controller updates [a generated batch]", low=1
@@ -139,12 +145,23 @@ class RunConfig:
     warmup: int = _setting(
         50, "optimizer", "optimizer steps until the learning rate is at its peak", low=0, trl="warmup_steps"
     )
-    updates: int = _setting(4, "optimizer", "optimizer steps a generated batch; 1 is on-policy", low=1)
+    weight_decay: float = _setting(0.0, "optimizer", "AdamW weight decay", low=0.0, trl="weight_decay")
+    kl: float = _setting(
+        0.0,
+        "optimizer",
+        "coefficient of the KL divergence from the initial model, which is then kept in memory too",
+        low=0.0,
+        trl="beta",
+    )
+    updates: int = _setting(4, "optimizer", "optimizer steps per generated batch; 1 is on-policy", low=1)
 
-    prompts: int = _setting(32, "generation", "prompts a generated batch", low=1)
-    generations: int = _setting(16, "generation", "samples a prompt", low=2, trl="num_generations")
+    prompts: int = _setting(32, "generation", "prompts per generated batch", low=1)
+    generations: int = _setting(16, "generation", "samples per prompt", low=2, trl="num_generations")
     temperature: float = _setting(1.0, "generation", "sampling temperature", low=0.0, trl="temperature")
     max_completion_length: int | None = _setting(None, "generation", "token limit of a completion [the task's]", low=1)
+    system_prompt: str | None = _setting(
+        None, "generation", "system message of every prompt, for tasks whose prompts are conversations"
+    )
     vllm: str = _setting(
         "off",
         "generation",
@@ -168,6 +185,12 @@ class RunConfig:
         choices=("float32", "bfloat16", "mixed"),
     )
     lora_rank: int = _setting(0, "model", "rank of a LoRA adapter; 0 trains all weights", low=0)
+    lora_alpha: int | None = _setting(
+        None, "model", "alpha of the adapter, whose scale is alpha / rank [twice the rank]", low=1
+    )
+    lora_targets: list[str] = _setting(  # noqa: RUF009
+        ("all-linear",), "model", "modules that get an adapter, such as q_proj; may be repeated"
+    )
     micro_batch: int | None = _setting(
         None,
         "model",
@@ -199,7 +222,14 @@ class RunConfig:
     save_every: int = _setting(200, "saving", "optimizer steps between checkpoints; 0 keeps only the last", low=0)
     keep: int = _setting(2, "saving", "checkpoints kept", low=1)
 
-    eval_k: int = _setting(16, "evaluation", "samples a prompt; 0 skips the evaluations", low=0)
+    report_to: list[str] = _setting(  # noqa: RUF009
+        (), "saving", "a tracker that gets the metrics; may be repeated", choices=TRACKERS, trl="report_to"
+    )
+    push_to_hub: str | None = _setting(
+        None, "saving", "hub id, NAME or OWNER/NAME, that the trained model is pushed to", trl="hub_model_id"
+    )
+
+    eval_k: int = _setting(16, "evaluation", "samples per prompt; 0 skips the evaluations", low=0)
     eval_rows: int = _setting(180, "evaluation", "prompts: the first so many", low=1)
     eval_every: int = _setting(
         0, "evaluation", "optimizer steps between two evaluations along the run, with a checkpoint each; 0 none", low=0
@@ -217,11 +247,16 @@ _ON_POLICY_UPDATES = 1
 def load(path: str | None, flags: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
     """Defaults, then ``base`` (the settings of a run that is resumed), then the file, then the flags; checked.
 
+    Options of the recipe that are given by ``--set`` join those of the file.
+
     Raises:
         ConfigError: anything that cannot work.
     """
-    given: dict[str, Any] = {**(_read(Path(path)) if path is not None else {}), **flags}
+    written = _read(Path(path)) if path is not None else {}
+    given: dict[str, Any] = {**written, **flags}
     values = dict(base or {}) | given
+    if isinstance(options := (dict(base or {}) | written).get("recipe_options"), dict):
+        values["recipe_options"] = options | flags.get("recipe_options", {})
     for key, value in values.items():
         where = f"--{key.replace('_', '-')}" if key in flags else f"{path or 'run.json'}: key {key}"
         values[key] = _checked_value(where, key, value)
@@ -251,7 +286,7 @@ def read_toml(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    values = read_toml(path, "name a TOML file, or leave it out to use the defaults")
+    values = read_toml(path, "name a TOML file, such as one of `isentropic configs`, or leave it out")
     known = [f.name for f in fields(RunConfig)]
     for key in values:
         if key not in known:
@@ -267,15 +302,20 @@ def _checked_value(where: str, key: str, value: Any) -> Any:
         items = list(value) if isinstance(value, list | tuple) else [value]
         for item in items:
             _check_kind(where, item, get_args(hint))
+            _check_choice(where, item, setting.metadata["choices"])
         return items
     kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
     _check_kind(where, value, (dict,) if key in FLAGLESS else kinds)
-    low, choices = setting.metadata["low"], setting.metadata["choices"]
+    low = setting.metadata["low"]
     if low is not None and value is not None and not value >= low:
         raise ConfigError(f"{where}: got {value!r}, must be at least {low:g}")
+    _check_choice(where, value, setting.metadata["choices"])
+    return value
+
+
+def _check_choice(where: str, value: Any, choices: tuple[str, ...]) -> None:
     if choices and value not in choices:
         raise ConfigError(f"{where}: got {value!r}{suggest(value, choices)}; allowed: {', '.join(choices)}")
-    return value
 
 
 def _check_kind(where: str, value: Any, kinds: tuple[Any, ...]) -> None:
@@ -312,6 +352,9 @@ def _check(config: RunConfig, path: str | None, has_updates: bool) -> RunConfig:
         check(recipe, config.updates, config.generations)
     if not 0 < config.learning_rate < float("inf"):
         raise ConfigError(f"{where}learning_rate: got {config.learning_rate}, must be > 0 and finite")
+    for name in ("weight_decay", "kl"):
+        if getattr(config, name) == float("inf"):
+            raise ConfigError(f"{where}{name}: got inf, must be finite; 0 leaves its term out")
     if not 0 < config.temperature < float("inf"):
         raise ConfigError(
             f"{where}temperature: got {config.temperature}, must be > 0, finite; greedy decoding has no entropy"
@@ -327,6 +370,7 @@ def _check(config: RunConfig, path: str | None, has_updates: bool) -> RunConfig:
     if config.stop_above is not None and 0 < config.stop_above <= 1:
         raise ConfigError(f"{where}stop_above: got {config.stop_above}, must be above 1, or 0 for never")
     _check_then(config, where)
+    _check_outside(config, where)
     _check_names(config, where)
     return config
 
@@ -378,6 +422,20 @@ def _check_then(config: RunConfig, where: str) -> None:
             )
 
 
+def _check_outside(config: RunConfig, where: str) -> None:
+    """What other packages take part in: adapters, trackers, the hub."""
+    fresh = RunConfig()
+    for name in ("lora_alpha", "lora_targets"):
+        if not config.lora_rank and getattr(config, name) != getattr(fresh, name):
+            raise ConfigError(f"{where}{name}: got {getattr(config, name)!r} without an adapter; set lora_rank too")
+    for tracker in config.report_to:
+        if find_spec(tracker) is None:
+            raise ConfigError(f"{where}report_to: {tracker} is not installed; pip install {tracker}")
+    if config.push_to_hub is not None and not re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", config.push_to_hub):
+        form = "NAME or OWNER/NAME of letters, digits, '-', '_' and '.'"
+        raise ConfigError(f"{where}push_to_hub: got {config.push_to_hub!r}, must be {form}")
+
+
 def _check_names(config: RunConfig, where: str) -> None:
     """A task is loaded, which reads no rows; a model is judged by its name and its directory. No hub is asked."""
     seen: dict[str, str] = {}
@@ -407,6 +465,7 @@ class EvalSettings(NamedTuple):
         temperatures: further ones.
         seed: of sampling.
         max_tokens: limit of a completion; None is the task's.
+        system_prompt: system message of every prompt; None is the rows' own.
     """
 
     task: str
@@ -416,6 +475,7 @@ class EvalSettings(NamedTuple):
     temperatures: list[float]
     seed: int
     max_tokens: int | None
+    system_prompt: str | None = None
 
 
 def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> EvalSettings:
@@ -439,6 +499,7 @@ def eval_settings(args: dict[str, Any], runs: list[dict[str, Any]]) -> EvalSetti
         temperatures=flags.get("also", others),
         seed=flags.get("seed", run["seed"]),
         max_tokens=flags.get("max_completion_length", run.get("max_completion_length")),
+        system_prompt=flags.get("system_prompt", run.get("system_prompt")),
     )
     if settings.task is None:
         raise ConfigError("--task: name the task that models are evaluated on; see `isentropic tasks`")

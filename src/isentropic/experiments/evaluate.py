@@ -277,7 +277,7 @@ def evaluate_models(
     Raises:
         ConfigError: anything that cannot work.
     """
-    task = load_task(settings.task)
+    task = load_task(settings.task).with_system_prompt(settings.system_prompt)
     with config_errors():
         rows = task.heldout()
         tokenizers = []

@@ -203,22 +203,28 @@ def _refuse_equal_cells(where: str, cells: Sequence[Cell]) -> None:
 def settings_from(pairs: Sequence[str]) -> dict[str, Any]:
     """Settings from texts KEY=VALUE; a value is read as TOML if it is TOML, and as text otherwise.
 
+    ``recipe.OPTION=VALUE`` is an entry of ``recipe_options``.
+
     Raises:
         ConfigError: a text without an equals sign.
 
     Example:
         >>> settings_from(["steps=40", "learning-rate=1e-3", "target=75%"])
         {'steps': 40, 'learning_rate': 0.001, 'target': '75%'}
+        >>> settings_from(["recipe.cov_low=2", "recipe.cov_high=3"])
+        {'recipe_options': {'cov_low': 2, 'cov_high': 3}}
     """
     settings: dict[str, Any] = {}
     for text in pairs:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set: got {text!r}, must be KEY=VALUE, for example steps=40")
+        key = key.replace("-", "_")
+        place = settings.setdefault("recipe_options", {}) if key.startswith("recipe.") else settings
         try:
-            settings[key.replace("-", "_")] = tomllib.loads(f"x = {value}")["x"]
+            place[key.removeprefix("recipe.")] = tomllib.loads(f"x = {value}")["x"]
         except tomllib.TOMLDecodeError:
-            settings[key.replace("-", "_")] = value
+            place[key.removeprefix("recipe.")] = value
     return settings
 
 

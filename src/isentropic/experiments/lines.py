@@ -13,21 +13,26 @@ import platform
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..control.names import choose
 from ..recipes import Recipe
 from ..runs.explain import readable
+from ..runs.frames import pandas_module
 from ..runs.frontier import by_temperature
-from ..runs.record import Record, is_number, plain, versions
+from ..runs.record import Record, is_number, plain, read_rows, versions
 from ..runs.summary import counted, scores
 from .config import RunConfig, as_dict
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 _CURVE_POINTS = 50
 _COUNT = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"  # a count of samples in one character
 # Settings that do not change a run's numbers, and those that distinguish the runs of a cell.
-_IGNORED = ("out", "device", "save_every", "keep", "seed", "task", "audit")
+_IGNORED = ("out", "device", "save_every", "keep", "seed", "task", "audit", "report_to", "push_to_hub")
 
 
 def fingerprint(config: dict[str, Any], recipe: dict[str, Any]) -> str:
@@ -185,3 +190,81 @@ def name_cells(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         suffix = " ".join(f"{k}={line['settings'].get(k, 'default')}" for k in differing)
         named.append({**line, "cell": f"{line['cell']} {suffix}".strip()})
     return named
+
+
+def load_runs(path: str | Path, table: str = "figures") -> DataFrame:
+    """The finished runs of a grid as one tidy table.
+
+    Args:
+        path: the output directory of `isentropic compare`, any directory of run directories, or a results file,
+            ``.jsonl`` or ``.jsonl.gz``.
+        table: ``figures``, a row per run: the closing figures, and under ``config/`` the settings that differ;
+            ``evaluations``, a row per evaluation and sampling temperature, greedy answers at temperature 0; or
+            ``curves``, a row per segment of a run, at most 50 of them: entropy (nats per token), reward and knob.
+
+    Returns:
+        Rows in the order of the runs, after the columns ``cell``, ``recipe``, ``task`` and ``seed``. Runs that have not
+        ended are left out.
+
+    Raises:
+        ValueError: nothing there has ended, or another table.
+        ImportError: pandas is missing.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "results.jsonl"
+        >>> line = {"cell": "grpo", "task": "expr", "settings": {"recipe": "grpo"}, "figures": {"pass@1": 0.5}}
+        >>> _ = path.write_text("".join(json.dumps({**line, "seed": seed}) + "\\n" for seed in (0, 1)))
+        >>> load_runs(path)[["cell", "seed", "pass@1"]]
+           cell  seed  pass@1
+        0  grpo     0     0.5
+        1  grpo     1     0.5
+    """
+    rows_of = {"figures": _figure_rows, "evaluations": _evaluation_rows, "curves": _curve_rows}
+    choose("table", table, rows_of)
+    lines = _lines_at(Path(path))
+    if not lines:
+        raise ValueError(f"no run has ended in {path}; name a directory of run directories, or a results file")
+    settings = [line.get("settings") or {} for line in lines]
+    keys = sorted({key for given in settings for key in given if key not in (*_IGNORED, "recipe")})
+    differing = [k for k in keys if len({json.dumps(given.get(k), sort_keys=True) for given in settings}) > 1]
+    default = as_dict(RunConfig())
+    rows = []
+    for line, given in zip(lines, settings, strict=True):
+        run = {"cell": line["cell"], "recipe": given.get("recipe", RunConfig.recipe)}
+        run |= {"task": line.get("task"), "seed": line.get("seed")}
+        run |= {f"config/{key}": given.get(key, default.get(key)) for key in differing}
+        rows += [run | row for row in rows_of[table](line)]
+    return pandas_module().DataFrame(rows)
+
+
+def _lines_at(path: Path) -> list[dict[str, Any]]:
+    """The lines of a results file, or of the ended runs in a directory."""
+    if not path.is_dir():
+        return [line for line in read_rows(path) if "cell" in line]
+    ended = sorted(found.parent for found in [path / "summary.json", *path.glob("*/summary.json")] if found.is_file())
+    return name_cells(line_of(Record(run)) for run in ended if Record(run).begun())
+
+
+def _figure_rows(line: dict[str, Any]) -> list[dict[str, Any]]:
+    more = {"entropy/start": line.get("entropy_start"), "entropy/target": line.get("target")}
+    return [{**(line.get("figures") or {}), **more, "stopped": line.get("stopped")}]
+
+
+def _evaluation_rows(line: dict[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for row in line.get("evaluations") or []:
+        about = {"evaluated": row.get("task"), "step": row.get("step")}
+        for temperature, counts in by_temperature(row).items():
+            figures = {
+                k: v for k, v in counts.items() if is_number(v) and k.startswith(("pass@", "distinct", "majority"))
+            }
+            rows.append({**about, "temperature": temperature, **figures})
+        if is_number(row.get("greedy")):
+            rows.append({**about, "temperature": 0.0, "pass@1": row["greedy"]})
+    return rows
+
+
+def _curve_rows(line: dict[str, Any]) -> list[dict[str, Any]]:
+    curve = line.get("curve") or {}
+    return [dict(zip(curve, values, strict=True)) for values in zip(*curve.values(), strict=True)]

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..runs.clock import duration
 from ..runs.record import Record, append_row
-from ..runs.text import one_line
+from ..runs.text import duration, one_line
 from .config import ConfigError, RunConfig, as_dict, total_steps
 from .lines import line_of
 

@@ -1,4 +1,4 @@
-"""The text that a run and an evaluation print: a line of progress, the closing table, models side by side."""
+"""The text that an evaluation prints: a line of progress, models side by side."""
 
 from __future__ import annotations
 
@@ -9,40 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..runs.clock import duration
 from ..runs.frontier import best_temperature, by_temperature, frontier, points
-from ..runs.record import is_number
 from ..runs.statistics import Interval, paired_interval, proportion_interval
-from ..runs.summary import SETTLED
+from ..runs.summary import NOT_KNOWN, aligned
+from ..runs.text import duration
 
-_MOST_TASKS = 3  # in the closing table; a longer sequence is cut to its first and last tasks
-_TASK_WIDTH = 40
 _FLOORS = (0.99, 0.95, 0.9)  # of the best pass@1
-_NOT_KNOWN = "–"
-
-
-def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any]) -> str:
-    """The line of an optimizer step.
-
-    Args:
-        step, steps: done, and in all.
-        seconds_left: of training.
-        row: of metrics.jsonl, with ``reward``.
-
-    Example:
-        >>> step_line(7, 800, 61.0, {"entropy/mean": 0.91, "entropy/target": 1.0, "knob/value": 0.02, "reward": 0.5})
-        'step   7/800  eta 1:01  reward 0.500  entropy 0.910 (target 1.000)  knob 0.02'
-    """
-    width = len(str(steps))
-    columns = [f"step {step:{width}d}/{steps}", f"eta {duration(seconds_left)}"]
-    if row.get("reward") is not None:
-        columns.append(f"reward {row['reward']:.3f}")
-    target = row.get("entropy/target")
-    against = f" (target {target:.3f})" if target is not None else ""
-    columns.append(f"entropy {row['entropy/mean']:.3f}{against}")
-    if row.get("knob/value") is not None:
-        columns.append(f"knob {row['knob/value']:.3g}" + (" at its bound" if row.get("knob/saturated") else ""))
-    return "  ".join(columns)
 
 
 class Progress:
@@ -71,90 +43,6 @@ class Progress:
         self.last = now
         left = math.ceil(seconds / done * (num - done))
         self.say(f"{self.title}: {done}/{num} completions, {tokens / seconds:.0f} tokens/s, eta {duration(left)}")
-
-
-def closing_table(summary: dict[str, Any], out: str) -> str:
-    """The table at the end of a run, in less than 20 lines of at most 100 columns, but for long paths.
-
-    Args:
-        summary: as summary.json holds it.
-        out: the run directory.
-    """
-
-    def row(name: str, start: Any = None, target: Any = None, end: Any = None) -> list[str]:
-        return [name, *("" if x is None else x if isinstance(x, str) else f"{x:.3f}" for x in (start, target, end))]
-
-    rows = [row(f"{summary['steps']} steps, {summary['seconds']:.0f} seconds", "start", "target", "end")]
-    rows.append(
-        row("entropy (nats a token)", summary["entropy/start"], summary["entropy/target"], summary["entropy/end"])
-    )
-    if summary["entropy/rms_error"] is not None:
-        rows.append(row(f"RMS entropy error after {SETTLED} steps", end=f"{summary['entropy/rms_error']:.1%}"))
-    if summary["knob/saturated"]:
-        rows.append(row("steps with the knob at its bound", end=f"{summary['knob/saturated']:.0%}"))
-    rows.append(row("reward (training prompts)", summary["reward/start"], None, summary["reward/end"]))
-    width = max(len(name) for name, *_ in rows)
-    lines = ["", *("  ".join([f"{name:{width}}", *(f"{x:>8}" for x in cells)]).rstrip() for name, *cells in rows)]
-    lines += _heldout(summary)
-    lines += [f"stopped early: {summary['stopped']}"] if summary.get("stopped") else []
-    return "\n".join([*lines, f"run directory: {out}"])
-
-
-def _heldout(summary: dict[str, Any]) -> list[str]:
-    """The evaluations of each task at the start, at the switch from it and at the end."""
-    moments = [row for row in _moments(summary) if row[2]]
-    if not moments:
-        return []
-    scored = [scores for *_, scores in moments]
-    passes = [key for key in scored[-1] if key.startswith("pass@")]
-    # Without its own best temperature, as of a run with counts at one temperature alone, pass@1 is shown as it is.
-    single = "best_pass@1" if any("best_pass@1" in row for row in scored) else "pass@1"
-    titles = {"greedy": "greedy", single: single.replace("best_pass@1", "best pass@1*")}
-    titles |= {key: key for key in passes[-1:]} | {"distinct": "distinct"}
-    names = [name for name in titles if any(is_number(row.get(name)) for row in scored)]
-    cells = [["held-out", "", "step", *(titles[name] for name in names)]]
-    for task, moment, scores in moments:
-        figures = [f"{scores[n]:.{2 if n == 'distinct' else 3}f}" if n in scores else _NOT_KNOWN for n in names]
-        cells.append([task, moment, str(scores.get("step", "")), *figures])
-    more = len(summary.get("before", {})) + 1 - _MOST_TASKS
-    note = [f"(tasks between the first and the last two, in summary.json: {more})"] if more > 0 else []
-    if single in names and single != "pass@1":
-        note.append("* temperature chosen on one half of the prompts, scored on the other; the rest as in training")
-    return ["", *aligned(cells, left=2), *note]
-
-
-def _moments(summary: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Task, moment and scores; the task at its first moment only.
-
-    Of more than three tasks the first and the last two, at the start and at the end.
-    """
-    before = list(summary.get("before", {}).items())
-    tasks: list[tuple[str, list[tuple[str, dict[str, Any]]]]] = []
-    for i, (name, scored) in enumerate(before):
-        shown = [("start", scored[0]), ("end", scored[-1])] if len(scored) > 1 else [("end", scored[0])]
-        # With evaluations in between it is not known which is that at the switch.
-        if len(scored) == len(before) + 2 and len(before) < _MOST_TASKS:
-            shown.insert(1, ("switch", scored[i + 1]))
-        tasks.append((_cut(name), shown))
-    last = [(moment, summary.get(moment) or {}) for moment in ("start", "end")]
-    tasks.append((_cut(summary.get("task") or "last task") if before else "", last))
-    tasks = tasks if len(tasks) <= _MOST_TASKS else [tasks[0], *tasks[-2:]]
-    return [
-        (name if i == 0 else "", moment, scores)
-        for name, shown in tasks
-        for i, (moment, scores) in enumerate(row for row in shown if row[1])
-    ]
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _TASK_WIDTH else name[: _TASK_WIDTH - 1] + "…"
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of a table whose first columns, ``left`` of them, are aligned to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    pad = [str.ljust if i < left else str.rjust for i in range(len(widths))]
-    return ["  ".join(p(x, w) for p, x, w in zip(pad, row, widths, strict=True)).rstrip() for row in rows]
 
 
 def best_shares(row: Mapping[str, Any]) -> np.ndarray:
@@ -216,7 +104,7 @@ def evaluation_table(rows: Sequence[dict[str, Any]], at_least: Sequence[float] =
     cells = [["model", *(f"pass@1 >= {floor:.3f}" for floor in at_least)]]
     for row in rows:
         reached = [frontier(row, floor) for floor in at_least]
-        cells.append([_model_name(row), *(f"{f.distinct:.2f}, {f.search:.3f}" if f else _NOT_KNOWN for f in reached)])
+        cells.append([_model_name(row), *(f"{f.distinct:.2f}, {f.search:.3f}" if f else NOT_KNOWN for f in reached)])
     text += aligned(cells)
     if len(rows) > 1:
         text += ["", f"difference from {_model_name(first)} on the same prompts"]
@@ -234,9 +122,9 @@ def _by_temperature(row: dict[str, Any]) -> list[str]:
     cells = [["temperature", "pass@1", f"pass@{k}", "distinct", "majority"]]
     for point, interval in zip(points(row), intervals, strict=True):
         figures = [f"{point.search:.3f}", f"{point.distinct:.2f}"]
-        figures.append(_NOT_KNOWN if point.majority is None else f"{point.majority:.3f}")
+        figures.append(NOT_KNOWN if point.majority is None else f"{point.majority:.3f}")
         # One answer a prompt: no search, no variety, no vote.
-        figures = figures if point.temperature else [_NOT_KNOWN] * 3
+        figures = figures if point.temperature else [NOT_KNOWN] * 3
         name = f"{point.temperature:g}" if point.temperature else "greedy"
         cells.append([name, with_interval(point.accuracy, interval), *figures])
     best, by_prompt = best_temperature(row), best_shares(row)

@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from ..engines.trl import IsentropicTrainer, StartAudit, audit_trainer
-from ..engines.trl.callbacks import EntropyGuard, bound_of
+from ..engines.trl import IsentropicTrainer, audit_trainer
 from ..engines.trl.compat import load_weights as load_checkpoint_weights
+from ..engines.trl.log import close_run, closing_figures
 from ..engines.trl.sequence import SequentialTrainer, SwitchTask
 from ..entropy.audit import Report
 from ..models import resolve_model
 from ..models.loading import load_tokenizer, load_weights, suit_threads
 from ..runs.checkpoints import choose, clear_unfinished
 from ..runs.lock import held
-from ..runs.record import Record, write_json
-from ..runs.summary import summary
+from ..runs.record import Record
 from ..runs.text import show
 from ..tasks import Task, load_task
 from ..tasks.checks import constant_line
 from .config import RunConfig, as_dict, config_errors, recipe_of, total_steps
 from .devices import check_device
 from .evaluate import check_prompts, evaluate
+from .hub import push
 from .origin import origin
 from .terminal import Progress
 from .trainer import build_trainer
@@ -73,7 +73,7 @@ def _train(
     check_device(config.device)
     record = Record(str(config.out))
     recipe = recipe_of(config)
-    tasks = [load_task(name) for name in (config.task, *config.then)]
+    tasks = tasks_of(config)
     model, tokenizer = _load_checked(config, tasks)
     checkpoint = _checkpoint_to_resume(record, say, is_main) if resume else None
     if is_main and not (resume and record.begun()):
@@ -83,10 +83,6 @@ def _train(
         record.start(settings, recipe.as_dict(), config.seed, **about)
     suit_threads(model)
     trainer = build_trainer(config, recipe, tasks, model, tokenizer, say)
-    guard = EntropyGuard(trainer, bound_of(recipe, config.stop_above))
-    trainer.add_callback(guard)
-    if config.audit == "on":
-        trainer.add_callback(StartAudit(trainer))
     evaluation = _Evaluation(config, tasks, trainer, tokenizer, record, say) if is_main else _no_evaluation
     if isinstance(trainer, SequentialTrainer):
         trainer.add_callback(SwitchTask(trainer, on_switch=evaluation))
@@ -98,16 +94,18 @@ def _train(
                 say(line)
         evaluation(0)
     step = _run(trainer, checkpoint, total_steps(config))
-    if step < total_steps(config) and guard.message is None:
+    stopped = trainer.guard.message
+    if step < total_steps(config) and stopped is None:
         raise KeyboardInterrupt
     evaluation(step)
-    result = summary(record.rows("metrics"), record.rows("evaluations"), time.monotonic() - started)
-    if guard.message is not None:
-        result["stopped"] = guard.message
+    seconds = time.monotonic() - started
     if is_main:
-        write_json(record.path / "summary.json", result)
-        if write_report is not None:
-            _report(record, write_report, say)
+        result = close_run(record, seconds, stopped, say, write_report)
+        trainer.renew_card()
+    else:
+        result = closing_figures(record, seconds, stopped)
+    if config.push_to_hub is not None:
+        push(trainer, config.push_to_hub, say if is_main else _say_nothing)
     return result
 
 
@@ -138,8 +136,18 @@ class EvaluateAlong(TrainerCallback):
             control.should_save = True
 
 
+def tasks_of(config: RunConfig) -> list[Task]:
+    """The tasks of a config, in order, which ask under its system prompt if it has one."""
+    tasks = [load_task(name) for name in (config.task, *config.then)]
+    return [task.with_system_prompt(config.system_prompt) for task in tasks]
+
+
 def _no_evaluation(step: int) -> None:
     """The evaluation of a process that is not the main one."""
+
+
+def _say_nothing(line: str) -> None:
+    """What a process that is not the main one says."""
 
 
 class _Evaluation:
@@ -165,9 +173,16 @@ class _Evaluation:
             return
         known = {(row["step"], row["task"]) for row in self.record.rows("evaluations")}
         model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-        for task in self.tasks:
-            if (step, task.name) not in known:
-                self.record.append("evaluations", {"step": step, **self._figures(model, task)})
+        for place, task in enumerate(self.tasks):
+            if (step, task.name) in known:
+                continue
+            figures = self._figures(model, task)
+            self.record.append("evaluations", {"step": step, **figures})
+            if place == (self.trainer.place(step) if isinstance(self.trainer, SequentialTrainer) else 0):
+                # The coolest answers: what a target needs to know is whether the policy has become worse.
+                coolest = min(figures["at"].items(), key=lambda pair: float(pair[0]), default=(None, figures))[1]
+                prompts = len(task.heldout()[: self.config.eval_rows])
+                self.trainer.loop.tell_held_out(prompts * coolest["pass@1"], prompts)
 
     def _figures(self, model: Any, task: Task) -> dict[str, Any]:
         """Evaluate under the arithmetic of training, before the trainer has wrapped the model as after."""
@@ -187,14 +202,6 @@ class _Evaluation:
             )
 
 
-def _report(record: Record, write_report: Callable[[Record], Path], say: Callable[[str], None]) -> None:
-    """Write the page of a run that has ended, unless that fails."""
-    try:
-        say(f"report: {write_report(record)}")
-    except Exception as error:
-        say(f"no report: {error}")
-
-
 def audit(config: RunConfig) -> Report:
     """Audit a config's trainer as it would start, in a temporary run directory.
 
@@ -202,7 +209,7 @@ def audit(config: RunConfig) -> Report:
         ConfigError: a model or task that cannot be used.
     """
     check_device(config.device)
-    tasks = [load_task(config.task)]
+    tasks = tasks_of(config)[:1]
     model, tokenizer = _load_checked(config, tasks)
     with TemporaryDirectory() as out:
         config = replace(config, out=out)

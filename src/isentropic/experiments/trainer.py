@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from itertools import accumulate
@@ -11,8 +10,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 
+from ..control.names import suggest
 from ..engines.trl import IsentropicConfig, IsentropicTrainer, Rollout
 from ..engines.trl.compat import stop_at
 from ..engines.trl.sequence import CompletionRules, SequentialTrainer
@@ -28,7 +28,6 @@ from ..tasks.checks import training_rows
 from ..tasks.environments import EnvironmentTask
 from ..tasks.sequence import in_order
 from .config import ConfigError, RunConfig, config_errors, steps_of, total_steps
-from .terminal import step_line
 
 
 def build_trainer(
@@ -61,12 +60,12 @@ def build_trainer(
         args=trl_config(config, recipe, task, ranks, shuffle=len(tasks) == 1),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=_lora_config(config.lora_rank),
-        callbacks=[PrintSteps(say), Checkpoints(config.keep)],
+        peft_config=_lora_config(config, model),
+        callbacks=[Checkpoints(config.keep)],
         rollout_func=rules[0].rollout,
     )
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
+    # After training comes the last evaluation, and then whoever called this ends the run.
+    trainer.say, trainer.closes = say, False
     stop_at(trainer, rules[0].stop)
     if isinstance(trainer, SequentialTrainer):
         trainer.starts = tuple(accumulate(steps_of(config)[:-1], initial=0))
@@ -95,12 +94,27 @@ def _completion_rules(config: RunConfig, task: Task, tokenizer: Any) -> Completi
     return CompletionRules(stop, config.max_completion_length or task.max_completion_length, rollout)
 
 
-def _lora_config(rank: int) -> Any:
-    if not rank:
+def _lora_config(config: RunConfig, model: Any) -> Any:
+    if not config.lora_rank:
         return None
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets: Any = config.lora_targets
+    if targets == ["all-linear"]:
+        targets = "all-linear"
+    else:
+        _check_targets(targets, model)
+    alpha = config.lora_alpha or 2 * config.lora_rank
+    return LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM")
+
+
+def _check_targets(targets: Sequence[str], model: Any) -> None:
+    """Refuse a module that the model does not have, which PEFT ignores beside one that it has."""
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for target in targets:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names} | {"all-linear"})
+            raise ConfigError(f"lora_targets: got {target!r}{suggest(target, known)}; allowed: {', '.join(known)}")
 
 
 def trl_config(config: RunConfig, recipe: Recipe, task: Task, ranks: int, shuffle: bool = True) -> IsentropicConfig:
@@ -134,8 +148,13 @@ def trl_config(config: RunConfig, recipe: Recipe, task: Task, ranks: int, shuffl
         vllm_mode="server" if config.vllm == "server" else "colocate",
         vllm_server_base_url=config.vllm_server if config.vllm == "server" else None,
         max_completion_length=config.max_completion_length or task.max_completion_length,
+        # The correction is of TRL's own losses, which a recipe may not use: one meaning of KL for all of them.
+        use_bias_correction_kl=not config.kl,
+        push_to_hub=config.push_to_hub is not None,
+        hub_strategy="end",
+        audit=config.audit == "on",
+        stop_above=config.stop_above,
         logging_steps=1,
-        report_to=[],
         disable_tqdm=True,
         shuffle_dataset=shuffle,
         save_strategy="steps",
@@ -185,24 +204,3 @@ class Checkpoints(TrainerCallback):
             last = [row for row in rows if row["task"] == rows[-1]["task"] and row["step"] and counted(row)]
             best = best_step(last)
             rotate(record, self.keep, None if best is None else best.step)
-
-
-class PrintSteps(TrainerCallback):
-    """A line for each optimizer step: step, time left, reward, entropy against target, knob."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say = say
-        self.started = time.monotonic()
-        self.first = 0
-        self.reward: float | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.started, self.first = time.monotonic(), state.global_step
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or not logs or "entropy/mean" not in logs:
-            return
-        self.reward = logs.get("reward", self.reward)  # TRL logs it once a generated batch
-        done = max(state.global_step - self.first, 1)
-        left = (time.monotonic() - self.started) / done * (state.max_steps - state.global_step)
-        self.say(step_line(state.global_step, state.max_steps, left, {**logs, "reward": self.reward}))

@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import lazy
 from ..control.names import suggest
 
-__getattr__, _ = lazy(
+__getattr__, *_ = lazy(
     __name__, {"generation": ("encode", "sample"), "episodes": ("play",), "loading": ("load_model", "load_tokenizer")}
 )
 

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..runs.clock import duration
+from ..runs.text import duration
 from ..tasks import Task
 from ..tasks.expressions import (
     DIGITS,

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runs.clock import duration
 from ..runs.statistics import proportion_interval
+from ..runs.text import duration
 from ..tasks.environments import EnvironmentTask, demonstrate
 from .episodes import count_wins
 from .generation import seeded

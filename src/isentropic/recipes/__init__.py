@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import lazy
 from .catalogue import RECIPES
-from .compose import check, load_recipe
+from .compose import check, compose, load_recipe
 from .knobs import build_controller, build_thermostat, knob_range, with_knob
 from .recipe import Recipe
 from .stages import Baseline, Bounds, Knob, Objective, Penalty, Selection, Shaping
@@ -44,6 +44,3 @@ __all__ = [
 
 if TYPE_CHECKING:
     from .apply import advantages, loss, penalty, select, shape, token_loss
-    from .changes import compose
-else:
-    from .compose import compose

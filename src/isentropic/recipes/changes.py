@@ -6,12 +6,9 @@ under ``constants``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
-from .recipe import Choice, Recipe
-
-if TYPE_CHECKING:
-    from typing import Unpack
+from .recipe import Choice
 
 
 class Changes(TypedDict, total=False):
@@ -74,10 +71,3 @@ class Changes(TypedDict, total=False):
     aent_drop: float | None
     tre_mass: float | None
     tre_keep: float | None
-
-
-if TYPE_CHECKING:
-
-    def compose(recipe: str | Recipe, **changes: Unpack[Changes]) -> Recipe:
-        """A recipe by name with components and numbers replaced, checked: :mod:`isentropic.recipes.compose`."""
-        ...

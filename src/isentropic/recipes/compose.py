@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Unpack
 
 from ..control.names import choose
 from ..control.targets import parse_target
 from .catalogue import DEFAULT, RECIPES
+from .changes import Changes
 from .custom import NAMES, Factory, load, resolve
 from .knobs import FIELD_KNOBS, all_knobs, build_thermostat, knob_range, owner, readers
 from .recipe import Recipe
@@ -44,7 +45,7 @@ def load_recipe(text: str) -> Recipe:
     return check(recipe)
 
 
-def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
+def compose(recipe: str | Recipe, **changes: Unpack[Changes]) -> Recipe:
     """A recipe by name with components and numbers replaced, checked.
 
     A knob brings the shaping it acts through (``zeta`` brings centred REPO-R if the recipe shapes nothing). A knob that
@@ -70,18 +71,18 @@ def compose(recipe: str | Recipe, **changes: Any) -> Recipe:
         ValueError: knob clip_high needs a clip, and objective reinforce has none; ...
     """
     recipe = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    changes = {key: value for key, value in changes.items() if value is not None}
-    knob = changes.pop("knob", None)
+    given: dict[str, Any] = {key: value for key, value in changes.items() if value is not None}
+    knob = given.pop("knob", None)
     if knob == "none":
         recipe = replace(recipe, knob=None, controller="fixed")
-    recipe = _with_fields(recipe, changes, knob)
+    recipe = _with_fields(recipe, given, knob)
     if knob is not None and knob != "none":
-        recipe = _with_knob_named(recipe, str(knob), changes)
+        recipe = _with_knob_named(recipe, str(knob), given)
     composed = check(recipe)
-    idle = [key for key in _OF_KNOB if key in changes and composed.knob is None]
+    idle = [key for key in _OF_KNOB if key in given and composed.knob is None]
     if idle and knob != "none":
         raise ValueError(f"{idle[0]} has no effect without a knob under control; name one of {', '.join(all_knobs())}")
-    cost = changes.get("penalty_coef", _DEFAULT_COEF)
+    cost = given.get("penalty_coef", _DEFAULT_COEF)
     if composed.penalty == "none" and cost != _DEFAULT_COEF:
         raise ValueError(
             f"penalty_coef has no effect without a penalty, got {cost}; name one of {', '.join(PENALTIES)}"

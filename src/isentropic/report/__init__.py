@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import about, answers, control, why
+from . import about, answers, compared, control, why
+from .compared import Compared
 from .figures import Panel
+from .html import Html
 from .page import document
 from .runs import Run, read
 
@@ -41,7 +43,7 @@ def panels(runs: Sequence[Run]) -> list[Panel]:
 
 
 def render(paths: Iterable[str | Path], live: str | None = None) -> str:
-    """The page as text.
+    """The page of runs as text.
 
     Args:
         paths: run directories, or directories of run directories.
@@ -58,6 +60,27 @@ def render(paths: Iterable[str | Path], live: str | None = None) -> str:
     return document(runs, about.key_numbers(runs), panels(runs), live)
 
 
+def render_comparison(found: Compared) -> str:
+    """The page of a comparison as text: its own panels, then those of one run of each cell.
+
+    Args:
+        found: what `isentropic compare` found.
+
+    Returns:
+        A whole HTML document.
+
+    Raises:
+        ImportError: plotly is missing.
+    """
+    runs = compared.read_cells(found)
+    single = panels(runs) if runs else []
+    if single:
+        note = "What follows shows one run of each cell, the first that was named: the means above are of all its runs."
+        single = [Panel("single", "One run of each cell", note, []), *single]
+    title = f"{len(found.cells)} cells, {len(found.lines)} runs compared"
+    return document(runs, Html(""), [*compared.panels(found, runs), *single], None, title)
+
+
 def write(paths: Iterable[str | Path], out: str | Path) -> Path:
     """Write the page of these runs to ``out``, whole or not at all.
 
@@ -72,7 +95,15 @@ def write(paths: Iterable[str | Path], out: str | Path) -> Path:
         ValueError: no run there.
         ImportError: plotly is missing.
     """
-    text = render(paths)
+    return _write(render(paths), out)
+
+
+def write_comparison(found: Compared, out: str | Path) -> Path:
+    """Write the page of a comparison to ``out``, whole or not at all; returns the path that was written."""
+    return _write(render_comparison(found), out)
+
+
+def _write(text: str, out: str | Path) -> Path:
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.draft")

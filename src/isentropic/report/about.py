@@ -10,9 +10,10 @@ from ..runs.record import is_number
 from ..runs.summary import SETTLED
 from .answers import ks_of
 from .figures import Panel, collect
-from .html import Html, el, table
+from .html import Html, el, number, table
 from .runs import Audit, Run
 
+_FORM = "{:.3f}"
 _SIGNS = {"serious": "✖", "warning": "▲", "note": "●"}
 
 
@@ -22,7 +23,7 @@ class Key(NamedTuple):
     name: str
     value: Callable[[Run], float | None]
     against: Callable[[Run], str]
-    form: str = "{:.3f}"
+    form: str = _FORM
 
 
 def _figure(run: Run, name: str) -> float | None:
@@ -30,13 +31,18 @@ def _figure(run: Run, name: str) -> float | None:
     return value if is_number(value) else None
 
 
-def _from(value: float | None, form: str = "{:.3f}") -> str:
-    return "" if value is None else f"from {form.format(value)}"
+def _written(value: float, form: str = _FORM) -> str:
+    """A value in its form; one of 10 or more with as many digits as a person reads."""
+    return number(value) if form == _FORM and abs(value) >= 10 else form.format(value)
+
+
+def _from(value: float | None, form: str = _FORM) -> str:
+    return "" if value is None else f"from {_written(value, form)}"
 
 
 def _entropy_against(run: Run) -> str:
     target = _figure(run, "entropy/target")
-    notes = ["" if target is None else f"target {target:.3f}", _from(_figure(run, "entropy/start"))]
+    notes = ["" if target is None else f"target {_written(target)}", _from(_figure(run, "entropy/start"))]
     return ", ".join(note for note in notes if note)
 
 
@@ -48,7 +54,7 @@ def _score(run: Run, stage: str, name: str) -> float | None:
     return value if is_number(value) else None
 
 
-def _score_key(title: str, name: str, form: str = "{:.3f}") -> Key:
+def _score_key(title: str, name: str, form: str = _FORM) -> Key:
     return Key(title, lambda run: _score(run, "end", name), lambda run: _from(_score(run, "start", name), form), form)
 
 
@@ -56,7 +62,7 @@ def keys(runs: Sequence[Run]) -> list[Key]:
     """The numbers of the first screen, at most six; those that no run has are left out."""
     most = max((ks_of(row)[-1] for run in runs for row in run.evaluations if ks_of(row)), default=1)
     candidates = [
-        Key("entropy, nats a token", lambda run: _figure(run, "entropy/end"), _entropy_against),
+        Key("entropy, nats per token", lambda run: _figure(run, "entropy/end"), _entropy_against),
         Key(
             "RMS error to target",
             lambda run: _figure(run, "entropy/rms_error"),
@@ -102,7 +108,7 @@ def key_numbers(runs: Sequence[Run]) -> Html:
 
 def _value(key: Key, run: Run) -> str:
     value = key.value(run)
-    return "–" if value is None else key.form.format(value)
+    return "–" if value is None else _written(value, key.form)
 
 
 def swatch(run: Run) -> Html:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..control.targets import parse_level
+from ..runs.moves import phase_lines
 from ..runs.summary import SETTLED
 from .figures import (
     BAND,
@@ -40,7 +41,10 @@ def hold(runs: Sequence[Run]) -> Panel | None:
     targets = [trace for run in _first_of_groups(runs) for trace in _target(run, len(runs))]
     question = "Does entropy hold, and does reward rise?" if targets else "Where do entropy and reward go?"
     figure = Figure(entropy.caption, _once(targets) + entropy.traces, entropy.layout)
-    return Panel("hold", question, _note(runs, bool(targets)), [figure, *rewards])
+    note = _note(runs, bool(targets))
+    if len(runs) == 1 and (found := phase_lines(runs[0].metrics)):
+        note += f" Why it moved: {'; '.join(found)}."
+    return Panel("hold", question, note, [figure, *rewards])
 
 
 def _note(runs: Sequence[Run], target: bool) -> str:
@@ -79,8 +83,14 @@ def _target(run: Run, num_runs: int) -> list[Trace]:
     return [
         line(run, ends, low, **none),
         line(run, ends, high, **none, **fill),
-        line(run, x, y, line=style) | {"name": plain(label)},
+        line(run, x, y, line=style) | {"name": plain(label), **_reasons(run)},
     ]
+
+
+def _reasons(run: Run) -> dict[str, Any]:
+    """Why an automatic target was where it was, shown where one points at it."""
+    why = [row.get("entropy/target_why", "") for row in run.rows_with("entropy/target")]
+    return {"text": [plain(text) for text in why], "hovertemplate": "%{y:.3f}<br>%{text}"} if any(why) else {}
 
 
 def _edges(run: Run) -> tuple[list[float], list[float]] | None:
@@ -120,12 +130,12 @@ def phase(runs: Sequence[Run]) -> Panel | None:
         return None
     bar = {"thickness": 10, "len": 0.9, "title": {"text": "step", "side": "right"}, "outlinewidth": 0}
     look = layout(
-        xaxis={"title": {"text": "entropy, nats a token"}, "range": _range(traces, "x")},
+        xaxis={"title": {"text": "entropy, nats per token"}, "range": _range(traces, "x")},
         yaxis={"title": {"text": "mean reward"}, "range": _range(traces, "y")},
         coloraxis={"colorscale": _SCALE, "cmin": 1, "cmax": last, "colorbar": bar},
         annotations=[note | {"arrowcolor": "@muted", "font": {"size": 11}} for note in notes],
     )
-    note = "A path a run, smoothed, from its first step (large, blue) to its last (large, orange). "
+    note = "A path for each run, smoothed, from its first step (large, blue) to its last (large, orange). "
     note += "Upwards is learning; leftwards is spent entropy."
     figure = Figure("Reward against entropy", traces, look, True)
     return Panel("phase", "What did reward cost in entropy?", note, [figure])

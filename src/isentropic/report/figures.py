@@ -7,11 +7,12 @@ when the figure is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ..runs.labels import METRICS
-from .html import Html, visible
+from ..runs.record import is_number
+from .html import Html, el, visible
 from .runs import Run
 
 Trace = dict[str, Any]
@@ -19,6 +20,7 @@ MAX_POINTS = 2000
 BAND = 0.05  # share of the target
 SURPRISED = 4.0  # nats at which a token is shaded in full
 _RAW = 4  # runs up to which the unsmoothed line is drawn too
+_POINTS, _WIDTH, _HEIGHT = 400, 1000, 400  # of a sketch
 
 
 class Figure(NamedTuple):
@@ -76,6 +78,43 @@ def smooth(values: Sequence[float], share: float = 0.1) -> list[float]:
         weight += share * (1 - weight)
         means.append(level / weight)
     return means
+
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+def unit(values: Iterable[float]) -> tuple[float, str]:
+    """What to multiply small values by, so that an axis needs no exponents, and how to write the unit of the product.
+
+    Args:
+        values: of one axis.
+
+    Returns:
+        A factor, and what stands before the name of the unit; 1 and nothing if the largest is 0.01 or more.
+
+    Example:
+        >>> unit([0.5, 2e-5]), unit([2e-5, -4e-5]), unit([])
+        ((1.0, ''), (1000000.0, '10⁻⁶ '), (1.0, ''))
+    """
+    largest = max((abs(value) for value in values if is_number(value)), default=0.0)
+    if not 0 < largest < 0.01:
+        return 1.0, ""
+    power = -3 * math.floor(math.log10(largest) / 3)
+    return 10.0**power, f"10{str(-power).translate(_SUPERSCRIPTS)} "
+
+
+def readable(figure: Figure, axis: str = "y") -> Figure:
+    """A figure of small quantities with an axis without exponents: values in thousandths, say, and the caption says so.
+
+    Args:
+        figure: whose caption, and title of the axis if it has one, hold the word ``nats`` for the unit.
+        axis: along which the quantity lies.
+    """
+    factor, prefix = unit(value for trace in figure.traces for value in trace[axis])
+    if not prefix:
+        return figure
+    scaled = [{**trace, axis: rounded([value * factor for value in trace[axis]])} for trace in figure.traces]
+    return figure._replace(traces=scaled, caption=figure.caption.replace("nats", f"{prefix}nats", 1))
 
 
 def shade(nats: float) -> float:
@@ -141,7 +180,9 @@ def over_steps(runs: Sequence[Run], name: str, **axis: Any) -> Figure | None:
             traces.append(line(run, x, smooth(y), budget(runs)))
     if not traces:
         return None
-    return Figure(METRICS[name], traces, step_layout(runs, yaxis=axis))
+    if METRICS[name].startswith("Share"):
+        axis |= {"tickformat": ".2~%"}
+    return readable(Figure(METRICS[name], traces, step_layout(runs, yaxis=axis)))
 
 
 def collect(runs: Sequence[Run], *names: str, **axis: Any) -> list[Figure]:
@@ -220,3 +261,42 @@ def layout(**more: Any) -> dict[str, Any]:
     for key, value in more.items():
         base[key] = {**base[key], **value} if isinstance(base.get(key), dict) and isinstance(value, dict) else value
     return base
+
+
+def sketch(figure: Figure) -> Html:
+    """Every line of the figure as plain SVG, without axes, for the time until plotly has been read and draws it.
+
+    Example:
+        >>> line = {"x": [0, 1], "y": [1.0, 3.0], "line": {"color": "@c0", "width": 2}}
+        >>> sketch(Figure("", [line], {"xaxis": {"range": [0, 2]}, "yaxis": {"rangemode": "tozero"}}))
+        '<svg ...><polyline points="0,273 500,19" fill="none" stroke="var(--c0)" ...></polyline></svg>'
+    """
+    lines = [trace for trace in figure.traces if trace.get("line", {}).get("width") and len(trace["x"]) > 1]
+    values = [value for trace in lines for value in trace["y"] if is_number(value)]
+    if not values:
+        return Html("")
+    floor = 0.0 if figure.layout["yaxis"].get("rangemode") == "tozero" else min(values)
+    margin = 0.05 * (max(values) - floor) or 1.0
+    low, high = floor if floor == 0 else floor - margin, max(values) + margin
+    first, last = figure.layout["xaxis"]["range"]
+    polylines = []
+    for trace in lines:
+        known = [(x, y) for x, y in zip(trace["x"], trace["y"], strict=True) if is_number(y)]
+        points = " ".join(
+            f"{(x - first) / ((last - first) or 1) * _WIDTH:.0f},{(high - y) / (high - low) * _HEIGHT:.0f}"
+            for x, y in zip(*thin([x for x, _ in known], [y for _, y in known], _POINTS), strict=True)
+        )
+        look = {"stroke": f"var(--{trace['line']['color'][1:]})", "stroke_width": trace["line"]["width"]}
+        look["stroke_dasharray"] = None if trace["line"].get("dash", "solid") == "solid" else "4 3"
+        polylines.append(
+            el(
+                "polyline",
+                points=points,
+                fill="none",
+                **look,
+                opacity=trace.get("opacity"),
+                vector_effect="non-scaling-stroke",
+            )
+        )
+    box = f"0 0 {_WIDTH} {_HEIGHT}"
+    return el("svg", polylines, viewBox=box, preserveAspectRatio="none", class_="sketch", aria_hidden="true")

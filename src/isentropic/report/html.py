@@ -99,8 +99,8 @@ def number(value: float | None, digits: int = 3) -> str:
     """A number as a person reads it.
 
     Example:
-        >>> number(0.7934), number(-1234567), number(0.0000123), number(None)
-        ('0.793', '−1,234,567', '1.23e−05', '–')
+        >>> number(0.7934), number(95.07), number(387.2), number(-1234567), number(0.0000123), number(None)
+        ('0.793', '95.1', '387', '−1,234,567', '1.23e−05', '–')
     """
     return "–" if value is None else _digits(value, digits).replace("-", "−")
 
@@ -110,4 +110,6 @@ def _digits(value: float, digits: int) -> str:
         return f"{int(value):,}"
     if 100 <= abs(value) < 1e7:
         return f"{value:,.0f}"
-    return f"{value:.{digits}f}" if 0.1 <= abs(value) < 100 else f"{value:.{digits}g}"
+    if 10 <= abs(value) < 100:
+        return f"{value:.{max(digits - 2, 0)}f}"
+    return f"{value:.{digits}f}" if 0.1 <= abs(value) < 10 else f"{value:.{digits}g}"

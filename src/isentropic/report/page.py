@@ -9,14 +9,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from ..runs.clock import duration
 from ..runs.record import is_number
+from ..runs.text import duration
 from .about import swatch
 from .bundle import cut
-from .figures import Figure, Panel
+from .figures import Figure, Panel, sketch
 from .html import Html, data, el, number, table
 from .runs import Run
-from .sketch import sketch
 
 PLOTLY_PATH = "/plotly.js"
 
@@ -39,7 +38,9 @@ def _asset(name: str) -> str:
     return (files("isentropic.report") / name).read_text(encoding="utf-8")
 
 
-def document(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str | None) -> str:
+def document(
+    runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str | None, title: str | None = None
+) -> str:
     """The page as text.
 
     Args:
@@ -47,6 +48,7 @@ def document(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str
         keys: the numbers of the first screen.
         panels: in order.
         live: see :func:`isentropic.report.render`.
+        title: of the page; by default the run's name, or how many there are.
 
     Returns:
         A whole HTML document.
@@ -56,17 +58,17 @@ def document(runs: Sequence[Run], keys: Html, panels: Sequence[Panel], live: str
     """
     script, style = _asset("page.js"), _asset("page.css")
     plotly = plotly_js()
-    title = f"{' · '.join(dict.fromkeys(run.label for run in runs[:4]))} – isentropic"
+    names = " · ".join(dict.fromkeys(run.label for run in runs[:4])) or title
     head = el(
         "head",
         el("meta", charset="utf-8"),
         el("meta", http_equiv="Content-Security-Policy", content=_policy(script, plotly, live)),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        el("title", title),
+        el("title", f"{names} – isentropic"),
         el("style", Html(style)),
     )
-    main = el("main", _first(runs, keys), [_section(panel) for panel in panels], id="main", tabindex="-1")
+    main = el("main", _first(runs, keys, title), [_section(panel) for panel in panels], id="main", tabindex="-1")
     embedded = el("script", src=PLOTLY_PATH) if live else el("script", Html(plotly))
     body = el(
         "body",
@@ -112,6 +114,11 @@ def _header(runs: Sequence[Run], panels: Sequence[Panel]) -> Html:
 
 
 _SHORT = {
+    "statistics": "statistics",
+    "what": "runs",
+    "curves": "curves",
+    "temperatures": "frontier",
+    "single": "single runs",
     "hold": "entropy and reward",
     "phase": "path",
     "knob": "knob",
@@ -135,21 +142,21 @@ def _short(panel: Panel) -> str:
     return _SHORT[panel.id]
 
 
-def _first(runs: Sequence[Run], keys: Html) -> Html:
+def _first(runs: Sequence[Run], keys: Html, title: str | None) -> Html:
     """The first screen: which run, how far it is, and its numbers."""
-    if len(runs) == 1:
+    if title is None and len(runs) == 1:
         run = runs[0]
         recipe = run.header["recipe"]
-        title = el("h1", run.label, el("small", f" on {run.header.get('task') or 'a task'}"))
+        heading = el("h1", run.label, el("small", f" on {run.header.get('task') or 'a task'}"))
         control = [f"{name} {recipe[name]}" for name in ("knob", "controller", "target") if recipe.get(name)]
         facts = [str(run.header.get("model") or ""), f"seed {run.header.get('seed')}", *control, _progress(run)]
         lines = el("p", " · ".join(fact for fact in facts if fact), class_="facts")
         formula = el("p", str(recipe["formula"]), class_="formula") if recipe.get("formula") else None
-        return el("section", title, lines, formula, keys, id="top", class_="top", data_live_part="top")
-    title = el("h1", f"{len(runs)} runs side by side")
+        return el("section", heading, lines, formula, keys, id="top", class_="top", data_live_part="top")
+    heading = el("h1", title or f"{len(runs)} runs side by side")
     running = [f"{run.label}: {_progress(run)}" for run in runs if not run.ended]
     lines = el("p", " · ".join(running), class_="facts") if running else None
-    return el("section", title, lines, keys, id="top", class_="top", data_live_part="top")
+    return el("section", heading, lines, keys, id="top", class_="top", data_live_part="top")
 
 
 def _progress(run: Run) -> str:

@@ -52,6 +52,11 @@ class Run:
         return f"@{COLOURS[self.group % len(COLOURS)]}"
 
     @property
+    def shade(self) -> str:
+        """Its colour made translucent, for a band."""
+        return self.colour.replace("@c", "@b")
+
+    @property
     def dash(self) -> str:
         """The dash of its recipe, which distinguishes it without colour."""
         return DASHES[(self.group + self.group // len(COLOURS)) % len(DASHES)]

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..control.names import suggest
-from ..runs.clock import duration
 from ..runs.record import Record, is_number
-from ..runs.text import one_line, visible
+from ..runs.text import duration, one_line, visible
 from .figures import shade
 from .runs import planned_steps, read_audit
 
@@ -228,6 +227,8 @@ def frame(now: Snapshot, width: int) -> Any:
     # The rows of a sequence name the task that is trained on.
     task = (now.rows[-1].get("task") if now.rows else None) or now.header.get("task", "a task")
     name = f"{config.get('recipe', 'run')} on {task}, seed {now.header.get('seed')}"
+    if isinstance(model := now.header.get("model"), str):
+        name += f", model {Path(model).name}"
     lines: list[Any] = [_progress(now, width - 4)]
     lines += _entropy(now, width - 4)
     for label, metric in (("reward", "reward/mean"), ("knob", "knob/value")):
@@ -274,7 +275,7 @@ def _entropy(now: Snapshot, width: int) -> list[Any]:
     head = Text(f"entropy {values[-1]:8.3f}")
     if is_number(goals[-1]):
         head.append(f"  target {goals[-1]:.3f}  off by {values[-1] / goals[-1] - 1:+.1%}")
-    head.append("  nats a token", style="dim")
+    head.append("  nats per token", style="dim")
     styles = {"•": "cyan", "◆": "bold green", "─": "yellow"}
     lines = [head]
     picture = canvas(values, goals, width - 10, _ROWS)

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from ..runs.calibration import BLOCK, Calibration, block_changes, calibrate
+from ..runs.calibration import BLOCK, Calibration, block_changes, calibrate, distrust
 from ..runs.explain import top_tokens
 from ..runs.labels import CLIP_STATES, FORMS, POSITIONS, QUADRANTS, SIGNS
 from ..runs.record import is_number
-from .figures import Figure, Panel, Trace, collect, layout, line, plain, rounded, smooth, step_layout
+from .figures import Figure, Panel, Trace, collect, layout, line, plain, readable, rounded, smooth, step_layout, unit
 from .html import Html, el, table
 from .runs import Run
 
@@ -40,25 +40,32 @@ def predicted(runs: Sequence[Run]) -> Panel | None:
         f"logits is the calibration slope: of measured on predicted changes from one block of {BLOCK} steps to the "
         "next, by least squares. The drift is what entropy moves beside it. Change since the start: measured (solid, "
         "smoothed), and predictions times slope plus drift, added up (dotted), each prediction counting for the steps "
-        "until the next. Changes between blocks: a mark a pair of neighbours, and the line of the fit."
+        "until the next. Changes per step, between blocks: a mark for each pair of neighbours, and the line of the fit."
     )
     figures = [
-        Figure("Change of entropy since the start, nats a token", sums, step_layout(calibrated)),
+        Figure("Change of entropy since the start, nats per token", sums, step_layout(calibrated)),
         _scatter(fits),
     ]
-    return Panel("predicted", "Was the change of entropy foreseen?", note, figures, _calibrations(calibrated))
+    return Panel("predicted", "Was the change of entropy predicted?", note, figures, _calibrations(calibrated))
+
+
+def _doubts(runs: Sequence[Run]) -> str:
+    """A warning before the attribution of runs whose predictions are not to be trusted."""
+    doubts = [f"{run.label}: {doubt}" for run in runs if (doubt := distrust(calibrate(run.metrics))) is not None]
+    return f"Do not trust the attribution of {'; '.join(doubts)}. " if doubts else ""
 
 
 def _calibrations(runs: Sequence[Run]) -> Html:
-    """Slope, drift and correlation, as `isentropic explain` writes them; of every form for a single run."""
+    """Slope, drift and correlation, as `isentropic explain` has them; of every form for a single run."""
     rows = []
     for run in runs:
         for form in FORMS if len(runs) == 1 else ("change",):
             calibration = calibrate(run.metrics, f"predict/{form}")
             if calibration is not None:
-                figures = (f"{calibration.slope:.3g}", f"{calibration.drift:+.1e}", f"{calibration.correlation:.2f}")
-                rows.append([run.label, FORMS[form], *map(_minus, figures), calibration.blocks])
-    head = ["run", "prediction", "calibration slope", "drift a step, nats", "correlation", "pairs of blocks"]
+                drift, correlation = f"{1000 * calibration.drift:+.2f}", f"{calibration.correlation:.2f}"
+                figures = map(_minus, (calibration.factor, drift, correlation))
+                rows.append([run.label, FORMS[form], *figures, calibration.blocks])
+    head = ["run", "prediction", "slope", "drift per step, 10⁻³ nats", "correlation", "pairs of blocks"]
     return table(head, rows, class_="cards")
 
 
@@ -83,19 +90,21 @@ def _sums(run: Run, calibration: Calibration) -> list[Trace]:
 def _scatter(fits: Sequence[tuple[Run, Calibration]]) -> Figure:
     traces: list[Trace] = []
     for run, calibration in fits:
-        x, y = zip(*sorted(block_changes(run.metrics)), strict=True)
+        x, y = zip(*sorted((p / BLOCK, m / BLOCK) for p, m in block_changes(run.metrics)), strict=True)
         dots = {"symbol": run.symbol, "size": 7, "color": run.colour}
         traces.append(line(run, x, y) | {"mode": "markers", "marker": dots})
-        traces[-1] |= {"x": rounded(traces[-1]["x"]), "hovertemplate": "predicted %{x:.2e}<br>measured %{y:.2e}"}
+        traces[-1] |= {"x": rounded(traces[-1]["x"]), "hovertemplate": "predicted %{x:.3g}<br>measured %{y:.3g}"}
         ends = rounded([x[0], x[-1]])
-        fitted = [calibration.slope * v + calibration.drift * BLOCK for v in ends]
+        fitted = [calibration.slope * v + calibration.drift for v in ends]
         style = {"width": 1.5, "dash": "solid"}
         traces.append(line(run, ends, fitted, line=style, hoverinfo="skip", opacity=0.6))
-    look = layout(
-        xaxis={"title": {"text": "predicted change"}, "nticks": 6},
-        yaxis={"title": {"text": "measured change"}},
-    )
-    return Figure(f"Changes from one block of {BLOCK} steps to the next, nats a token", traces, look)
+    titles = {}
+    for axis, word in (("x", "predicted"), ("y", "measured")):
+        factor, prefix = unit(value for trace in traces for value in trace[axis])
+        titles[axis] = f"{word}, {prefix}nats per token"
+        traces = [{**trace, axis: rounded([value * factor for value in trace[axis]])} for trace in traces]
+    look = layout(xaxis={"title": {"text": titles["x"]}, "nticks": 6}, yaxis={"title": {"text": titles["y"]}})
+    return Figure(f"Change of entropy per step, from one block of {BLOCK} steps to the next", traces, look)
 
 
 def quadrants(runs: Sequence[Run]) -> Panel | None:
@@ -108,7 +117,7 @@ def quadrants(runs: Sequence[Run]) -> Panel | None:
         "Likely: surprisal below the entropy of its row; up: training raises its probability. A likely token pushed "
         "up and a rare one pushed down lower entropy; the other two raise it. Bars add up to the predicted change."
     )
-    return Panel("quadrants", "Which tokens move entropy?", note, figures, _top_tokens(split))
+    return Panel("quadrants", "Which tokens move entropy?", _doubts(split) + note, figures, _top_tokens(split))
 
 
 def _over_time(run: Run) -> Figure:
@@ -133,7 +142,7 @@ def _over_time(run: Run) -> Figure:
         }
         traces.append(total | {"line": {"color": "@ink", "width": 2}})
     axes = step_layout([run], barmode="relative", bargap=0.1, showlegend=True)
-    return Figure("Predicted change a step, nats a token", traces, axes, True)
+    return readable(Figure("Predicted change, nats per token and step", traces, axes, True))
 
 
 def _on_average(runs: Sequence[Run]) -> Figure:
@@ -145,7 +154,7 @@ def _on_average(runs: Sequence[Run]) -> Figure:
             traces.append(_bar(QUADRANTS[name], *look) | bar)
     axes = layout(barmode="relative", showlegend=True, yaxis={"autorange": "reversed"}, hovermode="y unified")
     axes["xaxis"] = {**axes["xaxis"], "nticks": 6}
-    return Figure("Mean predicted change a step, nats a token", traces, axes, True)
+    return readable(Figure("Mean predicted change, nats per token and step", traces, axes, True), "x")
 
 
 def _bar(name: str, colour: str, hatch: str) -> Trace:
@@ -181,7 +190,7 @@ def places(runs: Sequence[Run]) -> Panel | None:
     figures = [figure for figure in candidates if figure is not None]
     if not figures:
         return None
-    note = "Mean predicted change of entropy a step, nats a token; above zero it raises entropy."
+    note = "Mean predicted change of entropy; above zero it raises entropy."
     return Panel("places", "Which samples, and where in the answer?", note, figures)
 
 
@@ -204,14 +213,14 @@ def _by_class(runs: Sequence[Run], labels: Mapping[str, str], caption: str) -> F
     # A name such as 1/8 would be read as a date.
     look[names_at] = {**look[names_at], "type": "category", "autorange": "reversed" if across else True}
     look[values_at] = {**look[values_at], "nticks": 4 if across else 6}
-    return Figure(caption, traces, look)
+    return readable(Figure(f"{caption}, nats per token and step", traces, look), "x" if across else "y")
 
 
 def clip(runs: Sequence[Run]) -> Panel | None:
     """How many tokens the clip bounds, and what that does to entropy."""
     shares = ("clip/low_frac", "clip/high_frac", "ratio/outside_frac", "theorem2/violated_frac")
     figures = collect(runs, *shares, rangemode="tozero")
-    moved = _by_class(runs, CLIP_STATES, "Predicted change of entropy by clip state, nats a token a step")
+    moved = _by_class(runs, CLIP_STATES, "Predicted change of entropy by clip state")
     if moved is not None:
         figures.append(moved)
     if not figures:

@@ -16,6 +16,7 @@ from typing import Any
 from .calibration import BLOCK, Calibration, calibrate, distrust
 from .diagnosis import diagnose
 from .labels import CLIP_STATES, COLUMNS, POSITIONS, QUADRANTS, SIGNS
+from .moves import phase_lines
 from .record import Record, is_number
 from .summary import SETTLED, steps_at_bound
 
@@ -69,7 +70,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         steps, each weighted by the steps it counts for), ``explained``, ``shares`` (of the explained tokens, by end and
         by length of the completion, as far as known), ``calibration``, ``distrust`` (why predictions are not to be
         trusted, or None), ``knob``, ``saturated`` (see :func:`isentropic.runs.summary.steps_at_bound`), ``tokens``,
-        ``rows`` for the table, ``numerics``, ``theorem2``.
+        ``rows`` for the table, ``numerics``, ``theorem2``, ``target`` (where an automatic target was, and why).
 
     Raises:
         ValueError: not a run directory, no steps yet, or steps that the run does not have.
@@ -105,6 +106,7 @@ def explain(record: Record, steps: str | None = None) -> dict[str, Any]:
         "distrust": distrust(calibration),
         "knob": _mean(inside, "knob/value"),
         "saturated": steps_at_bound(inside),
+        "target": phase_lines(inside),
         "tokens": top_tokens(inside),
         "numerics": {name: _mean(explained, f"numerics/{name}") for name in ("logp_rms", "entropy_bias")},
         "clip": {name: _mean(inside, f"clip/{name}") for name in ("low_frac", "high_frac")},
@@ -134,7 +136,7 @@ def readable(rows: Sequence[Row]) -> list[Row]:
             if (is_number(value) and abs(value) < _LARGEST)
             or isinstance(value, bool)
             or name == "predict/top_tokens"
-            or (name == "task" and isinstance(value, str))
+            or (name in ("task", "entropy/target_why") and isinstance(value, str))
         }
         for step in sorted(by_step)
     ]
@@ -268,6 +270,10 @@ def render(explanation: dict[str, Any]) -> str:
     low, high = explanation["steps"]
     lines = [line for problem in explanation["problems"] for line in _problem_lines(problem)]
     lines += [f"{explanation['run']}, steps {low} to {high}", "", fill(verdict(explanation), 100), ""]
+    if explanation["target"]:
+        lines += ["Where was the target, and why?"]
+        lines += [fill(text, 100, initial_indent="  ", subsequent_indent="    ") for text in explanation["target"]]
+        lines += [""]
     if not explanation["explained"]:
         return "\n".join(lines).rstrip()
     lines += _calibration_lines(explanation)

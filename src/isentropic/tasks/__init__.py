@@ -138,6 +138,34 @@ class Task:
         """
         return completion.partition(self.stop)[0] if self.stop else completion
 
+    def with_system_prompt(self, text: str | None) -> "Task":
+        """Return the task under a system message, which replaces that of its rows; None leaves it as it is.
+
+        Raises:
+            ValueError: as its rows are read, if their prompts are texts.
+
+        Example:
+            >>> rows = [{"prompt": [{"role": "user", "content": "1+1="}], "sum": "2"}]
+            >>> sums = Task("sums", "", lambda seed: rows, lambda: rows, lambda completion: True, str, 2)
+            >>> [message["role"] for message in sums.with_system_prompt("Be brief.").heldout()[0]["prompt"]]
+            ['system', 'user']
+        """
+        if text is None:
+            return self
+
+        def asked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            if rows and isinstance(rows[0]["prompt"], str):
+                raise ValueError(
+                    f"task {self.name!r} asks by texts, which have no system message, got system_prompt={text!r}; "
+                    "leave it out, or choose prompt=chat in the task's name"
+                )
+            system = {"role": "system", "content": text}
+            return [
+                {**row, "prompt": [system, *(m for m in row["prompt"] if m.get("role") != "system")]} for row in rows
+            ]
+
+        return replace(self, train=lambda seed: asked(self.train(seed)), heldout=lambda: asked(self.heldout()))
+
     def question(self, row: dict[str, Any]) -> Any:
         """Return the value by which two rows are the same question: the prompt."""
         return row["prompt"]

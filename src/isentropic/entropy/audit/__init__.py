@@ -2,8 +2,10 @@
 
 - ``casts`` rounds one step of the head (hidden state, weights, logits, log-softmax, returned log-prob) and measures the
   effect on the importance ratio.
+- ``findings`` holds what an audit reports, and how severe an error is.
 - ``checks`` makes findings from plain tensors.
-- ``probe`` runs a model on a batch, as they are configured, and compares it with fp64: :func:`audit`.
+- ``probe`` runs a model on a batch, as they are configured, and compares it with fp64: :func:`audit`; ``rows`` compares
+  the logits of one forward pass.
 
 The audits of a trainer are in ``engines.trl.audit`` and ``engines.verl.audit``.
 """
@@ -23,14 +25,10 @@ from .casts import (
     sequence_error,
 )
 from .checks import (
-    Clip,
-    Finding,
-    Report,
     cast_effect,
     effective_dtype,
     entropy_findings,
     fitted_temperature,
-    grade,
     kept_tokens,
     mask_findings,
     num_experts,
@@ -38,9 +36,12 @@ from .checks import (
     routing_findings,
     sampler_findings,
     shape_findings,
+    target_findings,
     truncation_findings,
 )
-from .probe import AuditBatch, Scored, audit, audit_rows
+from .findings import Clip, Finding, Report, grade, grade_entropy, merged
+from .probe import AuditBatch, Scored, audit
+from .rows import audit_rows
 
 __all__ = [
     "GSPO_BAND",
@@ -61,11 +62,13 @@ __all__ = [
     "fitted_temperature",
     "from_logits",
     "grade",
+    "grade_entropy",
     "half_ulp",
     "head",
     "independent_bias",
     "kept_tokens",
     "mask_findings",
+    "merged",
     "num_experts",
     "ratio_error",
     "ratio_findings",
@@ -74,5 +77,6 @@ __all__ = [
     "sampler_findings",
     "sequence_error",
     "shape_findings",
+    "target_findings",
     "truncation_findings",
 ]

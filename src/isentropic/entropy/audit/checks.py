@@ -1,118 +1,20 @@
-"""Findings, and the checks that make them from plain tensors, without a model."""
+"""The checks that make findings from plain tensors, without a model."""
 
 import math
-from json import dumps
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from .casts import from_logits, rounded, sequence_error
+from .findings import CLIP, VISIBLE, Clip, Finding, grade, grade_entropy
 
-# An error of 1e-3 nats puts short sequences outside GSPO's band; fp32 arithmetic stays far below 1e-5.
-SERIOUS, VISIBLE = 1e-3, 1e-5
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 # How configs of mixture-of-experts models name the number of experts, and where they nest the language model.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NESTED = ("text_config", "language_config", "llm_config", "thinker_config")
 SAMPLER_HEAD = """vLLM --hf-overrides '{"head_dtype":"float32"}', SGLang --enable-fp32-lm-head"""
-
-
-class Finding(NamedTuple):
-    """One error that an audit found.
-
-    Attributes:
-        severity: ``serious``, ``warning`` or ``note``.
-        code: a stable name, such as ``logits_dtype``.
-        what, where: the error in one sentence, and its place.
-        effect: the measured effect, in words.
-        remedy: how to correct it.
-        nats: the measured error or mismatch, nats (root mean square over tokens unless ``effect`` says otherwise).
-        clipped_frac: share of tokens that this error alone pushes outside the clip.
-    """
-
-    severity: str
-    code: str
-    what: str
-    where: str
-    effect: str
-    remedy: str
-    nats: float | None = None
-    clipped_frac: float | None = None
-
-
-class Clip(NamedTuple):
-    """The clip that errors are compared with: ``[1 − low, 1 + high]``, of tokens, or of sequences of ``length`` tokens.
-
-    The ratio of a sequence is the geometric mean of the ratios of its tokens, whose errors are assumed independent.
-    """
-
-    low: float = 0.2
-    high: float = 0.2
-    length: int = 1
-
-
-CLIP = Clip()
-
-
-def _without_nonfinite(value: Any) -> Any:
-    """Replace numbers that are not finite by None, which JSON can express."""
-    if isinstance(value, dict):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nonfinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class Report(NamedTuple):
-    """The result of an audit: the findings, most severe first, the settings that were checked, and measured figures."""
-
-    findings: list[Finding]
-    checked: dict[str, str]
-    figures: dict[str, float]
-
-    @property
-    def serious(self) -> list[Finding]:
-        """The findings that make a run not worth starting."""
-        return [f for f in self.findings if f.severity == "serious"]
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
-        findings = [f._asdict() for f in self.findings]
-        return {"serious": len(self.serious), "findings": findings, "checked": self.checked, "figures": self.figures}
-
-    def json(self) -> str:
-        """The report as JSON; a figure that is not finite is null."""
-        return dumps(_without_nonfinite(self.as_dict()), indent=2, ensure_ascii=False)
-
-    def text(self) -> str:
-        """The report as text for people to read.
-
-        >>> print(Report([], {"logits": "float32"}, {"logp_error": 2e-7}).text())
-        checked
-          logits      float32
-          logp_error  2e-07
-        no findings
-        """
-        width = max(len(name) for name in (*self.checked, *self.figures))
-        lines = ["checked", *(f"  {name:{width}}  {value}" for name, value in self.checked.items())]
-        lines += [f"  {name:{width}}  {value:.2g}" for name, value in self.figures.items()]
-        for f in self.findings:
-            lines += [f"{f.severity}: {f.what} [{f.code}]", f"  where   {f.where}"]
-            lines += [f"  effect  {f.effect}", f"  remedy  {f.remedy}"]
-        return "\n".join(lines if self.findings else [*lines, "no findings"])
-
-
-def grade(nats: float, clipped_frac: float = 0.0) -> str:
-    """The severity of a measured error: serious from 1e-3 nats or one token in a thousand, a note below 1e-5 nats.
-
-    >>> grade(0.02), grade(1e-4), grade(1e-4, clipped_frac=0.01), grade(0.0)
-    ('serious', 'warning', 'serious', 'note')
-    """
-    if nats >= SERIOUS or clipped_frac >= 1e-3 or math.isnan(nats):
-        return "serious"
-    return "warning" if nats >= VISIBLE else "note"
 
 
 def rms(x: Tensor) -> float:
@@ -199,14 +101,40 @@ def entropy_findings(
     error = rms(entropy - exact)
     if not bool(entropy.isfinite().all()):
         code, what = "entropy_nonfinite", "entropies are not finite"
-    elif bool((entropy == 0).all()) and mean > SERIOUS:
+    elif bool((entropy == 0).all()) and mean > VISIBLE:
         code, what = "entropy_zero", "every entropy is exactly 0"
     elif error > max(VISIBLE, explained):
         code, what = "entropy_wrong", "entropies are not those of the rows"
     else:
         return []
-    effect = f"true mean {mean:.3g} nats a token, {error:.2g} nats rms off"
-    return [Finding(grade(error), code, what, where, effect, remedy, error)]
+    shift = (entropy - exact).mean().item()
+    effect = f"true mean {mean:.3g} nats per token, {error:.2g} nats rms off, {shift:+.2g} on average"
+    return [Finding(grade_entropy(shift, mean), code, what, where, effect, remedy, error)]
+
+
+def target_findings(
+    logits: Float[Tensor, "n v"], temperature: float, target: str | None, where: str = "sampling"
+) -> list[Finding]:
+    """Note that a target is held at a sampling temperature other than 1, and what entropy is at 1.
+
+    Args:
+        logits: [n v] float64, before the temperature.
+        temperature: of sampling, at which entropy is read.
+        target: as the recipe names it; None finds nothing.
+        where: place named in the finding.
+
+    >>> z = torch.tensor([[0.0, 1.0, 3.0]]).double()
+    >>> [f.code for f in target_findings(z, 0.6, "80%")], target_findings(z, 1.0, "80%"), target_findings(z, 0.6, None)
+    (['sampling_temperature'], [], [])
+    """
+    if target is None or temperature == 1 or not len(logits):
+        return []
+    ids = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    at, at_one = (from_logits(logits, ids, temperature=t)[1].mean().item() for t in (temperature, 1.0))
+    what = f"the target, {target}, is held at sampling temperature {temperature:g}, not 1"
+    effect = f"mean entropy is {at:.3g} nats per token at temperature {temperature:g}, and {at_one:.3g} at 1"
+    remedy = "sample at temperature 1, or read entropies and target as those of the tempered policy"
+    return [Finding("note", "sampling_temperature", what, where, effect, remedy)]
 
 
 def ratio_findings(

@@ -11,20 +11,14 @@ from torch import Tensor
 
 from .casts import from_logits
 from .checks import (
-    CLIP,
     LOW_PRECISION,
     SAMPLER_HEAD,
-    VISIBLE,
-    Clip,
-    Finding,
-    Report,
     cast_effect,
     clipped_share,
     describe_error,
     effective_dtype,
     entropy_findings,
     fitted_temperature,
-    grade,
     kept_tokens,
     mask_findings,
     ratio_findings,
@@ -32,13 +26,14 @@ from .checks import (
     routing_findings,
     sampler_findings,
     shape_findings,
+    target_findings,
     truncation_findings,
 )
+from .findings import CLIP, SEVERITIES, VISIBLE, Clip, Finding, Report, grade, grade_entropy
 
 MAX_LOGITS = 20_000_000
 # Sequences that are also scored alone; every rank scores as many, for a sharded forward is a collective call.
 NUM_ALONE = 4
-_SEVERITIES = ("serious", "warning", "note")
 
 
 class AuditBatch(NamedTuple):
@@ -185,7 +180,7 @@ _REMEDIES = {
 }
 
 
-class _CountedRows(NamedTuple):
+class CountedRows(NamedTuple):
     """The rows of the counted tokens, flat, which every check of one audit reads."""
 
     logits: Tensor
@@ -196,8 +191,8 @@ class _CountedRows(NamedTuple):
     clip: Clip
 
 
-def _dtype_findings(
-    rows: _CountedRows,
+def dtype_findings(
+    rows: CountedRows,
     scored: Scored,
     dtypes: dict[str, torch.dtype | None],
     fsdp_dtype: torch.dtype | None,
@@ -237,15 +232,16 @@ def _dtype_findings(
         what = f"log-probs are rounded to {_dtype_name(dtypes['logp'])}"
         add("logp_dtype", what, "log-softmax or returned log-probs", *rounding_cost("logp", dtypes["logp"]))
     if dtypes["entropy"] in LOW_PRECISION and fsdp_dtype not in LOW_PRECISION and scored.entropy is not None:
-        entropy_error = rms(scored.entropy - rows.exact[1])
+        error, mean = scored.entropy - rows.exact[1], rows.exact[1].mean().item()
+        entropy_error, shift = rms(error), error.mean().item()
         what = f"entropies are rounded to {_dtype_name(dtypes['entropy'])}"
         findings.append(
             Finding(
-                grade(entropy_error),
+                grade_entropy(shift, mean),
                 "entropy_dtype",
                 what,
                 "returned entropies",
-                f"{entropy_error:.2g} nats rms",
+                f"{entropy_error:.2g} nats rms, {shift:+.2g} on average",
                 _REMEDIES["entropy_dtype"],
                 entropy_error,
             )
@@ -253,7 +249,7 @@ def _dtype_findings(
     return findings
 
 
-def _score_findings(rows: _CountedRows, scored: Scored, explained: float, where: str) -> list[Finding]:
+def score_findings(rows: CountedRows, scored: Scored, explained: float, where: str) -> list[Finding]:
     """Findings on log-probs and entropies that no cast explains."""
     error = scored.logp - rows.exact[0]
     nats, clipped_frac = rms(error), clipped_share(error, rows.clip)
@@ -337,6 +333,7 @@ def audit(
     logits_dtype: torch.dtype | None = None,
     where: str = "model",
     replays_routing: bool = False,
+    target: str | None = None,
 ) -> Report:
     """Find errors in log-probs, ratios and entropies before any update; the model is left as it was.
 
@@ -350,6 +347,7 @@ def audit(
         logits_dtype: of the logits inside ``score``; by default the dtype of the head's output in a plain forward.
         where: name of the scoring in findings.
         replays_routing: whether a mixture of experts takes the sampler's routes.
+        target: the entropy target of the run, as its recipe names it.
 
     Returns:
         Findings, most severe first; the settings that were checked; measured figures.
@@ -378,7 +376,7 @@ def audit(
         findings += _shape_findings(model, batch, score, counted, scored.logp, clip, where)
     findings += routing_findings(getattr(model, "config", None), replays_routing)
     noisy = None if outputs.noisy is None else outputs.noisy[counted]
-    rows = _CountedRows(
+    rows = CountedRows(
         outputs.exact[counted], noisy, ids[counted], (exact[0][counted], exact[1][counted]), batch.temperature, clip
     )
     scored = Scored(scored.logp[counted], None if scored.entropy is None else scored.entropy[counted])
@@ -390,85 +388,21 @@ def audit(
         "logp": effective_dtype(scored.logp),
         "entropy": None if scored.entropy is None else effective_dtype(scored.entropy),
     }
-    cast_findings = _dtype_findings(rows, scored, dtypes, output_dtype(model), not default_score)
+    cast_findings = dtype_findings(rows, scored, dtypes, output_dtype(model), not default_score)
     explained = max((f.nats or 0.0 for f in cast_findings), default=0.0)
-    findings += cast_findings + _score_findings(rows, scored, explained, where)
+    findings += cast_findings + score_findings(rows, scored, explained, where)
     logp_old = None if batch.logp_old is None else batch.logp_old[counted]
     findings += ratio_findings(first_pass.logp[counted], second_pass.logp[counted], logp_old, clip, where)
     findings += _sampling_findings(rows, batch, counted, scored.logp)
+    findings += target_findings(rows.logits, rows.temperature, target)
     return Report(
-        sorted(findings, key=lambda f: _SEVERITIES.index(f.severity)),
+        sorted(findings, key=lambda f: SEVERITIES.index(f.severity)),
         _checked_settings(dtypes, output_dtype(model), batch, int(counted.sum())),
         _figures(rows, scored, first_pass.logp[counted], logp_old, batch, counted),
     )
 
 
-def audit_rows(
-    logits: Tensor,
-    ids: Tensor,
-    scored: Scored,
-    dtypes: dict[str, torch.dtype | None],
-    temperature: float = 1.0,
-    clip: Clip = CLIP,
-    logp_old: Tensor | None = None,
-    logp_sampler: Tensor | None = None,
-    where: str = "trainer",
-) -> tuple[list[Finding], dict[str, float]]:
-    """Run the checks of :func:`audit` that need one forward pass only, for engines that cannot run another.
-
-    Args:
-        logits: ``[n v]`` of counted tokens, as the head returned them. Bits that a low precision lost are drawn at
-            random, so that the cost of the cast can be measured.
-        ids: ``[n]`` sampled tokens.
-        scored: ``[n]`` log-probs and entropies that the loss received, nats.
-        dtypes: ``head``, ``autocast`` and ``output`` (of FSDP2's outputs); None for those that do not apply.
-        temperature: the sampling temperature.
-        clip: the clip that errors of the ratio are compared with.
-        logp_old, logp_sampler: ``[n]`` nats; no update may lie between the tokens and this pass.
-        where: name of the scoring in findings.
-
-    Returns:
-        Findings, most severe first, and measured figures.
-    """
-    exact_logits, dtype = logits.double(), logits.dtype
-    noisy_logits = exact_logits
-    if dtype in LOW_PRECISION:
-        generator = torch.Generator(logits.device).manual_seed(0)
-        ulp = (
-            torch.ldexp(torch.ones_like(exact_logits), exact_logits.float().frexp().exponent - 1)
-            * torch.finfo(dtype).eps
-        )
-        noisy_logits = (
-            exact_logits + (torch.rand(exact_logits.shape, generator=generator, device=exact_logits.device) - 0.5) * ulp
-        )
-    exact = from_logits(exact_logits, ids, temperature=temperature)
-    rows = _CountedRows(noisy_logits, None, ids, (exact[0], exact[1]), temperature, clip)
-    row_dtypes: dict[str, torch.dtype | None] = {
-        "head": dtypes.get("head"),
-        "autocast": dtypes.get("autocast"),
-        "logits": dtype,
-        "head_out": dtype,
-        "logp": effective_dtype(scored.logp),
-        "entropy": None if scored.entropy is None else effective_dtype(scored.entropy),
-    }
-    findings = _dtype_findings(rows, scored, row_dtypes, dtypes.get("output"), True)
-    explained = max((f.nats or 0.0 for f in findings), default=0.0)
-    findings += _score_findings(rows, scored, explained, where)
-    findings += ratio_findings(scored.logp, scored.logp, logp_old, clip, where)
-    figures = {"entropy/mean": exact[1].mean().item(), "logp_error": rms(scored.logp - exact[0])}
-    if scored.entropy is not None:
-        figures["entropy_error"] = rms(scored.entropy - exact[1])
-    if logp_old is not None:
-        figures["ratio_error"] = rms(scored.logp - logp_old)
-    if logp_sampler is not None:
-        findings += sampler_findings(
-            exact_logits, ids, scored.logp, logp_sampler.to(scored.logp.dtype), temperature, None, clip
-        )
-        figures["sampler_error"] = rms((scored.logp - logp_sampler)[logp_sampler.isfinite()])
-    return sorted(findings, key=lambda f: _SEVERITIES.index(f.severity)), figures
-
-
-def _sampling_findings(rows: _CountedRows, batch: AuditBatch, counted: Tensor, logp: Tensor) -> list[Finding]:
+def _sampling_findings(rows: CountedRows, batch: AuditBatch, counted: Tensor, logp: Tensor) -> list[Finding]:
     """Findings on truncated sampling, and on the sampler's log-probs against the trainer's."""
     kept = None if batch.kept is None else batch.kept[counted]
     if kept is None and (batch.top_k or batch.top_p < 1 or batch.min_p):
@@ -502,7 +436,7 @@ def _checked_settings(
 
 
 def _figures(
-    rows: _CountedRows, scored: Scored, first_pass: Tensor, logp_old: Tensor | None, batch: AuditBatch, counted: Tensor
+    rows: CountedRows, scored: Scored, first_pass: Tensor, logp_old: Tensor | None, batch: AuditBatch, counted: Tensor
 ) -> dict[str, float]:
     figures = {"entropy/mean": rows.exact[1].mean().item(), "logp_error": rms(scored.logp - rows.exact[0])}
     if scored.entropy is not None:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...runs.clock import duration
+from ...runs.text import duration
 from ..spec import options
 from . import EnvironmentTask
 
