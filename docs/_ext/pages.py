@@ -21,11 +21,10 @@ def _plain(app, what, name, obj, options, lines):
 
 
 def _bare(text):
-    """Text outside code: single backticks become double, bars and double stars are escaped."""
+    """Text outside code: single backticks become double; bars are escaped, and double stars that are not bold."""
+    special = r"(?<!\\)\||(?<![\\*])\*\*(?=\w)(?!.*\w\*\*)"
     pieces = re.split(r"(`[^`]+`)", text)
-    return "".join(
-        f"`{p}`" if p.startswith("`") else re.sub(r"(?<!\\)\||(?<![\\*])\*\*(?=\w)", r"\\\g<0>", p) for p in pieces
-    )
+    return "".join(f"`{p}`" if p.startswith("`") else re.sub(special, r"\\\g<0>", p) for p in pieces)
 
 
 def _fields(app, what, name, obj, options, lines):

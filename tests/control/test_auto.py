@@ -25,7 +25,7 @@ def walk(target, facts, num, entropy=2.0, tokens=100.0):
 
 def test_a_price_by_hand():
     """Ten tokens an answer, so that a nat costs 10·0.9/10 = 0.9; worth 0.3 the move is (0.3 − 0.9)/(0.3 + 0.9)."""
-    target = auto(price(worth=0.3), rate=0.1)
+    target = auto(price(worth=0.3), start=1.0, rate=0.1)
     state = walk(target, MIXED, 1)
     assert state.move == pytest.approx(-0.5)
     assert target.level(state) == pytest.approx(2.0 * math.exp(-0.05))
@@ -93,7 +93,7 @@ def test_a_fit_finds_the_curve(worth, lowered):
         state = target.update(state, entropy, 100.0, curve(entropy))
     assert state.shown == pytest.approx(0.2 * math.e, rel=1e-9)
     assert (state.move < 0) == lowered
-    assert target.why(state).startswith(f"{'lowered' if lowered else 'held at its ceiling'}: a nat less buys 0.54")
+    assert target.why(state).startswith(f"{'lowered' if lowered else 'held'}: a nat less buys 0.54")
 
 
 def test_a_fit_is_weighted_least_squares_with_its_error():
@@ -156,7 +156,7 @@ def test_a_level_stays_within_floor_and_ceiling_and_without_groups_where_it_is(r
 
 
 def test_the_level_is_of_the_measured_start():
-    target = parse_target("auto", first=2)
+    target = parse_target("auto:start=100%", first=2)
     state = target.update(target.init(), 1.0, 10.0, MIXED)
     assert (target.level(state), target.hold(state)) == (None, True)
     state = target.update(state, 2.0, 30.0, MIXED)
@@ -181,7 +181,7 @@ def test_a_target_settles_at_the_end_of_each_task():
     assert seen[26:30] == pytest.approx([0.7, 0.6, 0.5, 0.4])
     # A run that is trained on after its end holds again.
     assert seen[30] == 0.8
-    assert levels("auto:settle=50%", 4, 4) == pytest.approx([1.0, 1.0, 0.7, 0.4])
+    assert levels("auto:settle=50%", 4, 4) == pytest.approx([0.6, 0.6, 0.42, 0.24])
 
 
 def test_a_band_that_leaves_entropy_alone_still_lets_it_down():

@@ -24,6 +24,7 @@ CONSTANTS = {
     ("shaping", "one_sided"): {"reject": 0.0},
     ("shaping", "one_sided_reward"): {"reject": 0.0},
     ("shaping", "steer"): {"steer_least": 0.8},
+    ("shaping", "tempered"): {"tilt": 0.0, "temper_high": 1.2, "temper_low": 0.8},
     ("shaping", "surprisal_boost"): {"boost": 1.0, "surprisal_share": 0.1},
     ("bounds", "linear"): {"slope": -0.2},
     ("bounds", "dcpo"): {"ratio_cap": 10.0},
@@ -53,6 +54,7 @@ KNOBS = {
     ("sign_weight", "alpha"): (0.0, -1.0, 1.0, 0.001, -1, 0.0),
     ("one_sided", "reject"): (0.0, -1.0, 1.0, 0.001, 1, 0.0),
     ("one_sided_reward", "reject"): (0.0, -1.0, 1.0, 0.001, 1, 0.0),
+    ("tempered", "tilt"): (0.0, -0.1, 0.1, 0.001, 1, None),
     ("surprisal_boost", "boost"): (1.0, 1.0, 1.5, 1.0, 1, 1.0),
 }
 # Numbers of the recipes beside the defaults: clip widths 0.2 and 0.2, no bonus, penalty weighed by 1.
@@ -78,6 +80,9 @@ NUMBERS = {
     "ce-gppo": {"clip_high": 0.28},
     "qae": {"clip_high": 0.28},
     "pass-at-k": {"clip_high": 0.28},
+    "nsr": {"reject": 1.0},
+    "w-reinforce": {"reject": 0.9},
+    "distribution-centric": {"every": 1},
     "up": {"clip_high": 0.28},
     "steer": {"clip_high": 0.28},
     "erc": {"clip_high": 0.28},

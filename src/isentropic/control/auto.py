@@ -1,7 +1,7 @@
 """Targets that find their level from the run: ``auto`` asks nobody for a number.
 
-The level is a share of the initial entropy. It starts at the initial entropy, so that control never lowers entropy
-faster than learning does, and each reading multiplies it by ``exp(rate·move)``, within a floor and a ceiling. A rule
+The level is a share of the initial entropy. Each reading multiplies it by ``exp(rate·move)``, within a floor and a
+ceiling. A rule
 says the move, between −1 and 1, from what the run shows. The ceiling is what keeps a price of entropy from running away
 where no answer is right: there, nothing opposes it.
 
@@ -79,7 +79,7 @@ def _towards(worth: float, price: float) -> float:
     return 1.0 if price <= 0 else (worth - price) / (worth + price)
 
 
-def price(worth: float = 0.05, memory: float = 50.0) -> Rule:
+def price(worth: float = 0.5, memory: float = 50.0) -> Rule:
     """Rule 1, a constant price of entropy: hold it where one nat costs what it is worth.
 
     Maximise ``E[R] + λ·Σ_t H_t``. A step along ``A − λ·L``, ``L = log π + H`` (arXiv:2603.11682), climbs it. At its
@@ -262,10 +262,10 @@ DEFAULT_RULE = "price"
 
 def auto(
     rule: Rule,
-    start: float = 1.0,
-    floor: float = 0.4,
+    start: float = 0.6,
+    floor: float = 0.3,
     ceiling: float = 1.0,
-    rate: float = 0.01,
+    rate: float = 0.002,
     first: int = 1,
 ) -> Target:
     """A target that a rule moves, within a floor and a ceiling. A reading without groups moves nothing.
@@ -280,7 +280,7 @@ def auto(
         ValueError: shares or a rate that make no sense.
 
     Example:
-        >>> target = auto(price(worth=0.3), rate=0.1)
+        >>> target = auto(price(worth=0.3), start=1.0, rate=0.1)
         >>> state = target.update(target.init(), 2.0, 100.0, None)
         >>> facts = GroupFacts(completions=10.0, failed=5.0, pull=0.9, spread=10.0)
         >>> state = target.update(state, 2.0, 100.0, facts)  # ten tokens an answer: a nat costs 0.9
@@ -291,10 +291,10 @@ def auto(
     if not 0 < floor <= start <= ceiling:
         raise ValueError(
             f"an automatic target needs 0 < floor <= start <= ceiling, got {floor:g}, {start:g} and {ceiling:g}; "
-            "give shares such as floor=20%:start=100%"
+            "give shares such as floor=30%:start=60%"
         )
     if not 0 < rate <= 1:
-        raise ValueError(f"rate of an automatic target must lie in (0, 1] a reading, got {rate:g}; 0.01 is usual")
+        raise ValueError(f"rate of an automatic target must lie in (0, 1] a reading, got {rate:g}; 0.002 is usual")
 
     def init() -> AutoState:
         return AutoState(share=start)

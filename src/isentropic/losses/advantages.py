@@ -113,6 +113,28 @@ def none(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     return _scorable(rewards).nan_to_num(nan=0.0).flatten()
 
 
+def signed(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """Give every right sample 1 and every wrong one −1, whatever its group did.
+
+    ``A = 1 if R > 0 else −1``
+
+    Groups are ignored: equal rewards are kept, and only a sample that is not scorable gets 0.
+
+    Args:
+        rewards: [p g] rewards; NaN or infinite for a sample that is not scorable.
+
+    Returns:
+        [b] advantages, dimensionless.
+
+    The binary reward of arXiv:2506.01347; the sign for graded rewards is [ours].
+
+    >>> signed(torch.tensor([[1.0, 0.0], [0.0, float("nan")]]))
+    tensor([ 1., -1., -1.,  0.])
+    """
+    rewards = _scorable(rewards)
+    return torch.where(rewards.isnan(), 0.0, torch.where(rewards > 0, 1.0, -1.0)).to(rewards.dtype).flatten()
+
+
 def group_mean(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     """Subtract the mean of the group.
 

@@ -328,6 +328,90 @@ def steer(
     return adv * steer_least ** (change / change.amax().clamp(min=0.02))
 
 
+def entropy_balance(
+    adv: Advantage, logp: Float[Tensor, "b t"], entropy: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]
+) -> Float[Tensor, "b t"]:
+    """Weigh tokens that raise entropy against tokens that lower it, so that the predicted change of the call is 0.
+
+    ``A' = (1 + λ)·A`` where ΔĤ > 0, ``(1 − λ)·A`` where ΔĤ < 0, ``λ = −Σ ΔĤ/Σ |ΔĤ|``, ``ΔĤ = −A·π·L``, ``L = logp + H``
+
+    λ is in [−1, 1]; if every token lowers entropy, λ = 1 and nothing is learnt.
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        entropy: [b t] entropy of their rows, nats.
+        mask: [b t] non-zero where the token counts.
+
+    Returns:
+        [b t] advantages.
+
+    OPEFO (arXiv:2605.11491), the weights and λ by a secondary account. Its ΔĤ is also a function of A, log π and H, but
+    its form could not be confirmed (?): here it is the prediction without moments of ``entropy.prediction`` [ours].
+
+    >>> logp, entropy = torch.tensor([[0.5, 0.25]]).log(), torch.ones(1, 2)  # −π·L = −½·0.3069 and ¼·0.3863
+    >>> entropy_balance(torch.tensor([1.0]), logp, entropy, torch.ones(1, 2))  # λ = 0.0569/0.2500
+    tensor([[0.7726, 1.2274]])
+    """
+    adv, logp = _per_token(adv, logp), logp.detach()
+    change = -adv * logp.exp() * (logp + entropy.detach())
+    change = torch.where(mask.bool() & change.isfinite(), change, torch.zeros_like(change))
+    total = change.abs().sum()
+    balance = -change.sum() / torch.where(total > 0, total, 1.0)
+    return adv * (1 + balance * change.sign())
+
+
+def tempered(
+    adv: Advantage,
+    logp: Float[Tensor, "b t"],
+    logp_rows: Float[Tensor, "b t v"],
+    reward: Float[Tensor, " b"],
+    mask: Shaped[Tensor, "b t"],
+    tilt: Knob,
+    *,
+    temper_high: float,
+    temper_low: float,
+) -> Float[Tensor, "b t"]:
+    """Reinforce right answers as if they had been sampled at another temperature.
+
+    ``A' = (A + a·ρ)/(1 + a)`` for right answers, ``A/(1 + a)`` for the others, ``a = |κ|/share of right answers``,
+    ``ρ = π_T/π``, ``π_T ∝ π^(1/T)``, T = temper_high if κ > 0, else temper_low
+
+    The importance weight ρ of a token is above 1 if the temperature T would draw it more often. The share is that of
+    the call; without a right answer nothing changes.
+
+    Args:
+        adv: [b t], [b 1] or [b] advantages.
+        logp: [b t] log-probabilities of the sampled tokens under the latest policy, nats.
+        logp_rows: [b t v] log-probabilities of whole rows under the latest policy, nats.
+        reward: [b]; an answer is right if it is above 0; NaN for an answer that was not scored.
+        mask: [b t] non-zero where the token counts.
+        tilt: κ, advantage; a number, a 0-d tensor or [b t].
+        temper_high, temper_low: temperatures relative to that of the policy.
+
+    Returns:
+        [b t] advantages.
+
+    Distribution-centric policy optimization (arXiv:2601.12730), as its released code has it, where |κ| is |H* − H|
+    in nats, at most 0.1, and π is the policy that sampled; the latest one in its place is [ours].
+
+    >>> rows = torch.tensor([[[0.8, 0.2]], [[0.8, 0.2]]]).log()  # at T = 2: ⅔ and ⅓
+    >>> tempered(torch.ones(2), rows[..., 1], rows, torch.tensor([1.0, 0.0]), torch.ones(2, 1), 0.1,
+    ...          temper_high=2.0, temper_low=0.8).flatten()  # ρ = 5/3, a = 0.1/½
+    tensor([1.1111, 0.8333])
+    """
+    adv, logp, logp_rows = _per_token(adv, logp), logp.detach(), logp_rows.detach()
+    tilt = torch.as_tensor(tilt, dtype=adv.dtype, device=adv.device)
+    temperature = torch.where(tilt > 0, temper_high, temper_low).to(adv.dtype)
+    ratio = (logp / temperature - (logp_rows / temperature[..., None]).logsumexp(-1) - logp).exp()
+    counted = mask.bool().any(1) & reward.isfinite()
+    right = counted & (reward > 0)
+    share = right.sum().to(adv.dtype) / counted.sum().clamp(min=1)
+    size = tilt.abs() / torch.where(share > 0, share, 1.0)
+    shaped = (adv + size * torch.where(right[:, None], ratio, 0.0)) / (1 + size)
+    return torch.where((share > 0) & (tilt != 0), shaped, adv)
+
+
 def surprisal_boost(
     adv: Advantage,
     logp: Float[Tensor, "b t"],

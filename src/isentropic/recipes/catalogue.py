@@ -192,6 +192,25 @@ RECIPES: dict[str, Recipe] = {
         "pass@k training arXiv:2508.10751, analytic form; k = 4 [ours]",
         baseline="pass_at_k",
     ),
+    "nsr": _on(
+        "grpo",
+        "A = −1 for wrong answers, 0 for right ones, token mean",
+        "negative-sample reinforcement arXiv:2506.01347, released code; its entropy bonus of 0.001 left out, divided by "
+        "the tokens of right answers too [ours]",
+        baseline="signed",
+        shaping="one_sided",
+        constants={"reject": 1.0},
+        reduction="token",
+    ),
+    "w-reinforce": _on(
+        "grpo",
+        "A = 0.1 for right answers, −1 for wrong ones, token mean",
+        "W-REINFORCE arXiv:2506.01347, released code, λ = 0.1; its entropy bonus of 0.001 left out [ours]",
+        baseline="signed",
+        shaping="one_sided",
+        constants={"reject": 0.9},
+        reduction="token",
+    ),
     "up": _on(
         "dapo",
         "−A·log π for A>0, without ratio and clip; the clip's lower bound alone for A<=0",
@@ -203,6 +222,30 @@ RECIPES: dict[str, Recipe] = {
         "A·exp(−k|Ω|), Ω = A·r·(1−π)·L, the largest |Ω| weighed by 0.8",
         "STEER arXiv:2510.10150, released code; the paper's later version has 0.7 by a secondary account (?)",
         shaping="steer",
+    ),
+    "opefo": _on(
+        "grpo",
+        "(1+λ)·A where a token raises entropy, (1−λ)·A where it lowers it, predicted change 0, strictly on-policy",
+        "OPEFO arXiv:2605.11491 by a secondary account; its estimate of a token's change (?), here ours [ours]; token "
+        "mean (?)",
+        shaping="entropy_balance",
+        objective="reinforce",
+        on_policy=True,
+        reduction="token",
+    ),
+    "distribution-centric": _on(
+        "grpo",
+        "(A + a·π_T/π)/(1+a) for right answers, A/(1+a) for wrong ones, a = min(|H*−H|, 0.1)/share of right answers, "
+        "T 1.2 below H* and 0.8 above it, H* 0.5 nats, token mean",
+        "distribution-centric policy optimization arXiv:2601.12730, released code; κ at every step, π of the latest "
+        "policy, shares of a micro-batch, no dual clip [ours]",
+        shaping="tempered",
+        reduction="token",
+        knob="tilt",
+        # κ = H* − H in nats: the span of 0.2 times 2.5 times (H* − H)/0.5.
+        controller="pi:gain=2.5:integral_gain=0",
+        target="0.5",
+        every=1,
     ),
     "erc": _on(
         "dapo",

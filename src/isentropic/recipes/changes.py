@@ -52,6 +52,9 @@ class Changes(TypedDict, total=False):
     alpha: float | None
     reject: float | None
     steer_least: float | None
+    tilt: float | None
+    temper_high: float | None
+    temper_low: float | None
     boost: float | None
     surprisal_share: float | None
     slope: float | None

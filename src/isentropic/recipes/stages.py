@@ -184,6 +184,7 @@ class Penalty(Component):
 
 BASELINES: dict[str, Component] = {
     "none": Baseline("R", "losses.advantages:none"),
+    "signed": Baseline("1 if R > 0, else −1", "losses.advantages:signed"),
     "mean": Baseline("R − mean", "losses.advantages:group_mean"),
     "mean_std": Baseline("(R − mean)/std", "losses.advantages:mean_std"),
     "leave_one_out": Baseline("R − mean of the others", "losses.advantages:leave_one_out"),
@@ -308,6 +309,20 @@ SHAPINGS: dict[str, Component] = {
         "losses.shaping:steer",
         reads={"entropy"},
         constants={"steer_least": 0.8},
+        per_batch=True,
+    ),
+    "entropy_balance": Shaping(
+        "(1+λ)·A where ΔĤ > 0, (1−λ)·A where ΔĤ < 0, λ = −Σ ΔĤ/Σ |ΔĤ|",
+        "losses.shaping:entropy_balance",
+        reads={"entropy"},
+        per_batch=True,
+    ),
+    "tempered": Shaping(
+        "(A + a·1[right]·π_T/π)/(1 + a), a = |κ|/share of right answers, T > 1 if κ > 0, T < 1 if κ < 0",
+        "losses.shaping:tempered",
+        reads={"logp_rows", "reward"},
+        constants={"tilt": 0.0, "temper_high": 1.2, "temper_low": 0.8},
+        knobs={"tilt": Knob(Range(0.0, -0.1, 0.1, 1e-3), "κ of arXiv:2601.12730, its released code")},
         per_batch=True,
     ),
     "surprisal_boost": Shaping(

@@ -152,13 +152,13 @@ ALL = [
     ("gspo", None), ("cispo", None), ("entropy-bonus", None), ("repo-r-loop", 0.05), ("repo-d-loop", 4.0),
     ("adapo", 0.5), ("isentropic", 0.5), ("entropic", -0.5), ("entrocraft", 1.0), ("dynamic-clip", 0.2), ("dcpo", None),
     ("ce-gppo", None), ("qae", None), ("erc", None), ("sapo", None), ("mai", 1.5), ("aent", 0.1),
-    ("pass-at-k", None), ("up", None), ("tre-p", None), ("tre-k", None),
+    ("pass-at-k", None), ("nsr", None), ("w-reinforce", None), ("up", None), ("tre-p", None), ("tre-k", None),
     ("entropy-bonus-adaptive", 0.005), ("repo-r-rloo", 0.05), ("repo-r-grpo", 0.05), ("repo-r-dapo", 0.05),
     ("repo-r-gspo", 0.05), ("repo-d-rloo", 4.0), ("repo-d-grpo", 4.0), ("repo-d-dapo", 4.0), ("repo-d-gspo", 4.0),
 ]  # fmt: skip
 # Parts that look at a batch as a whole: sampled batches alone.
 WHOLE = [("clip-cov", None), ("kl-cov", None), ("bapo", None), ("high-entropy", None), ("stare", 1.5), ("lp-reg", None)]
-WHOLE.append(("steer", None))
+WHOLE += [("steer", None), ("opefo", None), ("distribution-centric", 0.05)]
 
 
 def test_no_recipe_is_left_out():

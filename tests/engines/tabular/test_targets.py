@@ -27,14 +27,14 @@ def test_the_regret_of_a_price(worth):
         return end.reward[-1] + worth * end.exact[-1]
 
     constants = [score(f"{share}%") for share in (20, 40, 60, 80)]
-    regret = max(constants) - score(f"auto:price:worth={worth}:floor=5%")
+    regret = max(constants) - score(f"auto:price:worth={worth}:start=100%:floor=5%:rate=0.01")
     assert max(constants) - min(constants) > 0.05
     assert regret < 0.015
 
 
 def test_a_price_is_about_what_the_knob_pays():
     """Where the rule has settled, β of A − βL is about worth: an answer is one token, and A = 8/7·(R − R̄)."""
-    end = run("auto:price:worth=0.3:floor=5%", seed=1)
+    end = run("auto:price:worth=0.3:start=100%:floor=5%:rate=0.01", seed=1)
     assert 0.05 < end.target[-1] / end.exact[0] < 0.95
     assert end.knob[-20:].mean() == pytest.approx(0.3 * 8 / 7, rel=0.3)
 
