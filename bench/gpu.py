@@ -237,7 +237,7 @@ def run(options):
     told = sum(row.get("predict/change") is not None for row in rows)
     print(f"\n## The default recipe, {steps} steps of the embedded task on {options.device}\n")
     print(
-        f"{time.monotonic() - began:.0f} s in all. Entropy {summary['entropy/end']:.3f} nats a token at the end, "
+        f"{time.monotonic() - began:.0f} s in all. Entropy {summary['entropy/end']:.3f} nats per token at the end, "
         f"{off:.1%} from its target in the median of the second half; reward {summary['reward/end']:.3f}; "
         f"{told} of {len(rows)} steps explained."
     )

@@ -423,7 +423,7 @@ def smollm2(grids, plt):
         for place, key in enumerate(keys):
             values = [line["figures"][key] for line in lines]
             right.plot([place + 0.1 * (at - 2)] * len(values), values, "o", color=colour, ms=5)
-    left.set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="nats a token", ylim=(0, None))
+    left.set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="nats per token", ylim=(0, None))
     middle.set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
     right.set(title="Held-out, before and after", ylabel="pass@k", ylim=(0, 1))
     right.set_xticks(range(len(keys)), keys)

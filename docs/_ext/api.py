@@ -114,27 +114,35 @@ def modules():
     return {info.name.removeprefix("isentropic.") for info in found}
 
 
-def _functions(module):
-    """Public functions that a module defines, in their order."""
-    found = vars(import_module(module)).items()
-    return [n for n, f in found if not n.startswith("_") and isfunction(f) and f.__module__ == module]
+LISTED = {f"isentropic.{module}" for shown in PAGES.values() for module in shown}
+
+
+def names(module):
+    """The public names that a module's section shows: each name once, so not those of another module with a section."""
+    found = import_module(f"isentropic.{module}")
+    others = LISTED - {found.__name__}
+    if hasattr(found, "__all__"):
+        return [name for name in found.__all__ if getattr(getattr(found, name), "__module__", None) not in others]
+    own = vars(found).items()
+    return [name for name, x in own if not name.startswith("_") and getattr(x, "__module__", None) == found.__name__]
 
 
 def _section(module, alone):
     name = f"isentropic.{module}"
-    options = ["   :members:"]
-    if hasattr(import_module(name), "__all__"):
-        options.append("   :imported-members:")
     head = "" if alone else f"{name}\n{'-' * len(name)}\n\n"
     if module == "runs.record":
         # Its docstring is the schema, which has a page of its own.
         head += "What the files hold: :doc:`/run-directory`.\n\n"
+        functions = [n for n in names(module) if isfunction(getattr(import_module(name), n))]
         return (
             head
-            + "".join(f".. autofunction:: {name}.{f}\n" for f in _functions(name))
+            + "".join(f".. autofunction:: {name}.{f}\n" for f in functions)
             + f".. autoclass:: {name}.Record\n   :members:\n"
         )
-    return f"{head}.. automodule:: {name}\n" + "\n".join(options) + "\n"
+    options = "   :members:"
+    if hasattr(import_module(name), "__all__"):
+        options = f"   :imported-members:\n   :members: {', '.join(names(module))}"
+    return f"{head}.. automodule:: {name}\n{options}\n"
 
 
 def _link(name):

@@ -87,7 +87,7 @@ class TokenStats(NamedTuple):
 
 
 class GroupFacts(NamedTuple):
-    """What a step knows of the groups, the samples of one prompt: sums over completions and tokens, on all ranks.
+    """Facts about the groups of a step, the samples of one prompt: sums over completions and tokens, on all ranks.
 
     Plain numbers; 0-d tensors while the step runs.
 
@@ -142,7 +142,7 @@ class EntropyReading(NamedTuple):
         steps: number of optimizer steps with a prediction; 0 if none was predicted.
         rate: learning rate of the step, the same on every rank; ``None`` if it is not known or stays the same. What a
             knob can move falls with it, and controllers allow for that.
-        groups: what the step knows of the groups; ``None`` if its engine knows none.
+        groups: facts about the groups; ``None`` if the engine has none.
 
     Example:
         >>> EntropyReading(sum=6.0, count=4.0).mean
@@ -189,7 +189,7 @@ class EntropyReading(NamedTuple):
                 "the head did not deliver entropies"
             )
         if self.sum < 0.0 and self.estimator == "exact":
-            return f"entropy is negative ({self.mean:g} nats a token); expected >= 0: the head's arithmetic is wrong"
+            return f"entropy is negative ({self.mean:g} nats per token); expected >= 0: the head's arithmetic is wrong"
         return None
 
     def __add__(self, other: EntropyReading) -> EntropyReading:  # type: ignore[override]

@@ -85,7 +85,7 @@ def curve(entropy, noise=0.0):
 
 @pytest.mark.parametrize(("worth", "lowered"), [(0.3, True), (2.0, False)])
 def test_a_fit_finds_the_curve(worth, lowered):
-    """R = 1 − 0.2·e^H exactly: a nat less buys 0.2·e^H, 0.54 at one nat."""
+    """R = 1 − 0.2·e^H exactly: one nat less buys 0.2·e^H, 0.54 at one nat."""
     target = auto(fit(worth=worth))
     state = target.update(target.init(), 2.0, 100.0, None)
     for i in range(30):
@@ -93,7 +93,7 @@ def test_a_fit_finds_the_curve(worth, lowered):
         state = target.update(state, entropy, 100.0, curve(entropy))
     assert state.shown == pytest.approx(0.2 * math.e, rel=1e-9)
     assert (state.move < 0) == lowered
-    assert target.why(state).startswith(f"{'lowered' if lowered else 'held'}: a nat less buys 0.54")
+    assert target.why(state).startswith(f"{'lowered' if lowered else 'held'}: one nat less buys 0.54")
 
 
 def test_a_fit_is_weighted_least_squares_with_its_error():

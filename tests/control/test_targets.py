@@ -116,7 +116,7 @@ def test_bad_targets_are_refused(text):
 @pytest.mark.parametrize(
     ("level", "says"),
     [
-        ("80", "at most 20 nats a token in any vocabulary, got 80; did you mean 80%?"),
+        ("80", "at most 20 nats per token in any vocabulary, got 80; did you mean 80%?"),
         ("200", "got 200; did you mean 200%?"),
         ("1000", "got 1000; 0.2 to 2 nats are usual"),
         ("300%", "at most 200% of the initial entropy, got '300%'"),

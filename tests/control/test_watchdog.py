@@ -76,19 +76,19 @@ def test_measured_against_predicted():
     said = watch([reading(0.9 - 0.01 * i, 0.002, 0.002, 1) for i in range(50)])
     assert [step for step, _ in said] == [20, 50]
     assert "falling although a change of +0.04 was predicted" in said[0][1]
-    assert "has turned round here" in said[0][1]
+    assert "has changed sign here" in said[0][1]
     assert "lower knob_high" in said[0][1]
     # Where the fall was predicted, the knob is too weak, or as far as readings say it has turned.
     ((step, text),) = watch([reading(0.9 - 0.01 * i, -0.002, 0.002, 1) for i in range(50)])
     assert step == 50
-    assert "although this bound should raise it: the knob is too weak, or its effect has turned round" in text
+    assert "although this bound should raise it: the knob is too weak, or its effect has changed sign" in text
 
 
 def test_the_declared_sign_is_enough_without_predictions():
     ((step, text),) = watch([reading(2.0 + 0.01 * i) for i in range(60)], LOWERS)
     assert step == 50
     assert "rising although this bound should lower it" in text
-    assert "turned round" in text
+    assert "changed sign" in text
 
 
 def test_predictions_that_turn_the_sign_are_believed():
@@ -125,7 +125,7 @@ def test_a_sign_that_turns_round_is_seen_under_every_controller(name, sign):
             if dog.message(state):
                 said.append((step, dog.message(state)))
         assert 300 < said[0][0] < 400
-        assert "turned round" in said[0][1]
+        assert "changed sign" in said[0][1]
 
 
 @pytest.mark.parametrize("seed", range(5))

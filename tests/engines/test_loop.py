@@ -274,7 +274,7 @@ def test_a_checkpoint_of_another_control_is_not_continued(tmp_path, caplog):
     other = ControlLoop(compose(HELD, target="2.0"))
     other.restore(json.loads(json.dumps(held.as_dict())))
     assert other.state == build_thermostat(HELD).init()
-    assert "target changed since the checkpoint: the controller starts afresh" in caplog.text
+    assert "target changed since the checkpoint: the controller starts anew" in caplog.text
     assert saved_in(tmp_path) is None
     assert "has no isentropic.json" in caplog.text
 
@@ -316,7 +316,7 @@ def test_a_target_above_log_of_the_vocabulary(caplog):
         ControlLoop(compose(HELD, target="2.5"), vocabulary=8)
     loop = ControlLoop(compose(HELD, target="150%", initial_readings=2), vocabulary=8)
     readings(loop, 1.5, 1.5)
-    assert "target 150% of the measured start cannot be had" in caplog.text
+    assert "target 150% of the measured start is out of reach" in caplog.text
     assert "got 2.25" in caplog.text
 
 
@@ -341,4 +341,4 @@ def test_what_a_checkpoint_may_hold(caplog):
     ):
         ControlLoop(HELD).restore({**saved, "state": {**saved["state"], "controller": {"integral": 1.0}}})
     ControlLoop(HELD).restore({**saved, "state": None})
-    assert "saved without control: the controller starts afresh" in caplog.text
+    assert "saved without control: the controller starts anew" in caplog.text

@@ -49,13 +49,13 @@ def test_resume_begins_where_nothing_was_begun_and_then_continues(model, tmp_pat
         (out / name).write_text("")
     assert train(model, out, "--resume") == 0
     said = capsys.readouterr().out.splitlines()
-    assert sum("nothing was begun" in line for line in said) == 1
+    assert sum("there is no run in" in line for line in said) == 1
     first = Record(out).rows("metrics")
     assert not (out / LOCK_FILE).exists()
     # The same line of a job script, with the settings in a file: the run that is there is continued.
     (tmp_path / "run.toml").write_text(f'model = "{model}"\ntask = "task_cases:letters"\n')
     assert main(["train", str(tmp_path / "run.toml"), "--resume", "--out", str(out)]) == 0
-    assert "nothing was begun" not in capsys.readouterr().out
+    assert "there is no run in" not in capsys.readouterr().out
     assert Record(out).rows("metrics") == first
 
 
@@ -128,7 +128,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(model, tmp_path, capsys):
     assert "checkpoint-8 is damaged: optimizer.pt has 0 of" in capsys.readouterr().err
     assert main(["train", "--resume", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert said.count("continuing from step 0, as no other is whole; checkpoint-8: optimizer.pt has 0 of") == 1
+    line = "continuing from step 0, since no other checkpoint is complete; checkpoint-8: optimizer.pt has 0 of"
+    assert said.count(line) == 1
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in Record(out).rows("metrics")] == rows
 
 

@@ -56,7 +56,7 @@ def test_the_summary_is_what_the_rows_say(run):
     assert summary["entropy/target"] == pytest.approx(0.9 * rows[0]["entropy/mean"])
     text = closing_table(summary, "out")
     for name in (
-        "entropy (nats a token)",
+        "entropy (nats per token)",
         "RMS entropy error after 20 steps",
         "pass@1",
         "pass@4",

@@ -20,12 +20,16 @@ from isentropic.losses.advantages import (
     overlong_penalty,
     pass_at_k,
     quantile,
+    signed,
+    unlikeliness,
 )
 
 NAN = math.nan
 # Draws of two, which the smallest groups below have.
 BASELINES = table("baseline") | {"pass_at_k": partial(pass_at_k, pass_k=2)}
-GROUPED = [name for name in BASELINES if name != "none"]
+# It ranks by what is no reward, and only rewards above 0: a shift of all changes which those are.
+del BASELINES["unlikeliness"]
+GROUPED = [name for name in BASELINES if name not in ("none", "signed")]
 
 
 def check(got, expected):
@@ -42,6 +46,11 @@ def test_numbers_by_hand():
     check(mean_std(rewards, eps=root), [0.0, -1 / (2 * root), -1 / (2 * root), 1 / root])
     check(quantile(rewards, 0.5), [0.5, -0.5, -0.5, 2.5])  # the median of 0 0 1 3 is ½
     assert mean_std(rewards)[3] == pytest.approx(2 / (root + 1e-4))
+
+
+def test_signs_ignore_the_group():
+    """Wrong is 0 or below; a group that is all right, or all wrong, keeps its signs."""
+    check(signed(torch.tensor([[1.0, 0.0], [0.3, 2.0], [0.0, -1.0], [NAN, math.inf]])), [1, -1, 1, 1, -1, -1, 0.0, 0])
 
 
 def test_rows_are_prompts_and_come_out_in_order():
@@ -81,7 +90,7 @@ def test_degenerate_groups_are_exactly_zero(name):
 def test_one_sample_a_prompt():
     single = torch.tensor([[1.0], [0.0]])
     for function in (mean_std, leave_one_out):
-        with pytest.raises(ValueError, match="at least 2 samples a prompt, got 1; sample more"):
+        with pytest.raises(ValueError, match="at least 2 samples per prompt, got 1; sample more"):
             function(single)
     check(none(single), [1.0, 0.0])
     check(group_mean(single), [0.0, 0.0])
@@ -150,6 +159,34 @@ def test_pass_at_k_at_its_limits():
     for k in (0, 1.5, 4):
         with pytest.raises(ValueError, match="pass_k must be a whole number from 1 to the 3 samples"):
             pass_at_k(torch.zeros(1, 3), k)
+
+
+def test_unlikeliness_by_hand():
+    # Ranks by log π, the likeliest 0: 2, 0, 3, 1. β = 0.4: right ones are worth 1 − 0.4·(4−k)/4 = 0.8, 0.6 and 0.9.
+    rewards, logp = torch.tensor([[1.0, 1.0, 1.0, 0.0]]), torch.tensor([[-3.0, -1.0, -4.0, -2.0]])
+    worth = torch.tensor([[0.8, 0.6, 0.9, 0.0]])  # mean 0.575
+    centred = worth - 0.575
+    check(unlikeliness(rewards, logp, 0.4, eps=0.0), (centred / (centred.square().sum() / 3).sqrt())[0].tolist())
+    check(unlikeliness(rewards, logp, 0.4), mean_std(worth).tolist())
+    # Wrong answers below 0 stay as they are, and rewards of any size are weighed alike.
+    check(unlikeliness(3 * rewards - 1, logp, 0.4), mean_std(torch.tensor([[1.6, 1.2, 1.8, -1.0]])).tolist())
+
+
+def test_unlikeliness_at_its_limits():
+    rewards, logp = torch.tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]), torch.tensor([[-1.0, -2.0, -3.0]] * 2)
+    assert torch.equal(unlikeliness(rewards, logp, 0.0), mean_std(rewards))
+    assert unlikeliness(rewards, logp, 0.25)[3:].eq(0).all()  # all right: ranks alone teach nothing
+    # A sample that is not scorable has no rank, and the group is one smaller.
+    some, likely = torch.tensor([[NAN, 1.0, 0.0, 1.0]]), torch.tensor([[0.0, -1.0, -2.0, -3.0]])
+    got = unlikeliness(some, likely, 0.25)
+    check(got, [0.0, *unlikeliness(rewards[:1], logp[:1], 0.25).tolist()])
+    assert unlikeliness(rewards, logp, 0.25)[2] > unlikeliness(rewards, logp, 0.25)[0] > 0  # the rarer, the more
+    tied = unlikeliness(torch.tensor([[1.0, 1.0, 0.0]]), torch.zeros(1, 3), 0.3)
+    check(tied, mean_std(torch.tensor([[0.7, 0.8, 0.0]])).tolist())  # ties by position
+    assert unlikeliness(torch.empty(2, 3, device="meta"), torch.empty(2, 3, device="meta"), 0.25).is_meta
+    for penalty in (-0.1, 1.1, NAN):
+        with pytest.raises(ValueError, match=rf"rank_penalty must be in \[0, 1\], got {penalty}"):
+            unlikeliness(rewards, logp, penalty)
 
 
 def test_quantile_limits():

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isentropic.losses.shaping import (
+    entropy_balance,
     one_sided,
     one_sided_reward,
     repo,
@@ -20,6 +21,7 @@ from isentropic.losses.shaping import (
     repo_r,
     sign_weight,
     steer,
+    tempered,
 )
 from isentropic.recipes.stages import SHAPINGS
 
@@ -93,6 +95,66 @@ def test_one_sided_by_hand():
     close(one_sided(ADV, LOGP, -1.0), [[2.0, 2.0], [0.0, 0.0]])
     close(one_sided(ADV, LOGP, 0.25), [[1.5, 1.5], [-2.0, -2.0]])
     close(one_sided(ADV, LOGP, torch.tensor([[0.0, 1.0], [-0.5, 0.0]])), [[2.0, 0.0], [-1.0, -2.0]])
+
+
+def test_entropy_balance_by_hand():
+    # π ½ and ¼, H = 1: L = 0.3069, −0.3863, ΔĤ = −A·π·L = −0.3069 and 0.1931 at A = 2; λ = 0.1137/0.5 = 0.2274.
+    logp, entropy = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[1.0, 1.0, math.nan]])
+    for mask in (torch.tensor([[1, 1, 0]]), torch.ones(1, 3)):  # masked or broken, a token sets no balance
+        shaped = entropy_balance(torch.tensor([2.0]), logp, entropy, mask)
+        close(shaped, [[2 * (1 - 0.22741128), 2 * (1 + 0.22741128), 2.0]])
+    # Negative advantages turn both changes round: the same tokens raise and lower by the other sign.
+    turned = entropy_balance(torch.tensor([-2.0]), logp[:, :2], entropy[:, :2], torch.ones(1, 2))
+    close(turned, [[-2 * (1 - 0.22741128), -2 * (1 + 0.22741128)]])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_entropy_balance_predicts_no_change(seed):
+    adv, logp, entropy = (x.double() for x in random_tokens(seed))
+    mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(seed)) < 0.7
+    shaped = entropy_balance(adv, logp, entropy, mask)
+    change = lambda a: -(a * logp.exp() * (logp + entropy))[mask].sum()  # noqa: E731
+    assert abs(change(shaped)) < 1e-12 < abs(change(adv))
+    assert ((shaped == 0) | (shaped.sign() == adv.sign())).all()  # no weight is negative
+    assert torch.equal(entropy_balance(torch.zeros(4), logp, entropy, mask), torch.zeros_like(adv))
+    falls = entropy_balance(torch.ones(4), logp, 9 + entropy, mask)  # L > 0: every token lowers entropy
+    close(falls[mask], torch.zeros_like(falls[mask]))
+
+
+def test_tempered_by_hand():
+    # π = (0.8, 0.2) at T = 2 is (⅔, ⅓), at ½ (0.9412, 0.0588). One of two answers is right: a = 0.1/½ = 0.2.
+    rows = torch.tensor([0.8, 0.2]).log().expand(3, 2, 2)
+    logp, adv = torch.tensor([0.8, 0.2]).log().expand(3, 2), torch.tensor([1.0, -1.0, 0.5])
+    reward = torch.tensor([1.0, 0.0, math.nan])
+
+    def shaped(tilt, reward=reward, mask=None):
+        mask = torch.ones(3, 2) if mask is None else mask
+        return tempered(adv, logp, rows, reward, mask, tilt, temper_high=2.0, temper_low=0.5)
+
+    rest = [[-1 / 1.2] * 2, [0.5 / 1.2] * 2]
+    close(shaped(0.1), [[(1 + 0.2 * 5 / 6) / 1.2, (1 + 0.2 * 5 / 3) / 1.2], *rest])
+    close(shaped(-0.1), [[(1 + 0.2 * 0.64 / 0.68 / 0.8) / 1.2, (1 + 0.2 * 0.04 / 0.68 / 0.2) / 1.2], *rest])
+    # An answer without a token is no answer: one of one is right, a = 0.1.
+    alone = shaped(0.1, mask=torch.tensor([[1, 1], [0, 0], [1, 1]]))
+    close(alone[0], [(1 + 0.1 * 5 / 6) / 1.1, (1 + 0.1 * 5 / 3) / 1.1])
+    close(shaped(torch.tensor([[0.0, 0.1]] * 3))[0], [1.0, (1 + 0.2 * 5 / 3) / 1.2])
+    unchanged = adv[:, None].expand(3, 2)
+    assert torch.equal(shaped(0.0), unchanged)
+    assert torch.equal(shaped(0.1, torch.zeros(3)), unchanged)  # nothing is right
+    assert torch.equal(shaped(0.1, torch.full((3,), math.nan)), unchanged)
+
+
+def test_tempered_weighs_as_a_draw_at_the_other_temperature():
+    """Σ_b π(b)·ρ(b)·f(b) is the mean of f at the other temperature, whatever f is."""
+    generator = torch.Generator().manual_seed(0)
+    row, f = torch.randn(7, generator=generator).double().log_softmax(-1), torch.randn(7, generator=generator).double()
+    rows = row.expand(7, 1, 7)  # one answer for each token of the vocabulary, all right
+    for tilt, temperature in ((1.0, 1.2), (-1.0, 0.8)):
+        shaped = tempered(torch.zeros(7), row[:, None], rows, torch.ones(7), torch.ones(7, 1), tilt, temper_high=1.2,
+                          temper_low=0.8)  # fmt: skip
+        weight = 2 * shaped[:, 0]  # A = 0 and a = 1 leave ρ/2
+        wanted = ((row / temperature).softmax(-1) * f).sum()
+        torch.testing.assert_close((row.exp() * weight * f).sum(), wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_surprisal_boost_by_hand():
@@ -208,6 +270,8 @@ def test_no_gradient_passes():
         repo_r(adv, logp, 0.1),
         repo_r(adv, logp, 0.1, entropy),
         repo_d(adv, logp, entropy, logp * entropy, 0.1, torch.ones(4, 5)),
+        entropy_balance(adv, logp, entropy, torch.ones(4, 5)),
+        tempered(adv, logp, logp[..., None], torch.ones(4), torch.ones(4, 5), 0.1, temper_high=1.2, temper_low=0.8),
     ):
         assert not result.requires_grad
 
@@ -298,12 +362,15 @@ def test_nothing_waits_for_the_device():
         assert repo(adv, logp, entropy, knob).is_meta
         assert repo_failing(adv, logp, entropy, adv.abs() / 4, knob).is_meta
         assert repo_r(adv, logp, knob, entropy).is_meta
+        assert entropy_balance(adv, logp, entropy, ones).is_meta
+        assert tempered(adv, logp, logp[..., None], adv, ones, knob, temper_high=1.2, temper_low=0.8).is_meta
         for per in ("token", "batch"):
             assert repo_d(adv, logp, entropy, logp, knob, ones, per=per).is_meta
 
 
 def test_every_signature_starts_alike():
     own = (repo, repo_failing, repo_r, repo_d, sign_weight, one_sided, one_sided_reward, steer, surprisal_boost)
+    own += (entropy_balance, tempered)
     for function in own:
         assert list(inspect.signature(function).parameters)[:2] == ["adv", "logp"]
 

@@ -152,7 +152,7 @@ def test_prompts_beyond_the_context_are_refused_before_anything_is_generated(mon
     with pytest.raises(ValueError, match="has 17 tokens"):
         encode(tokenizer, ["1" * 17], context_limit(model))
     rows = [{"prompt": "123? ", "turns": 1}]  # "123? 1 lines\n>": 14 tokens, and a line has five
-    with pytest.raises(ValueError, match=r"has 14 tokens.* with room for 5 more"):
+    with pytest.raises(ValueError, match=r"has 14 tokens.*, too few for 5 more"):
         play(model, tokenizer, digits(), rows)
     assert encode(tokenizer, [long]) == [tokenizer(long)["input_ids"]]
     check_lengths([[1] * 15], 16)

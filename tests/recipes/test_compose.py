@@ -55,7 +55,9 @@ def test_the_catalogue_holds_what_is_promised():
     wanted = {f"repo-{kind}-{base}" for kind in "rd" for base in bases} | set(bases)
     wanted |= {"isentropic", "reinforce", "dr-grpo", "cispo", "entropy-bonus", "entropy-bonus-adaptive", "adapo"}
     wanted |= set("clip-cov kl-cov entropic entrocraft dynamic-clip dcpo bapo ce-gppo qae erc sapo".split())
-    wanted |= set("high-entropy mai stare lp-reg aent pass-at-k up steer tre-p tre-k nsr w-reinforce opefo".split())
+    wanted |= set(
+        "high-entropy mai stare lp-reg aent pass-at-k unlikeliness up steer tre-p tre-k nsr w-reinforce opefo".split()
+    )
     wanted.add("distribution-centric")
     assert set(RECIPES) == wanted
     for recipe in RECIPES.values():
@@ -83,7 +85,7 @@ def test_any_knob_any_controller_any_target_composes(recipe, knob, controller, t
     state = control.init()
     for mean in (1.0, 0.5, 0.4, 2.0, 3.0):
         state = control.update(state, EntropyReading(mean * 8, 8.0, predicted=-1e-3, gain=5e-3, steps=1))
-        _, tokens = batch()
+        _, tokens = full()
         total, _ = loss(made, tokens, state.value)
         assert torch.isfinite(total.mean())
 
@@ -219,6 +221,34 @@ def test_repo_r_by_hand():
     assert shape(replace(raw, shaping="repo_r_positive"), tokens).flatten().tolist() == pytest.approx([1.2, -1.0])
 
 
+@pytest.mark.parametrize(("name", "right"), [("nsr", 0.0), ("w-reinforce", 0.1)])
+def test_negative_sample_reinforcement_by_hand(name, right):
+    """−1 for every wrong answer, in groups that are all wrong too, and λ for right ones."""
+    adv = advantages(RECIPES[name], torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]))
+    tokens = TokenBatch(torch.full((6, 1), -2.0), None, adv, torch.ones(6, 1))
+    assert shape(RECIPES[name], tokens)[:, 0].tolist() == pytest.approx([right, -1, -1, -1, right, right])
+    controlled = compose(name, knob="reject", target="60%")
+    assert knob_range(controlled).start == pytest.approx(1 - right)
+
+
+def test_the_tilt_is_the_distance_to_the_target_in_nats():
+    """Released code: κ = H* − H, at most 0.1, at H* = 0.5 nats."""
+    control = build_thermostat(RECIPES["distribution-centric"])
+    for mean, tilt in ((0.46, 0.04), (0.2, 0.1), (0.55, -0.05), (0.5, 0.0), (2.0, -0.1)):
+        state = control.update(control.init(), EntropyReading(mean * 8, 8.0))
+        assert state.value == pytest.approx(tilt, abs=1e-12)
+
+
+def test_a_baseline_that_ranks_by_probability_needs_it():
+    rewards, logp = torch.tensor([[1.0, 1.0, 0.0]]), torch.tensor([[-1.0, -2.0, -3.0]])
+    got = advantages(RECIPES["unlikeliness"], rewards, logp)
+    worth = torch.tensor([[1 - 0.25, 1 - 0.25 * 2 / 3, 0.0]])
+    assert got.tolist() == pytest.approx(advantages(RECIPES["grpo"], worth).tolist())
+    with pytest.raises(ValueError, match=r"baseline unlikeliness needs the log-probabilities of .*, got rewards alone"):
+        advantages(RECIPES["unlikeliness"], rewards)
+    assert torch.equal(advantages(RECIPES["grpo"], rewards, logp), advantages(RECIPES["grpo"], rewards))
+
+
 def full(seed=0):
     """A batch that holds all that any recipe reads, with anything at all where it is masked."""
     logits, tokens = batch(seed=seed)
@@ -260,7 +290,14 @@ def pad(x):
 
 @pytest.mark.parametrize(
     ("name", "low", "high"),
-    [("entropic", 0.5, -0.5), ("entrocraft", -1.0, 1.0), ("stare", 1.0, 1.5), ("aent", 0.0, 0.5), ("mai", 1.5, 4.0)],
+    [
+        ("entropic", 0.5, -0.5),
+        ("entrocraft", -1.0, 1.0),
+        ("stare", 1.0, 1.5),
+        ("aent", 0.0, 0.5),
+        ("mai", 1.5, 4.0),
+        ("distribution-centric", -0.1, 0.1),
+    ],
 )
 def test_a_knob_changes_the_loss(name, low, high):
     logits, tokens = full()
@@ -318,5 +355,5 @@ def test_a_penalty_that_is_switched_off_may_still_be_a_knob():
 def test_pass_at_k_needs_more_samples_than_k():
     assert check(RECIPES["pass-at-k"], 4, 5) == check(RECIPES["pass-at-k"])
     for samples in (2, 4):
-        with pytest.raises(ValueError, match=f"pass_k must be below the samples a prompt, got 4 with {samples}"):
+        with pytest.raises(ValueError, match=f"pass_k must be below the samples per prompt, got 4 with {samples}"):
             check(RECIPES["pass-at-k"], 4, samples)

@@ -244,7 +244,7 @@ def test_what_is_not_there_is_said_in_one_line(mine, place, says):
         ({"knob": "zeta", "target": "bond:60%:80%"}, "target must be one of"),
         ({"shaping": Shaping("", lambda adv: adv), "knob": "zeta"}, "needs a shaping that it scales"),
         ({"shaping": Shaping("", lambda adv, gamma: adv, constants={"gama": 3.0, "gamma": 1.0})}, "mean gamma"),
-        ({"shaping": Shaping("x", None)}, "shaping 'x' must have a function of yours, got at=None"),
+        ({"shaping": Shaping("x", None)}, "shaping 'x' must have a custom function, got at=None"),
         (
             {"shaping": torch.nn.Linear(1, 1)},
             r"Linear must name what it reads, got \*args, \*\*kwargs; write a",

@@ -205,7 +205,7 @@ def test_serve_by_command_ends_by_ctrl_c(tmp_path):
     [
         (["{dir}/file"], "is a file, not a run directory"),
         (["{dir}/no/where"], "no run can begin there"),
-        (["{dir}"], "other things are in it"),
+        (["{dir}"], "but has other files"),
         (["{dir}/rnu"], "did you mean {dir}/run?"),
         (["{dir}/run", "--port", "1"], "--port belongs to --serve"),
         (["{dir}/run", "--serve", "--port", "70000"], "must be from 0 to 65535"),

@@ -93,7 +93,7 @@ def test_a_refused_reading_explains_nothing(run):
     explanation = explain(run)
     assert explanation["explained"] == 8
     run.append("metrics", *({**row(t, 0.0, **CHANGES), "entropy/refused": t} for t in range(17, 30)))
-    assert "13 readings were refused, and explain nothing; run `isentropic audit`" in verdict(explain(run, "17:29"))
+    assert "13 readings were refused and are not explained; run `isentropic audit`" in verdict(explain(run, "17:29"))
 
 
 def test_precision_is_blamed_if_it_moves_entropy(run):

@@ -69,7 +69,7 @@ def test_pass_at_k_errors():
             pass_at_k(4, c, 1)
     with pytest.raises(ValueError, match="must be integers, got int64, float64, int64"):
         pass_at_k(4, 0.5, 1)
-    with pytest.raises(ValueError, match="draw more or lower k"):
+    with pytest.raises(ValueError, match="draw more, or lower k"):
         pass_at_k(np.array([4, 2]), np.array([1, 1]), 3)
 
 

@@ -222,10 +222,10 @@ def test_nothing_held_out_is_trained_on(caplog):
         return Task("t", "", lambda s: rows[0], lambda: rows[1], lambda c: True, str, 4)
 
     assert training_rows(task(["a  b", "c"], ["A b\n"]), 0) == [{"prompt": "c"}]
-    assert "1 of 2 rows to train on are held out too" in caplog.text
+    assert "1 of 2 training rows are held out too" in caplog.text
     other = task(["x"], ["c"])
     assert training_rows(task(["c", "d"], ["e"]), 0, [other]) == [{"prompt": "d"}]
-    with pytest.raises(ValueError, match="all 1 rows to train on are held out too, nothing is left"):
+    with pytest.raises(ValueError, match="all 1 training rows are held out too, and none is left"):
         training_rows(task(["a"], ["a"]), 0)
 
 

@@ -104,7 +104,7 @@ BAD_ANSWERS = [
     (None, "got null, must be a text or a number; leave the row out"),
     (float("nan"), "got nan, must be a text or a number; leave the row out"),
     (float("inf"), "got inf, must be a text or a number"),
-    (["1"], "got a list of 1, must be a text or a number; write one text a row"),
+    (["1"], "got a list of 1, must be a text or a number; write one text per row"),
     ({"ground_truth": "1"}, "got an object with ground_truth, .*; name a field of it, such as answer.ground_truth"),
     ("a \ud800 b", "got a lone surrogate, half of a character, at position 2"),
     ("  ", "has an empty 'answer'"),
@@ -161,7 +161,7 @@ def test_bytes_and_dates_of_parquet_are_refused(tmp_path):
         with pytest.raises(ValueError, match=f"row 1: answer: got a value of {says}, must be a text or a number"):
             load_task(f"file:{tmp_path}/a.parquet").heldout()
     (tmp_path / "b.parquet").write_text("no parquet\n")
-    with pytest.raises(ValueError, match=r"b.parquet is no Parquet: .*; write it anew"):
+    with pytest.raises(ValueError, match=r"b.parquet is not Parquet: .*; write it again"):
         load_task(f"file:{tmp_path}/b.parquet").heldout()
 
 
@@ -186,7 +186,7 @@ def test_a_misspelt_column_is_not_replaced(tmp_path):
 
 def test_a_prompt_with_two_answers_is_refused(tmp_path):
     message = refused(tmp_path, [*plain(), {"prompt": "7+1?", "answer": "9"}])
-    assert "rows 8 and 31 have one prompt and two answers, '8' and '9'; a prompt must have one answer" in message
+    assert "rows 8 and 31 have the same prompt and two answers, '8' and '9'; a prompt must have one answer" in message
     # Two spellings of one answer are one.
     _, rows = load(tmp_path, [*plain(), {"prompt": "7+1?", "answer": "8.0"}], ":verifier=numeric")
     assert len(rows) == 31
@@ -262,7 +262,7 @@ wrong_gold = make([{"prompt": "Say b", "word": "b"}], gold=lambda row: "c")
         ("no_prompt", "row 1: got the prompt None, must be a dict with a prompt"),
         ("no_text", "row 1: got the prompt 7, must be"),
         ("none", "TypeError: 'NoneType' object is not iterable"),
-        ("fails", r"cannot be loaded: KeyError: 'no such thing' \(.*own_rows.py, line 8\); mend that file"),
+        ("fails", r"cannot be loaded: KeyError: 'no such thing' \(.*own_rows.py, line 8\); correct that file"),
     ],
 )
 def test_rows_of_a_task_of_ones_own(tmp_path, name, says):

@@ -30,9 +30,9 @@ def test_rows_come_in_order_and_every_one_is_judged_by_its_own_task():
 def test_tasks_in_order_must_ask_alike():
     chat = Task("c", "", lambda s: [{"prompt": [{"role": "user", "content": "a"}]}], list, lambda c: True, str, 4)
     text = Task("t", "", lambda s: [{"prompt": "a"}], list, lambda c: True, str, 4)
-    with pytest.raises(ValueError, match="c and t need prompts of one form"):
+    with pytest.raises(ValueError, match="c and t need prompts of the same form"):
         in_order([chat, text], [2, 2]).train(0)
-    with pytest.raises(ValueError, match="t and c need prompts of one form"):
+    with pytest.raises(ValueError, match="t and c need prompts of the same form"):
         in_order([text, empty, chat], [2, 2, 2]).train(0)
 
 

@@ -1,4 +1,4 @@
-"""The command line: the only package that knows it."""
+"""The command line."""
 
 from .main import main
 

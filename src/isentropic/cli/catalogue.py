@@ -124,7 +124,7 @@ def _constants(component: Component) -> str:
 
 
 def tasks() -> str:
-    """Tasks by name, what may be asked of an expression, sequences, and the generators of reasoning-gym.
+    """Tasks by name, properties of an expression, sequences, and the generators of reasoning-gym.
 
     Example:
         >>> print(tasks()[:14])

@@ -1,4 +1,4 @@
-"""`isentropic compare`: run a grid, or put runs side by side."""
+"""`isentropic compare`: run a grid, or compare runs."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def add_to(commands: Any) -> None:
         commands,
         "compare",
         compare,
-        "run recipes x tasks x seeds, or put runs side by side",
+        "run recipes x tasks x seeds, or compare runs",
         "Run the missing cells of a grid, then print which method is better and how sure that is. Finished cells never "
         "run again.",
     )
-    parser.add_argument("paths", nargs="*", metavar="GRID.toml | RUN", help="a grid, or directories of ended runs")
-    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="recipes, or a choice among the grid's cells")
+    parser.add_argument("paths", nargs="*", metavar="GRID.toml | RUN", help="a grid, or directories of finished runs")
+    parser.add_argument("--recipes", nargs="+", metavar="NAME", help="recipes, or some of the grid's cells")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help="tasks [the grid's, or expr]")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="seeds [the grid's, or 0]")
     parser.add_argument("--set", nargs="+", metavar="KEY=VALUE", default=[], help="settings of train for every run")
     parser.add_argument("--baseline", help="a cell; the others' probability of improvement over it is printed")
-    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each [one a core]")
+    parser.add_argument("--jobs", type=int, help="runs at a time, one thread each [one per core]")
     parser.add_argument("--out", help="directory of the run directories [runs/GRID]")
     parser.add_argument(
-        "--results", help="file with a line a finished run, compressed if it ends in .gz [OUT/results.jsonl]"
+        "--results", help="file with a line per finished run, compressed if it ends in .gz [OUT/results.jsonl]"
     )
     parser.add_argument("--only-table", action="store_true", help="run nothing: tabulate the finished runs")
     parser.add_argument("--dry-run", action="store_true", help="check every cell, list them, stop")

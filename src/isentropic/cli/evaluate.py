@@ -23,8 +23,8 @@ def add_to(commands: Any) -> None:
     )
     parser.add_argument("--task", help="the task [the first run's]")
     parser.add_argument("--step", type=int, help="of a run: the checkpoint after this optimizer step [the last]")
-    parser.add_argument("--k", type=int, help="samples a prompt [the first run's, or 16]")
-    parser.add_argument("--limit", type=int, help="prompts: the first so many [the first run's, or 180]")
+    parser.add_argument("--k", type=int, help="samples per prompt [the first run's, or 16]")
+    parser.add_argument("--limit", type=int, help="number of prompts, from the first on [the first run's, or 180]")
     parser.add_argument("--seed", type=int, help="of sampling [the first run's, or 0]")
     parser.add_argument("--temperature", type=float, help="of sampling [the first run's, or 1]")
     parser.add_argument(
@@ -48,7 +48,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of weights [the run's, or as they were saved]"
     )
-    parser.add_argument("--out", help="append a row a model, with the counts by prompt, to this JSONL file")
+    parser.add_argument("--out", help="append a row per model, with the counts by prompt, to this JSONL file")
     parser.add_argument("--json", action="store_true", help="print the rows, with the frontiers, as JSON")
 
 

@@ -1,4 +1,4 @@
-"""What the machine refuses, in one line: paths that cannot be used, and a disk that is full."""
+"""Errors of the machine in one line: paths that cannot be used, and a full disk."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def failure(error: BaseException) -> Failure | None:
     if full is not None:
         where = f" ({full.filename})" if isinstance(full, OSError) and full.filename else ""
         return Failure(
-            f"the disk is full{where}; what was written before is whole: free some space and run it again, "
-            "a run that has begun by train --resume",
+            f"the disk is full{where}; what was written before is intact: free some space and run it again, "
+            "or continue a run by train --resume",
             1,
         )
     if isinstance(error, OSError) and error.errno in _PATHS and error.filename is not None:
-        return Failure(f"{error.strerror}: {_short(error.filename)}; name another path, or mend its permissions", 2)
+        return Failure(f"{error.strerror}: {_short(error.filename)}; name another path, or correct its permissions", 2)
     return None
 
 

@@ -36,15 +36,15 @@ def add_to(commands: Any) -> None:
         "--task", required=True, help="an environment that gives advice, such as textworld:..., or a sequence of such"
     )
     parser.add_argument(
-        "--then", action="append", default=[], help="another one, shown together with the first; may be repeated"
+        "--then", action="append", default=[], help="another one, trained on together with the first; may be repeated"
     )
     parser.add_argument("--out", required=True, help="the model directory")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps [200]")
-    parser.add_argument("--batch", type=int, default=16, help="demonstrations a step [16]")
+    parser.add_argument("--batch", type=int, default=16, help="demonstrations per step [16]")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW at its peak [0.003]")
     parser.add_argument("--noise", type=float, default=0.3, help="share of actions drawn at random [0.3]")
     parser.add_argument("--variants", type=int, default=16, help="demonstrations of each training row [16]")
-    parser.add_argument("--rows", type=int, help="training rows of each task that are used: the first so many [all]")
+    parser.add_argument("--rows", type=int, help="number of training rows used of each task, from the first on [all]")
     parser.add_argument("--eval-k", type=int, default=4, help="episodes of each held-out row at the end [4]")
     parser.add_argument("--seed", type=int, default=0, help="of weights, noise and order [0]")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the weights [float32]")
@@ -114,6 +114,6 @@ def warmup(args: dict[str, Any]) -> int:
 
 
 def _task_names(given: list[str]) -> list[str]:
-    """The names of single tasks, each once; a sequence stands for its tasks."""
+    """The names of single tasks, each once; a sequence counts as its tasks."""
     names = [name for task in given for name in (SEQUENCES[task].tasks if task in SEQUENCES else (task,))]
     return list(dict.fromkeys(names))

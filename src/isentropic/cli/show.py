@@ -1,4 +1,4 @@
-"""`isentropic explain`, `isentropic report` and `isentropic watch`: what a run directory shows."""
+"""`isentropic explain`, `isentropic report` and `isentropic watch`: views of a run directory."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .parser import add_command
 def add_to(commands: Any) -> None:
     """Add the commands."""
     parser = add_command(commands, "explain", explain, "what moved the entropy of a run")
-    parser.add_argument("run", metavar="RUN", help="run directory, of a run that has ended or not")
+    parser.add_argument("run", metavar="RUN", help="run directory; the run need not have ended")
     parser.add_argument("--steps", metavar="A:B", help="optimizer steps, both ends included [all]")
     parser.add_argument("--json", action="store_true", help="the figures for a program")
     parser = add_command(commands, "report", report, "one page that shows runs, for any browser")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or directories of them")
     parser.add_argument("-o", "--out", help="the HTML file [RUN/report.html; report.html for several]")
     parser = add_command(commands, "watch", watch, "follow a run while it trains; q quits")
-    parser.add_argument("run", metavar="RUN", help="run directory, of a run that may not have started yet")
+    parser.add_argument("run", metavar="RUN", help="run directory; the run need not have started")
     parser.add_argument("--once", action="store_true", help="print one picture and stop")
-    parser.add_argument("--serve", action="store_true", help="serve the report on this machine, refreshed meanwhile")
+    parser.add_argument("--serve", action="store_true", help="serve the report on this machine, and refresh it")
     parser.add_argument("--port", type=int, help="of --serve [a free one]")
 
 
@@ -59,7 +59,7 @@ def report(args: dict[str, Any]) -> int:
 
 
 def watch(args: dict[str, Any]) -> int:
-    """Show a run until it is quit."""
+    """Show a run until the user quits."""
     from ..report.watch import serve, watch
 
     port = args["port"]

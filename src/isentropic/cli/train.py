@@ -90,7 +90,7 @@ def audit(args: dict[str, Any]) -> int:
 
 
 def _settings_to_resume(out: str | None, path: str | None) -> dict[str, Any] | None:
-    """The settings of a run directory, by default the latest one under runs/; None where nothing was begun."""
+    """The settings of a run directory, by default the latest one under runs/; None if there is no run."""
     if path is not None and out is None:
         raise ConfigError("--resume and a file: name the run directory too, by --out, or leave the file out")
     if out is None:
@@ -114,7 +114,7 @@ def _refuse_strangers(record: Record) -> None:
         raise ConfigError(f"--out: {record.path} is a file; name a directory that is new or empty")
     if strangers := record.strangers():
         raise ConfigError(
-            f"--out: {record.path} holds no run, and other things are in it, such as {strangers[0]}; "
+            f"--out: {record.path} holds no run but has other files, such as {strangers[0]}; "
             "name a directory that is new or empty"
         )
 

@@ -217,9 +217,9 @@ def fit(worth: float = 0.5, memory: float = 100.0, sure: float = 2.0) -> Rule:
     return Rule(
         step,
         (
-            "a nat less buys {0:.2f} of reward, and is worth {1:g}",
-            "the fit is not believed, its slope is {0:.1f} standard errors",
-            "a nat less buys {0:.2f} of reward, which is less than {1:g}",
+            "one nat less buys {0:.2f} of reward, and is worth {1:g}",
+            "the fit is not significant, its slope is {0:.1f} standard errors",
+            "one nat less buys {0:.2f} of reward, which is less than {1:g}",
         ),
     )
 
@@ -294,7 +294,7 @@ def auto(
             "give shares such as floor=30%:start=60%"
         )
     if not 0 < rate <= 1:
-        raise ValueError(f"rate of an automatic target must lie in (0, 1] a reading, got {rate:g}; 0.002 is usual")
+        raise ValueError(f"rate of an automatic target must lie in (0, 1] per reading, got {rate:g}; 0.002 is usual")
 
     def init() -> AutoState:
         return AutoState(share=start)

@@ -181,7 +181,7 @@ def multiplicative(knob: Range, rate: float = 0.05) -> Controller:
     """
     knob.check()
     if not 0 < rate < math.inf:
-        raise ValueError(f"rate must be > 0 and finite, got {rate}; 0.05 means 5 % an update")
+        raise ValueError(f"rate must be > 0 and finite, got {rate}; 0.05 means 5 % per update")
     low = max(knob.low, knob.least)
     knob = knob._replace(low=low, start=max(knob.start, low))
 
@@ -339,8 +339,8 @@ def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05, delay: float
     a small integral gain settle without ringing.
 
     f is 1 if the controller acts at every step. Over n steps a knob moves entropy n times as far, and the mean that it
-    answers is old by half as many. If the whole range moves entropy by a share a of its target in a step, an update
-    removes ``a·n·gain/f`` of the error: below 0.34 it comes back without a swing, from 2 on it rings from bound to
+    answers is old by half as many. If the whole range moves entropy by a share a of its target per step, an update
+    removes ``a·n·gain/f`` of the error: below 0.34 it comes back without a swing, from 2 on it oscillates from bound to
     bound. f keeps it below ``a/0.06`` for any n, 0.67 at 4 % a step; the loop is then f times as slow, and the sum
     (3 + f)/4 times, so that its swings stay damped. ``delay`` is what the readings do not show: optimizer steps from a
     knob to its effect, as momentum or an engine that samples ahead makes them.

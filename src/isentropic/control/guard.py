@@ -1,4 +1,4 @@
-"""A guard against entropy that explodes: a pure pair over the readings, as a controller is."""
+"""A guard against exploding entropy: a pure pair over the readings, like a controller."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class GuardState(NamedTuple):
 class Guard(NamedTuple):
     """Says when entropy has been above ``bound`` times its reference for ``patience`` optimizer steps in a row.
 
-    The reference is the larger of the target in force and the entropy of the first step, so that a run which is led
+    The reference is the larger of the target in force and the entropy of the first step, so that a run which is steered
     down to a low target is not mistaken for one that explodes.
 
-    No policy exceeds log of the vocabulary, so a bound above that would never be. Where it is known, as ``ceiling``,
+    No policy exceeds the log of the vocabulary, so a bound above that would have no effect. If ``ceiling`` is known,
     the limit is at most nine tenths of it, unless the reference is itself as high: such a policy is uniform already.
 
     Attributes:

@@ -33,7 +33,7 @@ class Target(NamedTuple):
         level: H* in force, nats per token; None while the start is being measured.
         hold: whether the knob must not move although a reading came in.
         reads_groups: whether ``update`` takes the group facts.
-        why: why the level is where it is, for people; None if it moves by no evidence.
+        why: the reason for the current level, as text; None if it does not depend on the run.
     """
 
     init: Callable[[], Any]
@@ -87,7 +87,7 @@ def feasible(nats: float, vocabulary: int | None = None) -> float:
     if nats > MAX_NATS:
         share = f"; did you mean {nats:g}%?" if nats <= 100 * MAX_SHARE else "; 0.2 to 2 nats are usual"
         raise ValueError(
-            f"an entropy level is at most {MAX_NATS:g} nats a token in any vocabulary, got {nats:g}{share}"
+            f"an entropy level is at most {MAX_NATS:g} nats per token in any vocabulary, got {nats:g}{share}"
         )
     if vocabulary is not None and nats >= math.log(vocabulary):
         raise ValueError(
@@ -98,7 +98,7 @@ def feasible(nats: float, vocabulary: int | None = None) -> float:
 
 
 def parse_level(text: str, vocabulary: int | None = None) -> Level:
-    """``"0.8"`` is 0.8 nats a token; ``"80%"`` is a share of the initial entropy.
+    """``"0.8"`` is 0.8 nats per token; ``"80%"`` is a share of the initial entropy.
 
     A share may be up to 200 %: entropy can rise, but training lowers it, so that a target above the start is held
     against the reward, and at three times the start the guard stops a run. More than that can be written in nats.
@@ -108,7 +108,7 @@ def parse_level(text: str, vocabulary: int | None = None) -> Level:
         vocabulary: number of tokens that the model chooses from, if known: a level in nats must be below its log.
 
     Raises:
-        ValueError: anything else; a level that is not positive, or cannot be had.
+        ValueError: anything else; a level that is not positive, or is out of reach.
 
     Example:
         >>> parse_level("80%")
@@ -116,7 +116,7 @@ def parse_level(text: str, vocabulary: int | None = None) -> Level:
         >>> parse_level("80")
         Traceback (most recent call last):
         ...
-        ValueError: an entropy level is at most 20 nats a token in any vocabulary, got 80; did you mean 80%?
+        ValueError: an entropy level is at most 20 nats per token in any vocabulary, got 80; did you mean 80%?
     """
     share = text.strip().endswith("%")
     try:

@@ -1,4 +1,4 @@
-"""A plant to try a controller on, in milliseconds: an entropy that answers a knob, read with noise.
+"""A simulated plant for trying out a controller: an entropy that responds to a knob, read with noise.
 
 Relative to the target, with ``u`` the knob in its range (``u = (knob − rest)/(high − low)``), a step does
 ``H ← H + ρ·(a·sign·u(t − delay, lagged) − fall + wander·ξ)``, ρ the learning rate as a share of its peak, and what is
@@ -24,16 +24,16 @@ class Plant(NamedTuple):
     """What the knob acts on; shares are of the target.
 
     Attributes:
-        authority: how far the whole range of the knob moves entropy in a step, a share.
-        fall: what entropy loses in a step with the knob at rest, a share.
+        authority: how far the whole range of the knob moves entropy per step, a share.
+        fall: how much entropy falls per step with the knob at rest, a share.
         noise, wander: standard deviations, of a reading and of a step, shares.
         lag: steps over which the effect of a knob builds up, as an optimizer's momentum makes it; 1 at once.
         delay: steps until the effect begins.
         turns_at: step from which the knob does the opposite of its sign.
         start: entropy before the first step, a share.
-        forecast_every: a reading in so many carries a predicted change; 0 none.
+        forecast_every: readings from one predicted change to the next; 0 for none.
         scale: measured change per predicted change.
-        explained: share of the fall that the prediction knows.
+        explained: share of the fall that is predicted.
         warm_up: steps over which the learning rate rises from 0 to its peak.
         decays_at: step at which it has fallen to 0, linearly from the end of the warm-up; it stays at its peak if None.
     """
@@ -126,7 +126,7 @@ def run(
 
 
 def rms_error(rows: list[Step], after: int = 200) -> float:
-    """Root mean square of ``(H − H*)/H*``, entropy without the noise of readings, from a step on.
+    """Root mean square of ``(H − H*)/H*`` from a step on, with entropy before the noise of readings.
 
     Example:
         >>> rms_error([Step(1.3, EntropyReading(1.3, 1.0), 0.0), Step(0.7, EntropyReading(0.7, 1.0), 0.0)], after=0)

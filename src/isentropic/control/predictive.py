@@ -1,4 +1,4 @@
-"""What the controller ``predictive`` knows between its updates: Kalman filters in plain numbers, one for a delay.
+"""The state of the controller ``predictive`` between its updates: Kalman filters in plain numbers, one per delay.
 
 Three unknowns, ``x = (Ĥ, s, d)``: the entropy, the slope of measured on predicted change, and the drift of a step that
 no prediction explains. In a step ``Ĥ ← Ĥ + ρ·(s·(p₀ + g·u) + d)``, u the knob ``delay`` steps before, ρ the learning
@@ -24,7 +24,7 @@ class Forecast(NamedTuple):
     """What ``entropy.prediction`` predicted over the optimizer steps since the last update.
 
     Attributes:
-        change: Σ predicted entropy change, nats per token, with the knob as it stood.
+        change: Σ predicted entropy change, nats per token, with the knob as it was.
         gain: Σ its derivative by the knob.
         steps: optimizer steps that carried a prediction; 0 if none did.
         readings: optimizer steps in all.
@@ -43,10 +43,10 @@ class Filter(NamedTuple):
 
     Attributes:
         delay: optimizer steps from a knob to its effect.
-        entropy, slope, drift: nats; measured per predicted change; nats a step that no prediction explains.
+        entropy, slope, drift: nats; measured per predicted change; nats per step that no prediction explains.
         hh, hs, hd, ss, sd, dd: covariance of these three, by their first letters but for the entropy's h.
         noise: variance of a reading, nats².
-        evidence: log-likelihood of the readings, the older ones for less.
+        evidence: log-likelihood of the readings, with less weight for older ones.
     """
 
     delay: int
@@ -84,7 +84,7 @@ class PredictiveState(NamedTuple):
         filters: the fields of a :class:`Filter` for each delay; none before the first reading.
         updates: how often it was updated with a forecast.
         base, gain: running means of the prediction of one step with the knob at 0, and of its derivative by the knob.
-        unit: the slope at which the whole range of the knob moves entropy by ``AUTHORITY`` of the target a step.
+        unit: the slope at which the whole range of the knob moves entropy by ``AUTHORITY`` of the target per step.
     """
 
     value: float
@@ -100,7 +100,7 @@ class PredictiveState(NamedTuple):
         return [Filter(*fields) for fields in self.filters]  # type: ignore[arg-type]
 
     def best(self) -> Filter:
-        """The filter that the readings speak for."""
+        """The filter that fits the readings best."""
         return max(self.estimates(), key=lambda one: one.evidence)
 
     def moves(self, knobs: tuple[float, ...], pace: float) -> list[float]:
@@ -117,7 +117,7 @@ def follow(
     sign: int,
     delays: tuple[int, ...],
 ) -> PredictiveState:
-    """The estimates as they stand after a reading and the steps that it was taken over; the knob is as it was.
+    """The estimates after a reading and the steps that it was taken over; the knob is as it was.
 
     Args:
         state: of the controller; its ``past`` is as long as the longest delay.

@@ -1,6 +1,6 @@
-"""What entropy is held at: pure pairs ``init() -> TargetState``, ``update(state, entropy, tokens) -> TargetState``.
+"""Targets of entropy: pure pairs ``init() -> TargetState``, ``update(state, entropy, tokens) -> TargetState``.
 
-A target is told every reading. ``level(state)`` is H*, nats per token, or ``None`` while the start is still being
+A target gets every reading. ``level(state)`` is H*, nats per token, or ``None`` while the start is still being
 measured; ``hold(state)`` is true if the knob must not move although a reading came in. A target that finds its level
 from the run is in :mod:`isentropic.control.auto`.
 """
@@ -88,7 +88,7 @@ def anneal(start: Level, end: Level, steps: int, first: int = 1) -> Target:
 
 
 def band(low: Level, high: Level, first: int = 1) -> Target:
-    """Leave entropy alone inside ``[low, high]``; once it leaves, steer until it has come back to the middle.
+    """Leave entropy alone inside ``[low, high]``; if it leaves the band, steer until it is back at the middle.
 
     The hysteresis keeps a controller from chattering at an edge. ``level`` is the middle.
 
@@ -225,7 +225,7 @@ def parse_target(
             one that is a share is nats only once the start is measured, and :func:`feasible` checks it then.
 
     Raises:
-        ValueError: with what was got and the forms that are allowed; a level that cannot be had.
+        ValueError: with what was got and the forms that are allowed; a level that is out of reach.
 
     Example:
         >>> t = parse_target("anneal:100%:50%:10")

@@ -1,6 +1,6 @@
-"""The closed loop: a controller and a target joined into one pure pair ``init()``, ``update(state, reading)``.
+"""The control loop: a controller and a target joined into one pure pair ``init()``, ``update(state, reading)``.
 
-An engine, or a hand-written loop, hands in one :class:`~isentropic.types.EntropyReading` an optimizer step and reads
+An engine, or a hand-written loop, passes one :class:`~isentropic.types.EntropyReading` per optimizer step and reads
 ``state.value``, the knob of the next step. A refused reading never moves the knob: it is counted in ``state.refused``.
 """
 
@@ -63,7 +63,7 @@ class Thermostat(NamedTuple):
         restore: the state from what :func:`to_json` made of it.
         steers: whether the knob follows readings at this state: not while the target holds it, and never if the
             controller goes by none.
-        why: why the target is where it is, for people; empty if it moves by no evidence.
+        why: the reason for the current target, as text; empty if the target does not depend on the run.
     """
 
     init: Callable[[], ThermostatState]
@@ -90,7 +90,7 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
             caller says ``act=True``, which engines do at the end of a generation batch (REPO's published rule).
 
     Returns:
-        ``update(state, reading, act=True)``. The target hears every accepted reading. A controller that counts is told
+        ``update(state, reading, act=True)``. The target gets every accepted reading. A controller that counts is told
         how many the mean is of, one that forecasts gets their predictions; one that is not finite is left out.
 
     Raises:

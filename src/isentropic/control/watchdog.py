@@ -1,7 +1,7 @@
 """A watchdog over the knob: a pure pair over the readings that says when a controller can do no more, and why.
 
-A controller that pushes and does not arrive stands at a bound. Either the knob is too weak there, or the target cannot
-be had, or the sign of the knob's effect has turned round, and then the controller stands at the wrong bound for good.
+A controller that cannot reach its target ends at a bound. Either the knob is too weak there, or the target is out of
+reach, or the knob's effect has changed its sign, and then the controller stays at the wrong bound.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ DEVIATIONS = 4.0  # of the fitted slope from 0
 
 
 class WatchdogState(NamedTuple):
-    """Plain numbers of the stay at a bound.
+    """State of the watchdog: plain numbers about the time at a bound.
 
     Attributes:
         side: of the bound: 1 upper, -1 lower, 0 while the knob is at neither or the error does not push against it.
-        steps: in a row there.
+        steps: in a row at the bound.
         value: of the knob.
         target: in force, nats per token.
         first, recent: entropy of its first reading, and the mean of about the last ten, nats per token.
         sum, weighted, squares: Σ x, Σ i·x and Σ x² over its readings i = 0, 1, …, x their distance from the first.
         predicted, gain: Σ predicted change, and Σ of its derivative by the knob.
         forecasts: optimizer steps that carried a prediction.
-        due: 1 if there is something to say at this step.
-        next: steps at which it is said next; it doubles, so that a long stay does not fill the log.
-        turned: 1 once it was said in this stay that the effect has turned round.
+        due: 1 if a message is due at this step.
+        next: steps at which the next message is due; it doubles, so that the log does not fill up.
+        turned: 1 after a message in this stay that the effect has changed its sign.
     """
 
     side: int = 0
@@ -72,12 +72,12 @@ class WatchdogState(NamedTuple):
 class Watchdog(NamedTuple):
     """Says that a knob has been at the bound that its error pushes against for ``patience`` optimizer steps in a row.
 
-    It says sooner, after 20 steps, that the effect of the knob has turned round, where predictions tell it: entropy has
-    clearly moved away from its target (by a tenth of it, and four standard errors of the fitted slope) although they
-    had it come nearer. Without predictions the declared sign is all there is, and a knob whose effect has turned
-    round cannot be told from one that is too weak: both are named, at ``patience``.
+    With predictions it says already after 20 steps that the effect of the knob has changed its sign: entropy has
+    clearly moved away from its target (by a tenth of it, and four standard errors of the fitted slope) although it was
+    predicted to come nearer. Without predictions only the declared sign is known, and a knob whose effect has changed
+    its sign looks like one that is too weak: both are named, at ``patience``.
 
-    An entropy that is within 5 % of its target, or gets there in ``patience`` steps at its rate, is no reason to warn.
+    It does not warn if entropy is within 5 % of its target, or gets there in ``patience`` steps at its rate.
 
     Attributes:
         knob: its name.
@@ -91,7 +91,7 @@ class Watchdog(NamedTuple):
         >>> for entropy in (0.70, 0.71, 0.70):
         ...     state = dog.update(state, EntropyReading(entropy, 1.0), target=1.0, value=1.0)
         >>> print(dog.message(state))
-        knob zeta has been at its upper bound 1 for 3 optimizer steps in a row: entropy is 0.7 nats a token, its
+        knob zeta has been at its upper bound 1 for 3 optimizer steps in a row: entropy is 0.7 nats per token, its
         target 1, and this bound does not raise it further; lower the target, widen the range by knob_high, or turn
         another knob
     """
@@ -127,14 +127,14 @@ class Watchdog(NamedTuple):
         return self._said(_longer(state, side, reading, target, value, self.patience))
 
     def message(self, state: WatchdogState) -> str | None:
-        """What there is to say at this step: knob, bound, entropy, target and ways out, in one line; else None."""
+        """The message of this step: knob, bound, entropy, target and remedies, in one line; None if none is due."""
         if not state.due:
             return None
         upper, below = state.side > 0, state.target > state.recent
         wanted, got = ("raise", "falling") if below else ("lower", "rising")
         text = (
             f"knob {self.knob} has been at its {'upper' if upper else 'lower'} bound {state.value:g} for {state.steps} "
-            f"optimizer steps in a row: entropy is {state.recent:.3g} nats a token, its target {state.target:.3g}, "
+            f"optimizer steps in a row: entropy is {state.recent:.3g} nats per token, its target {state.target:.3g}, "
         )
         reached = (
             f"{'lower' if below else 'raise'} the target, widen the range by {'knob_high' if upper else 'knob_low'}"
@@ -142,18 +142,18 @@ class Watchdog(NamedTuple):
         back = f"keep the knob where it works by a {'lower knob_high' if upper else 'higher knob_low'}"
         if self._turned(state):
             how = f"and it is {got} although a change of {state.predicted:+.3g} was predicted over these steps"
-            why = "the knob's effect has turned round here, or is less than something that predictions do not see"
+            why = "the knob's effect has changed sign here, or is smaller than something that predictions do not see"
             return f"{text}{how}: {why}; {back}, {reached}, or turn another knob"
         if self._predicted_turned(state):
-            how = "and predictions give the knob the opposite of its sign: its effect has turned round here"
+            how = "and predictions give the knob the opposite of its sign: its effect has changed sign here"
             return f"{text}{how}; {back}, or turn another knob"
         if self._away(state):
             how = f"and it is {got} although this bound should {wanted} it"
-            why = "the knob is too weak, or its effect has turned round here"
+            why = "the knob is too weak, or its effect has changed sign here"
             return f"{text}{how}: {why}; {reached}, {back}, or turn another knob"
         if self._moved(state):
             left = (state.target - state.recent) / state.rate()[0]
-            return f"{text}about {left:.0f} more steps away at the rate of these; wait, {reached}, or turn another knob"
+            return f"{text}about {left:.0f} more steps away at this rate; wait, {reached}, or turn another knob"
         return f"{text}and this bound does not {wanted} it further; {reached}, or turn another knob"
 
     def _side(self, value: float) -> int:

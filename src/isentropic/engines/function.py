@@ -33,7 +33,7 @@ class LossSums(NamedTuple):
         of_groups: what is known of the groups.
         sequences: sequences with a token that counts.
         calls, exact: of the loss, and those that came with entropies.
-        change: Σ of the predicted entropy change, a unit of learning rate.
+        change: Σ of the predicted entropy change, per unit of learning rate.
         gain: Σ of its derivative by the knob.
     """
 
@@ -48,13 +48,13 @@ class LossSums(NamedTuple):
 
 
 class LossControl:
-    """The controller of one process, behind the loss that an engine calls; every rank holds the same state.
+    """The controller of one process, behind the loss that an engine calls; every rank has the same state.
 
     Args:
         recipe: composed; its knob, controller and target.
-        updates: optimizer steps a generated batch, if known; after them a controller without ``every`` acts.
+        updates: optimizer steps per generated batch, if known; after them a controller without ``every`` acts.
         steps: optimizer steps of the whole run, if known.
-        over_ranks: adds a vector up over the ranks that see different tokens; ``None`` for one process.
+        over_ranks: adds up a vector over the ranks that see different tokens; ``None`` for one process.
         divided_by: what the engine divides the sum of its losses by afterwards, over a step and all ranks: ``tokens``,
             ``sequences`` or a number. Only the predicted change depends on it.
         vocabulary: number of tokens that the model chooses from, if known.
@@ -226,7 +226,7 @@ class LossControl:
     def step(
         self, reading: EntropyReading | None = None, rate: float | None = None, act: bool | None = None
     ) -> dict[str, Any]:
-        """End an optimizer step: add up all ranks and move the knob. Every rank calls it, also one that had no loss.
+        """End an optimizer step: add up all ranks and move the knob. Every rank calls it, even if it had no loss.
 
         Args:
             reading: entropy of the step over all ranks, in place of that of the losses, if the engine has a better one.
@@ -273,11 +273,11 @@ class LossControl:
         return reading._replace(predicted=scale * sums.change, gain=scale * sums.gain, steps=1)
 
     def state_dict(self) -> dict[str, Any]:
-        """What goes into a checkpoint, as JSON; take it between two steps."""
+        """The state for a checkpoint, as JSON; take it between two steps."""
         return {"step": self.steps_done, **self.loop.as_dict()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint, bit for bit; afresh, with a warning, if knob, controller or target are others.
+        """Continue from a checkpoint, bit for bit; anew, with a warning, if knob, controller or target are others.
 
         Raises:
             ValueError: it holds no state of this controller.

@@ -1,4 +1,4 @@
-"""What a step knows of the groups: sums over its completions and tokens, for targets that go by more than entropy."""
+"""Facts about the groups of a step: sums over its completions and tokens, for targets that go by more than entropy."""
 
 from __future__ import annotations
 

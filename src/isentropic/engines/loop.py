@@ -206,7 +206,7 @@ def reduce(sums: Sums, over_ranks: Callable[[Tensor], Tensor]) -> Sums:
 
 
 class ControlLoop:
-    """The controller of one process; every rank holds the same state, for it sees the same reduced readings.
+    """The controller of one process; every rank has the same state, since it sees the same reduced readings.
 
     A refused reading never moves the knob. The first one of a run raises at once, before anything is saved; ten
     in a row end the run by ``save_and_stop``. Without a knob under control a refused reading is a warning.
@@ -224,7 +224,7 @@ class ControlLoop:
     Attributes:
         state: the thermostat's, or None if nothing is under control.
         refused: readings refused in a row.
-        watched: how long the knob has been at a bound, and what entropy did meanwhile.
+        watched: how long the knob has been at a bound, and how entropy moved meanwhile.
         masked_by: the setting of the engine that may mask every token, for messages.
     """
 
@@ -264,7 +264,7 @@ class ControlLoop:
         """
         assert self.range is not None
         if not math.isfinite(value):
-            raise ValueError(f"controller of {self.recipe.knob} asks for {value}, not a finite number; mend it")
+            raise ValueError(f"controller of {self.recipe.knob} asks for {value}, not a finite number; correct it")
         return self.range.clip(float(value))
 
     @property
@@ -282,7 +282,7 @@ class ControlLoop:
         self._held_out = (self._held_out[0] + right, self._held_out[1] + count)
 
     def take_held_out(self) -> tuple[float, float]:
-        """What evaluations told since the last step, for the first micro-batch of this one to carry."""
+        """What evaluations found since the last step, for the first micro-batch of this one to carry."""
         told, self._held_out = self._held_out, (0.0, 0.0)
         return told
 
@@ -331,7 +331,7 @@ class ControlLoop:
             self.save_and_stop(f"{self.refused} entropy readings in a row were refused: {problem}")
 
     def _watch(self, before: ThermostatState, reading: EntropyReading) -> None:
-        """Warn of a knob that stands at its bound, and of a target that turned out to be above any entropy."""
+        """Warn of a knob that is at its bound, and of a target that turned out to be above any entropy."""
         assert self.thermostat is not None
         assert self.watchdog is not None
         assert self.state is not None
@@ -344,7 +344,7 @@ class ControlLoop:
             try:
                 feasible(level, self.vocabulary)
             except ValueError as error:
-                logger.warning("target %s of the measured start cannot be had: %s", self.recipe.target, error)
+                logger.warning("target %s of the measured start is out of reach: %s", self.recipe.target, error)
 
     def row(self, sums: TokenSums, reading: EntropyReading, before: ThermostatState | None) -> dict[str, Any]:
         """The row of a step for metrics.jsonl, as far as sums and the controller make it.
@@ -391,7 +391,7 @@ class ControlLoop:
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from a checkpoint; start afresh, with a warning, if it controlled nothing or something else.
+        """Continue from a checkpoint; start anew, with a warning, if it controlled nothing or something else.
 
         Raises:
             ValueError: a checkpoint that holds no state of this controller.
@@ -403,12 +403,12 @@ class ControlLoop:
             return
         self.state = self.thermostat.init()
         if saved["state"] is None:
-            logger.warning("the checkpoint was saved without control: the controller starts afresh")
+            logger.warning("the checkpoint was saved without control: the controller starts anew")
             return
         now = self.recipe.as_dict()
         changed = [name for name in ("knob", "controller", "target") if saved["recipe"][name] != now[name]]
         if changed:
-            logger.warning("%s changed since the checkpoint: the controller starts afresh", ", ".join(changed))
+            logger.warning("%s changed since the checkpoint: the controller starts anew", ", ".join(changed))
             return
         try:
             self.state = self.thermostat.restore(saved["state"])
@@ -431,9 +431,9 @@ def stop_unsaved(reason: str) -> NoReturn:
 
 
 def saved_in(folder: str | Path) -> dict[str, Any] | None:
-    """What a checkpoint holds of ours; None, with a warning, if it holds nothing."""
+    """Our part of a checkpoint; None, with a warning, if it has none."""
     path = Path(folder) / CHECKPOINT_FILE
     if path.is_file():
         return json.loads(path.read_text(encoding="utf-8"))
-    logger.warning("%s has no %s: the controller starts afresh", folder, CHECKPOINT_FILE)
+    logger.warning("%s has no %s: the controller starts anew", folder, CHECKPOINT_FILE)
     return None

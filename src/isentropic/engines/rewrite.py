@@ -22,7 +22,7 @@ CLIP_KNOBS = ("clip_low", "clip_high")
 
 
 class Rewritten(NamedTuple):
-    """What the native loss reads of a micro-batch in place of the engine's own.
+    """What the native loss reads in place of the engine's own micro-batch.
 
     Attributes:
         adv: shaped and selected advantages, ``[b t]``, or ``[b]`` if they are as they were.
@@ -73,7 +73,7 @@ def across_knob(recipe: Recipe, value: float, quantity: Callable[[Recipe], Tenso
     """The difference of a quantity across the knob under control, centred on its value.
 
     Clip bounds free tokens one by one, which are counted over half the width of the clip; everything else is smooth in
-    its knob, and a thousandth of the range to either side will do. Neither side leaves the range: the knob's formula
+    its knob, and a thousandth of the range to either side is enough. Neither side leaves the range: the knob's formula
     need not be defined there.
 
     Args:

@@ -33,15 +33,15 @@ from .terminal import best_shares, with_interval
 # figure: (title, meaning); larger is better for SCORES.
 FIGURES = {
     "entropy/error": ("H error", "RMS of (H − H*)/H* after 20 steps"),
-    "entropy/mean": ("mean H", "nats a token, mean over all optimizer steps after 20: cumulative entropy a step"),
-    "entropy/end": ("final H", "nats a token, mean over the last tenth of the steps"),
+    "entropy/mean": ("mean H", "nats per token, mean over all optimizer steps after 20: the mean over training"),
+    "entropy/end": ("final H", "nats per token, mean over the last tenth of the steps"),
     "reward/end": ("reward", "on training prompts, mean over the last tenth of the steps"),
     "greedy": ("greedy", "held-out prompts, share of right greedy answers"),
     "best_pass@1": ("best pass@1", "held-out prompts, at the policy's own best temperature"),
     "pass@1": ("pass@1", "held-out prompts, at the temperature of training"),
     "pass@4": ("pass@4", "held-out prompts"),
     "pass@K": ("pass@K", "held-out prompts, K the largest number of samples"),
-    "distinct": ("distinct", "different right answers among the samples of a held-out prompt"),
+    "distinct": ("distinct", "distinct right answers among the samples of a held-out prompt"),
     "distinct/equal": (
         "distinct at equal accuracy",
         "the most at any temperature with a pass@1 of at least the baseline's best less 0.02, or 0",

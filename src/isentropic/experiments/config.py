@@ -26,7 +26,7 @@ GROUPS = {
     "run": "the run",
     "control": "entropy control: a controller turns a knob, one number of the loss, so that the policy's entropy, in "
     "nats per token, stays at a target",
-    "recipe": "components of the recipe, each by its name in `isentropic recipes` or a function of yours, FILE.py:NAME",
+    "recipe": "components of the recipe: a name of `isentropic recipes`, or a custom function, FILE.py:NAME",
     "optimizer": "the optimizer",
     "generation": "generation",
     "model": "weights and devices",
@@ -211,7 +211,7 @@ class RunConfig:
     explain_every: int | None = _setting(
         None,
         "diagnosis",
-        "steps between two whose entropy change is explained; 0 never [1, or 10 with TRL's head]",
+        "optimizer steps between explanations of the entropy change; 0 never [1, or 10 with TRL's head]",
         low=0,
         trl="explain_every",
     )
@@ -223,16 +223,16 @@ class RunConfig:
     keep: int = _setting(2, "saving", "checkpoints kept", low=1)
 
     report_to: list[str] = _setting(  # noqa: RUF009
-        (), "saving", "a tracker that gets the metrics; may be repeated", choices=TRACKERS, trl="report_to"
+        (), "saving", "a tracker to log the metrics to; may be repeated", choices=TRACKERS, trl="report_to"
     )
     push_to_hub: str | None = _setting(
         None, "saving", "hub id, NAME or OWNER/NAME, that the trained model is pushed to", trl="hub_model_id"
     )
 
     eval_k: int = _setting(16, "evaluation", "samples per prompt; 0 skips the evaluations", low=0)
-    eval_rows: int = _setting(180, "evaluation", "prompts: the first so many", low=1)
+    eval_rows: int = _setting(180, "evaluation", "number of held-out prompts, from the first on", low=1)
     eval_every: int = _setting(
-        0, "evaluation", "optimizer steps between two evaluations along the run, with a checkpoint each; 0 none", low=0
+        0, "evaluation", "optimizer steps between evaluations during the run, each with a checkpoint; 0 for none", low=0
     )
     eval_temperatures: list[float] = _setting(  # noqa: RUF009
         (1.5, 1.0, 0.6, 0.3), "evaluation", "sampling temperatures, besides that of training; may be repeated"
@@ -240,7 +240,7 @@ class RunConfig:
 
 
 FLAGLESS = ("recipe_options",)
-# A strictly on-policy recipe takes one step a batch, unless the user sets another number.
+# A strictly on-policy recipe takes one step per batch, unless the user sets another number.
 _ON_POLICY_UPDATES = 1
 
 
@@ -459,7 +459,7 @@ class EvalSettings(NamedTuple):
 
     Attributes:
         task: its name.
-        k: samples a prompt.
+        k: samples per prompt.
         limit: prompts, from the first.
         temperature: of sampling.
         temperatures: further ones.

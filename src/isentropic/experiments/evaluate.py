@@ -121,7 +121,7 @@ def evaluate(
         model: causal, on its device.
         tokenizer: its tokenizer.
         task: the task, whose verifier judges.
-        k: samples a prompt at each temperature.
+        k: samples per prompt at each temperature.
         rows: prompts.
         temperature: of sampling, whose figures are the row's own.
         others: further temperatures, whose figures are under ``at`` by temperature.
@@ -218,7 +218,7 @@ def _judge(task: Task, row: dict[str, Any], texts: list[str]) -> _Judged:
     right = [bool(r) for r in task.reward(texts, prompts=[row["prompt"]] * len(texts), **columns)]
     answers = [task.normalise(task.cut(text)) for text in texts]
     right_answers = {answer for answer, is_right in zip(answers, right, strict=True) if is_right}
-    # An empty answer is no vote.
+    # An empty answer does not vote.
     winner = majority_vote([answer or None for answer in answers])
     majority = any(is_right and answer == winner for answer, is_right in zip(answers, right, strict=True))
     return _Judged(sum(right), len(right_answers), majority)

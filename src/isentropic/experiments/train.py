@@ -49,7 +49,7 @@ def train(
 
     Args:
         config: checked, with a run directory.
-        resume: continue from the last checkpoint that is whole; a run that was not begun begins.
+        resume: continue from the last complete checkpoint; start the run if there is none.
         say: called with lines of progress.
         write_report: called at the end, to write a page about the run; an error in it does not fail the run.
 
@@ -230,9 +230,9 @@ def _checkpoint_to_resume(record: Record, say: Callable[[str], None], is_main: b
     choice = choose(record)
     if is_main:
         if not record.begun():
-            say(f"--resume: nothing was begun in {record.path}; beginning it with the settings given here")
+            say(f"--resume: there is no run in {record.path}; starting one with the settings given here")
         elif choice.damaged:
-            taken = choice.path.name if choice.path else "step 0, as no other is whole"
+            taken = choice.path.name if choice.path else "step 0, since no other checkpoint is complete"
             say(f"--resume: continuing from {taken}; {'; '.join(choice.damaged)}")
         clear_unfinished(record)
         record.rewind(int(choice.path.name.rpartition("-")[2]) if choice.path else -1)

@@ -179,7 +179,7 @@ def mean_std(rewards: Float[Tensor, "p g"], eps: float = 1e-4) -> Float[Tensor, 
     """
     if rewards.shape[1] < 2:
         raise ValueError(
-            f"mean_std needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'mean' or 'none'"
+            f"mean_std needs at least 2 samples per prompt, got {rewards.shape[1]}; sample more or use 'mean' or 'none'"
         )
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}; 1e-4 is TRL's")
@@ -213,7 +213,7 @@ def leave_one_out(rewards: Float[Tensor, "p g"]) -> Float[Tensor, " b"]:
     """
     if rewards.shape[1] < 2:
         raise ValueError(
-            f"leave_one_out needs at least 2 samples a prompt, got {rewards.shape[1]}; sample more or use 'none'"
+            f"leave_one_out needs at least 2 samples per prompt, got {rewards.shape[1]}; sample more or use 'none'"
         )
     rewards = _scorable(rewards)
     num_scorable = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)
@@ -295,7 +295,7 @@ def pass_at_k(rewards: Float[Tensor, "p g"], pass_k: float | int) -> Float[Tenso
     k = int(pass_k)
     if k != pass_k or not 1 <= k <= rewards.shape[1]:
         raise ValueError(
-            f"pass_k must be a whole number from 1 to the {rewards.shape[1]} samples a prompt, got {pass_k}; "
+            f"pass_k must be a whole number from 1 to the {rewards.shape[1]} samples per prompt, got {pass_k}; "
             "a quarter of them is common"
         )
     rewards = _scorable(rewards)
@@ -318,6 +318,48 @@ def _share_of_draws(num_wrong: Float[Tensor, "p 1"], num: Float[Tensor, "p 1"], 
     for drawn in range(k):
         share = share * (num_wrong - drawn).clamp(min=0.0) / (num - drawn).clamp(min=1.0)
     return share
+
+
+def unlikeliness(
+    rewards: Float[Tensor, "p g"], logp_mean: Float[Tensor, "p g"], rank_penalty: float, eps: float = 1e-4
+) -> Float[Tensor, " b"]:
+    """Reward a right sample the less, the likelier it is in its group, and standardise as ``mean_std`` does.
+
+    ``R' = R·(1 − β·(n − k)/n)`` for a right sample (R > 0) of n scorable ones, k its rank by ``logp_mean``, 0 the
+    likeliest; ``A = (R' − mean_g R')/(std_g R' + eps)``
+
+    A group whose rewards are all equal gets exactly 0: ranks alone teach nothing.
+
+    Args:
+        rewards: [p g] rewards, g >= 2; NaN or infinite for a sample that is not scorable.
+        logp_mean: [p g] log-probability of each sample when it was drawn, mean over its tokens, nats.
+        rank_penalty: β, in [0, 1].
+        eps: as in ``mean_std``.
+
+    Returns:
+        [b] advantages, dimensionless.
+
+    Raises:
+        ValueError: β outside [0, 1]; g = 1.
+
+    Unlikeliness reward (arXiv:2506.02355). Its released code ranks by the mean over tokens, as here, and its weights
+    are larger by β/n.
+
+    >>> rewards, logp = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([[-1.0, -2.0, -3.0, -4.0]])
+    >>> unlikeliness(rewards, logp, 0.4, eps=0.0)  # R' = 0.6, 0.7, 0, 0: mean 0.325, std √0.1425
+    tensor([ 0.7285,  0.9934, -0.8609, -0.8609])
+    """
+    if not 0 <= rank_penalty <= 1:
+        raise ValueError(f"rank_penalty must be in [0, 1], got {rank_penalty}; 0.25 is the paper's")
+    rewards = _scorable(rewards)
+    scorable = ~rewards.isnan()
+    likely = torch.where(scorable, logp_mean.to(rewards.dtype), -math.inf)
+    rank = likely.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    num = scorable.sum(dim=1, keepdim=True).clamp(min=1)
+    weight = 1 - rank_penalty * (num - rank) / num
+    return _zero_uninformative(
+        mean_std(torch.where(rewards > 0, weight * rewards, rewards), eps).view_as(rewards), rewards
+    )
 
 
 def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int) -> Float[Tensor, " b"]:

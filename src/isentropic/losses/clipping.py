@@ -46,7 +46,7 @@ def reciprocal(clip_low: Width, clip_high: Width, facts: RatioFacts) -> tuple[Bo
 
 
 def linear(clip_low: Width, clip_high: Width, facts: RatioFacts, *, slope: float) -> tuple[Bound, Bound]:
-    """``[1 − clip_low, 1 + max(slope·p_old + clip_high, 0)]``: a likely token has less room above than a rare one.
+    """``[1 − clip_low, 1 + max(slope·p_old + clip_high, 0)]``: a likely token can rise less than a rare one.
 
     Dynamic clip thresholds (arXiv:2602.09782): ``ε_high(p) = α·p + β`` with α < 0; here β is clip_high. α is unknown
     (?), and p is the probability under the old policy, so that the bound is fixed while the token moves [ours].
@@ -62,7 +62,7 @@ def dcpo(clip_low: Width, clip_high: Width, facts: RatioFacts, *, ratio_cap: flo
     """``½ + ½√max(1 − 4·clip_low/q, 0) ≤ r ≤ min(½ + ½√(1 + 4·clip_high/q), ratio_cap)``, q the old probability.
 
     If the root is real, this is ``−clip_low ≤ (r − 1)·p_new ≤ clip_high``: it bounds the weighted change of the
-    probability instead of the ratio, which gives rare tokens more room.
+    probability instead of the ratio, which lets rare tokens change more.
 
     DCPO (arXiv:2509.02333).
 

@@ -104,7 +104,7 @@ def sequence(x: Float[Tensor, "b t"], mask: Shaped[Tensor, "b t"]) -> SumCount:
     ``(Σ_b (Σ_t x·m) / max(Σ_t m, 1), b)``
 
     A sequence without tokens adds 0 to the sum and 1 to the count, as in TRL's ``grpo`` loss. The caller must therefore
-    leave out filler rows that are no sequence at all.
+    leave out filler rows that are not sequences.
 
     Args:
         x: [b t] values, in any unit.

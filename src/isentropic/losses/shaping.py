@@ -64,7 +64,7 @@ def repo_failing(
     group_rate: Float[Tensor, " b"],
     beta: Knob,
 ) -> Float[Tensor, "b t"]:
-    """REPO where the group fails: full strength on prompts that are never solved, none on those that always are.
+    """REPO for groups that fail: full strength on prompts that are never solved, none on those that always are.
 
     ``A' = A − β·(1 − ρ)·L``, ``L = logp + H``
 
@@ -125,7 +125,7 @@ def repo_r(
     Raises:
         ValueError: unknown sign.
 
-    REPO-R (arXiv:2603.11682) [paper]; centring is offered beside it [ours].
+    REPO-R (arXiv:2603.11682) [paper]; the centred form is [ours].
 
     >>> logp = torch.tensor([[-1.0, -4.0], [-1.0, -4.0]])
     >>> repo_r(torch.tensor([1.0, -1.0]), logp, zeta=0.5)  # the last one is clamped from +1
@@ -256,7 +256,7 @@ def one_sided_reward(
 
     ρ = 1 gives −1 to every wrong answer and 0 to every right one, in groups without a right answer too; ρ = −1 gives 1
     to every right one and 0 to every wrong one. On-policy and unclipped the two have one expected gradient,
-    ``∇E[1 right] = −∇E[1 wrong]``: only the noise of the sample and the clip tell them apart [derived]. By the group,
+    ``∇E[1 right] = −∇E[1 wrong]``: they differ only in the noise of the sample and in the clip [derived]. By the group,
     in ``one_sided``, they weigh easy and hard prompts differently.
 
     Args:

@@ -148,7 +148,7 @@ def play(
         pool: environments to reuse; more are created, and added, as they are needed.
 
     Raises:
-        ValueError: a prompt that is a conversation, or that leaves no room for a line in the model's context; a
+        ValueError: a prompt that is a conversation, or that leaves no space for a line in the model's context; a
             setting of ``sampling`` that episodes make themselves.
     """
     if own := sorted(_OWN & sampling.generation_kwargs.keys()):

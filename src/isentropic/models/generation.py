@@ -140,7 +140,7 @@ def check_lengths(ids: Sequence[Sequence[int]], limit: int | None, room: int = 1
     if limit is not None and lengths and longest + room > limit:
         raise ValueError(
             f"prompt {lengths.index(longest) + 1} of {len(ids)} has {longest} tokens, and the model's context "
-            f"is {limit} (max_position_embeddings), with room for {room} more; shorten the prompt, leave it out, or "
+            f"is {limit} (max_position_embeddings), too few for {room} more; shorten the prompt, leave it out, or "
             "name a model with a longer context"
         )
 

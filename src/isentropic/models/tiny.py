@@ -8,14 +8,14 @@ The demonstrations never contain a held-out target, neither as value nor as nois
 on the others. Default settings: 166,624 parameters, fp32, 39 s and as many CPU seconds on one thread (AMD EPYC with
 AVX-512, torch 2.13). Evaluated on all held-out rows, 16 samples each at temperature 1; seeds 1 and 2 have .36 and .31:
 
-| task         | pass@1 | pass@16 | nats a token | distinct right of 16 |
-|--------------|--------|---------|--------------|----------------------|
-| `expr`       | .37    | 1.00    | 1.07         | 5.6                  |
-| `expr-digit` | .20    | .91     | 1.08         | 2.9                  |
+| task         | pass@1 | pass@16 | nats per token | distinct right of 16 |
+|--------------|--------|---------|----------------|----------------------|
+| `expr`       | .37    | 1.00    | 1.07           | 5.6                  |
+| `expr-digit` | .20    | .91     | 1.08           | 2.9                  |
 
-A policy that is always right and draws uniformly among all right answers has 0.83 nats a token there. Plain
-group-relative policy gradient on `expr`, 4 prompts x 16 samples a step at 1e-4, one seed: reward .80 in steps 401-500
-and .88 in steps 901-1000, at 0.60 and 0.44 nats a token.
+A policy that is always right and draws uniformly among all right answers has 0.83 nats per token there. Plain
+group-relative policy gradient on `expr`, 4 prompts x 16 samples per step at 1e-4, one seed: reward .80 in steps 401-500
+and .88 in steps 901-1000, at 0.60 and 0.44 nats per token.
 """
 
 import hashlib
@@ -142,7 +142,7 @@ def tiny_model(settings: TinySettings = TinySettings(), *, rebuild: bool = False
     _publish(model, settings, figures, home, rebuild=rebuild)
     if progress:
         print(
-            f"tiny model: pass@1 {figures['pass@1']:.2f}, {figures['entropy']:.2f} nats a token on held-out targets; "
+            f"tiny model: pass@1 {figures['pass@1']:.2f}, {figures['entropy']:.2f} nats per token on held-out targets; "
             f"{duration(time.monotonic() - started)}, {home}",
             file=sys.stderr,
         )
@@ -371,7 +371,7 @@ def evaluate(
     Args:
         model: on the CPU.
         task: with prompts of one length.
-        samples: g answers a row.
+        samples: g answers per row.
         rows: how many of the held-out rows, from the first; None for all.
         seed: of the sampling.
 

@@ -119,7 +119,7 @@ def warm_up(
         say: called with a line of progress every few seconds.
 
     Returns:
-        ``loss``, mean nats a token of the last tenth of the steps; ``demonstrations``; ``seconds``.
+        ``loss``, mean nats per token of the last tenth of the steps; ``demonstrations``; ``seconds``.
 
     Raises:
         ValueError: no demonstration of a task wins.
@@ -144,7 +144,7 @@ def warm_up(
         if time.monotonic() - last > LOG_EVERY:
             last = time.monotonic()
             left = (last - started) / (step + 1) * (settings.steps - step - 1)
-            say(f"warm-up step {step + 1}/{settings.steps}  loss {losses[-1]:.3f} nats a token  eta {duration(left)}")
+            say(f"warm-up step {step + 1}/{settings.steps}  loss {losses[-1]:.3f} nats per token  eta {duration(left)}")
     model.eval()
     tail = losses[-max(1, len(losses) // 10) :]
     return {"loss": sum(tail) / len(tail), "demonstrations": len(encoded), "seconds": time.monotonic() - started}

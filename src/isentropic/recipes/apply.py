@@ -1,8 +1,8 @@
-"""A recipe at work: from rewards to advantages, from a batch to a loss per token. The torch half of this package.
+"""Running a recipe: from rewards to advantages, from a batch to a loss per token. The torch half of this package.
 
-Every component is called alike: each parameter of its function is looked up by name, among what the entry fixes, the
-recipe's constants, the fields of the batch, and a few values that are derived here. Selections and shapings see a
-batch without gradients; objectives and penalties see it as it is.
+Every component is called in the same way: each parameter of its function is looked up by name, among what the entry
+fixes, the recipe's constants, the fields of the batch, and a few values that are derived here. Selections and shapings
+see a batch without gradients; objectives and penalties see it as it is.
 """
 
 from __future__ import annotations
@@ -162,16 +162,27 @@ _DERIVED: dict[str, Callable[[Recipe, TokenBatch], Any]] = {
 }
 
 
-def advantages(recipe: Recipe, rewards: Tensor) -> Tensor:
+def advantages(recipe: Recipe, rewards: Tensor, logp_mean: Tensor | None = None) -> Tensor:
     """Rewards ``[p g]`` to advantages ``[b]``, prompt by prompt, by the recipe's baseline.
 
+    Args:
+        recipe: for its baseline.
+        rewards: ``[p g]``.
+        logp_mean: ``[p g]`` log-probability of each sample when it was drawn, mean over its tokens, nats; ``None`` if
+            it is not known, which a baseline that ranks by it refuses.
+
     Raises:
-        ValueError: a baseline that returns anything else.
+        ValueError: a baseline that returns anything else, or that needs ``logp_mean``.
     """
     baseline: Component = recipe.component("baseline")
-    more = {"recipe": recipe} if "recipe" in baseline.parameters else {}
-    named = {"rewards": rewards} if "rewards" in baseline.parameters else {}
-    returned = baseline.function(**named, **baseline.options, **recipe.constants_of("baseline"), **more)
+    if "logp_mean" in baseline.parameters and logp_mean is None:
+        raise ValueError(
+            f"baseline {_name(recipe, 'baseline')} needs the log-probabilities of sampling time, got rewards alone; "
+            "use the TRL engine with several optimizer steps per generated batch, or pass logp_mean [p g]"
+        )
+    given = {"rewards": rewards, "logp_mean": logp_mean, "recipe": recipe}
+    named = {name: value for name, value in given.items() if name in baseline.parameters}
+    returned = baseline.function(**named, **baseline.options, **recipe.constants_of("baseline"))
     if not (isinstance(returned, Tensor) and returned.shape == (rewards.numel(),)):
         raise ValueError(
             f"baseline {_name(recipe, 'baseline')} must return [b] [{rewards.numel()}], prompt by prompt, "

@@ -192,11 +192,19 @@ RECIPES: dict[str, Recipe] = {
         "pass@k training arXiv:2508.10751, analytic form; k = 4 [ours]",
         baseline="pass_at_k",
     ),
+    "unlikeliness": _on(
+        "grpo",
+        "R·(1 − 0.25·(n−k)/n) in place of R for right answers, k the rank by probability in the group, token mean",
+        "unlikeliness reward arXiv:2506.02355; the mean log-probability ranks, as in its released code, whose weights "
+        "are larger by 0.25/n; without its KL term of 0.1",
+        baseline="unlikeliness",
+        reduction="token",
+    ),
     "nsr": _on(
         "grpo",
         "A = −1 for wrong answers, 0 for right ones, token mean",
-        "negative-sample reinforcement arXiv:2506.01347, released code; its entropy bonus of 0.001 left out, divided by "
-        "the tokens of right answers too [ours]",
+        "negative-sample reinforcement arXiv:2506.01347, released code; its entropy bonus of 0.001 left out, the mean "
+        "over right answers' tokens too [ours]",
         baseline="signed",
         shaping="one_sided",
         constants={"reject": 1.0},

@@ -1,6 +1,6 @@
 """What :func:`~isentropic.recipes.compose` may change, by name, for type checkers and editors.
 
-A test holds it to the fields of a recipe and to the constants of the tables. A constant of a component of yours goes
+A test holds it to the fields of a recipe and to the constants of the tables. A constant of a custom component goes
 under ``constants``.
 """
 
@@ -42,6 +42,7 @@ class Changes(TypedDict, total=False):
 
     quantile: float | None
     pass_k: float | None
+    rank_penalty: float | None
     cov_share: float | None
     cov_low: float | None
     cov_high: float | None

@@ -120,7 +120,7 @@ def _checked(key: str, value: Any, kind: str) -> Any:
         if isinstance(value, str):
             return resolve(key, value)
         if not (callable(value) or isinstance(value, Component | Factory | tuple)):
-            raise ValueError(f"{key} must be a name or a function of yours, got {value!r}")
+            raise ValueError(f"{key} must be a name or a custom function, got {value!r}")
         return value
     numbers = {"float": Real, "int": Integral}
     if kind in numbers and isinstance(value, numbers[kind]) and not isinstance(value, bool):
@@ -149,7 +149,7 @@ def check(recipe: Recipe, updates: int | None = None, samples: int | None = None
     Args:
         recipe: what to check.
         updates: optimizer steps per generated batch, if known.
-        samples: samples a prompt, if known.
+        samples: samples per prompt, if known.
 
     Raises:
         ValueError: what is wrong, what is allowed, the remedy.
@@ -161,12 +161,12 @@ def check(recipe: Recipe, updates: int | None = None, samples: int | None = None
     k = recipe.constants_of("baseline").get("pass_k")
     if k is not None and samples is not None and k >= samples:
         raise ValueError(
-            f"pass_k must be below the samples a prompt, got {k:g} with {samples}: every draw would be the whole "
+            f"pass_k must be below the samples per prompt, got {k:g} with {samples}: every draw would be the whole "
             "group, and no advantage would differ from 0; draw more samples, or lower pass_k by recipe_options"
         )
     if recipe.on_policy and updates is not None and updates != 1:
         raise ValueError(
-            f"this recipe is strictly on-policy: one optimizer step a generated batch, got {updates}; "
+            f"this recipe is strictly on-policy: one optimizer step per generated batch, got {updates}; "
             "make the batch one step, or choose a clipped recipe such as loop"
         )
     if recipe.on_policy or updates == 1:
@@ -174,7 +174,7 @@ def check(recipe: Recipe, updates: int | None = None, samples: int | None = None
             if components[stage].needs_ratio:
                 raise ValueError(
                     f"{getattr(recipe, stage)} has no effect if every update is on-policy, since nothing has moved; "
-                    "take several optimizer steps a generated batch, or leave it out"
+                    "take several optimizer steps per generated batch, or leave it out"
                 )
     if not isinstance(recipe.controller, Factory) and recipe.controller.split(":")[0] == "fixed":
         pass
@@ -254,7 +254,7 @@ def _check_knob(recipe: Recipe, updates: int | None) -> None:
     if needs == "clip" and (recipe.on_policy or updates == 1):
         raise ValueError(
             f"knob {name} has no effect if every update is on-policy, since no ratio leaves 1; "
-            f"take several optimizer steps a generated batch, or a knob of {free}"
+            f"take several optimizer steps per generated batch, or a knob of {free}"
         )
     if needs == "penalty" and recipe.penalty == "none":
         raise ValueError(

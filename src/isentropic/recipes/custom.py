@@ -1,6 +1,6 @@
-"""Components, controllers and targets of yours: from Python, from ``file.py:NAME``, from ``package.module:NAME``.
+"""Custom components, controllers and targets: from Python, from ``file.py:NAME``, from ``package.module:NAME``.
 
-A function of yours is called by the names of its parameters, as the functions of the catalogue are. A parameter with a
+A custom function is called by the names of its parameters, as the functions of the catalogue are. A parameter with a
 number for a default is a constant, which a recipe may set; one that names a field of the batch says that the function
 reads it. For a knob of its own, put the function into an entry (:class:`~isentropic.recipes.stages.Shaping` and so on).
 """
@@ -32,7 +32,7 @@ from .stages import KINDS, Component, Objective
 _BATCH_NAMES = frozenset(TokenBatch._fields) | {"batch", "recipe", "predicted"}
 _BATCH_NAMES |= {"clip_low", "clip_high", "entropy_coef", "penalty_coef"}
 NAMES: dict[str, frozenset[str]] = {
-    "baseline": frozenset({"rewards", "recipe"}),
+    "baseline": frozenset({"rewards", "logp_mean", "recipe"}),
     "selection": _BATCH_NAMES | {"clipped"},
     "shaping": _BATCH_NAMES,
     "bounds": frozenset({"clip_low", "clip_high", "facts", "recipe", "ratio", "prob_old", "adv", "mask"}),
@@ -46,7 +46,7 @@ _LOOSE = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 def entry(stage: str, value: Any) -> Component:
-    """The entry of a component of yours, which is an entry already or a function.
+    """The entry of a custom component, which is an entry already or a function.
 
     Args:
         stage: of the table it would be in.
@@ -84,14 +84,14 @@ def _completed(stage: str, value: Component) -> Component:
     if isinstance(value.at, str) and ":" in value.at:
         return _complete(replace(value, written=value.written or value.at))
     if not callable(value.at):
-        raise ValueError(f"{stage} {value.formula!r} must have a function of yours, got at={value.at!r}; write at=f")
+        raise ValueError(f"{stage} {value.formula!r} must have a custom function, got at={value.at!r}; write at=f")
     parameters = _check(stage, value.at, value.constants, value.options)
     reads = value.reads | (_reads(parameters) - set(value.options))
     return _complete(replace(value, reads=reads, written=value.written or _written(value.at)))
 
 
 def _complete(made: Component) -> Component:
-    """Mark an entry as checked: a recipe is made anew at every step of its knob."""
+    """Mark an entry as checked: a recipe is made again at every step of its knob."""
     object.__setattr__(made, "completed", True)
     return made
 
@@ -142,7 +142,7 @@ def _check(
 
 @dataclass(frozen=True)
 class Factory:
-    """A controller or a target of yours.
+    """A custom controller or target.
 
     Attributes:
         make: a function that returns one, or the object itself.
@@ -196,7 +196,7 @@ class Factory:
         except Exception as error:  # as above
             raise ValueError(f"{must}, and raised {_reason(error)}") from error
         if not (isinstance(state, tuple) and hasattr(state, "_asdict")):
-            raise ValueError(f"{must}, got {type(state).__name__}; return ValueState(knob.start), or a tuple of yours")
+            raise ValueError(f"{must}, got {type(state).__name__}; return ValueState(knob.start), or your own tuple")
         for name, value in state._asdict().items():
             if value is not None and not isinstance(value, int | float | str):
                 raise ValueError(f"{must}, got {name} of type {type(value).__name__}; write float({name})")
@@ -211,7 +211,7 @@ def _reason(error: BaseException) -> str:
 
 
 def factory(what: str, value: Any) -> Factory:
-    """A controller or a target of yours, from a function that makes one or from the object itself.
+    """A custom controller or target, from a function that makes one or from the object itself.
 
     Raises:
         ValueError: neither of them.
@@ -237,7 +237,7 @@ def factory(what: str, value: Any) -> Factory:
 
 
 def resolve(what: str, text: str) -> Any:
-    """What a text means: an entry or a factory of yours if it is a place, and else the text itself.
+    """What a text means: a custom entry or factory if it is a place, and else the text itself.
 
     Args:
         what: a stage, ``controller`` or ``target``.

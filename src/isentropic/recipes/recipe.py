@@ -10,7 +10,7 @@ from ..control.names import choose
 from . import custom
 from .stages import BASELINES, SHAPINGS, STAGES, Component, Objective
 
-# A component is a name in its stage's table, an entry around a function of yours, or the function itself.
+# A component is a name in its stage's table, an entry around a custom function, or the function itself.
 Choice = str | Component | Callable[..., Any]
 
 # Numbers that run.json holds under a name of their own, whichever component is chosen.
@@ -41,7 +41,7 @@ class Recipe:
         constants: numbers of the components, if they differ from the defaults in :mod:`isentropic.recipes.stages`;
             the knobs of components among them.
         knob, knob_low, knob_high, knob_start: which number is under control, and its range (None: the knob's own).
-        controller, target: text forms, or a controller and a target of yours.
+        controller, target: text forms, or a custom controller and target.
         every: optimizer steps between two updates of the knob; None is a generated batch.
         initial_readings: how many readings measure the initial entropy.
     """
@@ -144,7 +144,7 @@ class Recipe:
 
     @property
     def clips(self) -> bool:
-        """Whether clip bounds act on its objective; an objective of yours is believed to have a clip."""
+        """Whether clip bounds act on its objective; a custom objective is assumed to have a clip."""
         objective = self.component("objective")
         return objective.clips if isinstance(objective, Objective) else True
 
@@ -154,7 +154,7 @@ class Recipe:
         return frozenset().union(*(c.reads for c in self.components().values()))
 
     def as_dict(self) -> dict[str, Any]:
-        """Its fields as plain values, as run.json holds them; a component of yours by name and digest.
+        """Its fields as plain values, as run.json holds them; a custom component by name and digest.
 
         Example:
             >>> Recipe("", "", shaping="repo", constants={"beta": 0.5}).as_dict()["beta"]
@@ -171,5 +171,5 @@ class Recipe:
 
 
 def _short(value: Any) -> str:
-    """A field as `Recipe` shows it: a part of yours by its name."""
+    """A field as `Recipe` shows it: a custom part by its name."""
     return getattr(value, "written", "") or repr(value)

@@ -1,6 +1,6 @@
 """The components of a recipe: one table for each stage, and one entry for each component. Needs no torch.
 
-An entry is all that is known of a component: the formula, what it reads of a batch, its constants with their defaults,
+An entry has everything about a component: the formula, what it reads of a batch, its constants with their defaults,
 the knobs that reach it, and where the function is. Code, checks, listings and docs read it here. A component of your
 own is an entry around your function::
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from .recipe import Recipe
 
 
-# Stages that act once a batch, before its loss: no derivative by a number of theirs is ever taken.
+# Stages that act once per batch, before its loss: no derivative by a number of theirs is ever taken.
 WITHOUT_KNOB = ("baseline", "selection")
-NO_KNOB = "it acts once for a batch, before the loss; take a number of a shaping, bounds, objective or penalty"
+NO_KNOB = "it acts once per batch, before the loss; take a number of a shaping, bounds, objective or penalty"
 
 
 class Knob(NamedTuple):
-    """A number that a controller may turn. A knob is what control acts on, as a valve is for a thermostat.
+    """A number that a controller may turn, as a thermostat turns a valve.
 
     Attributes:
         range: its values; or a function of the recipe, for a range that follows the recipe's own number.
@@ -71,15 +71,15 @@ class Component:
     """One entry of a stage's table.
 
     Attributes:
-        formula: for people.
+        formula: as text.
         at: ``module:function`` below ``isentropic``, a function, or None if the stage does nothing.
-        reads: fields of the batch that it cannot do without, besides ``logp``, ``adv`` and ``mask``.
+        reads: fields of the batch that it needs, besides ``logp``, ``adv`` and ``mask``.
         constants: its numbers with their defaults, those under ``knobs`` included.
         knobs: which of them a controller may turn.
         options: arguments of the function that this entry fixes.
         per_batch: it ranks or adds up the tokens of a call, so that weighted answers differ from sampled ones.
-        needs_ratio: it does nothing until the ratio has left 1.
-        written: the name of a component of yours in run.json, with a digest of its file.
+        needs_ratio: it does nothing while the ratio is 1.
+        written: the name of a custom component in run.json, with a digest of its file.
     """
 
     formula: str
@@ -131,7 +131,7 @@ def _import(place: str) -> Callable[..., Any]:
 
 
 class Baseline(Component):
-    """``rewards [p g], **constants -> advantages [b]``."""
+    """``rewards [p g], logp_mean [p g], **constants -> advantages [b]``, of which it names what it takes."""
 
     stage = "baseline"
 
@@ -193,6 +193,12 @@ BASELINES: dict[str, Component] = {
         "(1−ρ)/σ if right, (1−ρ−C(n−c−1,k−1)/C(n−1,k−1))/σ if wrong, ρ = 1−C(n−c,k)/C(n,k), σ = √(ρ(1−ρ))",
         "losses.advantages:pass_at_k",
         constants={"pass_k": 4},
+    ),
+    "unlikeliness": Baseline(
+        "(R' − mean)/std, R' = R·(1 − β·(n−k)/n) if right, k the rank by probability, 0 the likeliest",
+        "losses.advantages:unlikeliness",
+        constants={"rank_penalty": 0.25},
+        per_batch=True,
     ),
 }
 

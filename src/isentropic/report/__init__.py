@@ -75,7 +75,7 @@ def render_comparison(found: Compared) -> str:
     runs = compared.read_cells(found)
     single = panels(runs) if runs else []
     if single:
-        note = "What follows shows one run of each cell, the first that was named: the means above are of all its runs."
+        note = "The panels below show the first run of each cell; the means above are over all of its runs."
         single = [Panel("single", "One run of each cell", note, []), *single]
     title = f"{len(found.cells)} cells, {len(found.lines)} runs compared"
     return document(runs, Html(""), [*compared.panels(found, runs), *single], None, title)

@@ -166,7 +166,7 @@ def config(runs: Sequence[Run]) -> Panel:
         differ = [name for name in names if len({_text(values.get(name)) for values in settings}) > 1]
         differ = [name for name in differ if name != "config.out"]
         rows = [[name.replace(".", ": ", 1), *[_text(values.get(name)) for values in settings]] for name in differ]
-        same = el("p", "Nothing differs but the directory.")
+        same = el("p", "Only the directory differs.")
         sections.append(table(head, rows, class_="wordy") if rows else same)
     for title, field in _SECTIONS.items():
         names = list(dict.fromkeys(key for run in runs for key, _ in _items(run, field)))
@@ -174,7 +174,7 @@ def config(runs: Sequence[Run]) -> Panel:
         if rows:
             sections.append(el("details", el("summary", title), table(head, rows, class_="wordy")))
     rows = [[run.label, str(run.path), str(run.header.get("created", "")), _command(run)] for run in runs]
-    origin = table(["run", "directory", "begun", "command"], rows)
+    origin = table(["run", "directory", "started", "command"], rows)
     sections.append(el("details", el("summary", "directory, date and command"), origin))
     note = "What differs between the runs, then everything." if len(runs) > 1 else "Everything that decides the result."
     return Panel("config", "What exactly was run?", note, [], Html("".join(sections)))

@@ -84,7 +84,7 @@ def pass_at(runs: Sequence[Run]) -> Panel | None:
     if not figures:
         return None
     note = (
-        "The chance that at least one of k answers is right. Dotted with open marks: before training; dashed: the "
+        "The probability that at least one of k answers is right. Dotted with open marks: before training; dashed: the "
         "middle; solid: the end. Bars: 95% over prompts."
     )
     return Panel("passk", "What does it solve, with how many tries?", note, figures)
@@ -134,11 +134,11 @@ def frontier(runs: Sequence[Run]) -> Panel | None:
                 showlegend=len(traces) <= len(_STAGES),
             )
             k = next(row["k"] for run in runs for row in evaluations(run, task) if _has_temperatures(row))
-            figures.append(Figure(f"Different right answers among {k}, held-out prompts of {task}", traces, look, True))
+            figures.append(Figure(f"Distinct right answers among {k}, held-out prompts of {task}", traces, look, True))
     if not figures:
         return None
     note = (
-        "A point a sampling temperature; the star: greedy, which is one answer. Up and to the right is "
+        "Each point is a sampling temperature; the star is greedy, which is one answer. Up and to the right is "
         "better. Dotted with open marks: before training; solid: the end."
     )
     return Panel("frontier", "What can it do at any temperature?", note, figures)
@@ -177,7 +177,7 @@ def _by_temperature(run: Run, stage: str, row: dict[str, Any], num_runs: int) ->
 
 
 def distinct(runs: Sequence[Run]) -> Panel | None:
-    """Different right answers among k, at every evaluation."""
+    """Distinct right answers among k, at every evaluation."""
     figures = []
     for task in tasks_of(runs):
         traces: list[Trace] = []
@@ -189,9 +189,9 @@ def distinct(runs: Sequence[Run]) -> Panel | None:
             look = step_layout(runs, yaxis={"rangemode": "tozero"})
             k = next((row.get("k") for run in runs for row in evaluations(run, task)), None)
             of = f" among {k}" if k else ""
-            figures.append(Figure(f"Mean number of different right answers{of}: {task}", traces, look, wide=True))
+            figures.append(Figure(f"Mean number of distinct right answers{of}: {task}", traces, look, wide=True))
     note = "Answers that differ after normalisation, counted on held-out prompts. Bars: 95% over prompts."
-    return Panel("distinct", "How many different right answers are there?", note, figures) if figures else None
+    return Panel("distinct", "How many distinct right answers are there?", note, figures) if figures else None
 
 
 def _distinct(run: Run, rows: Sequence[dict[str, Any]]) -> Trace:
@@ -232,7 +232,7 @@ def sequence(runs: Sequence[Run]) -> Panel | None:
         if traces:
             figures.append(Figure(f"pass@1 of {task}", traces, step_layout(switched, yaxis={"range": [0, 1.03]})))
     note = "Held-out prompts of each task; the dotted line is the step at which training changed to another task."
-    return Panel("sequence", "What is kept of a task when the next begins?", note, figures) if figures else None
+    return Panel("sequence", "What is kept of a task when the next one starts?", note, figures) if figures else None
 
 
 def samples(runs: Sequence[Run]) -> Panel | None:

@@ -175,12 +175,12 @@ def _frontiers(compared: Compared, looks: Mapping[str, Run]) -> Panel | None:
             axis = {"range": [max(0.0, left - 0.1), 1.03], "title": {"text": "pass@1 of at least"}}
             axes = layout(xaxis=axis, yaxis={"rangemode": "tozero"})
             figures.append(
-                Figure(f"Most different right answers among {k}, held-out prompts of {task}", traces, axes, True)
+                Figure(f"Most distinct right answers among {k}, held-out prompts of {task}", traces, axes, True)
             )
     if not figures:
         return None
     note = (
-        "How many different right answers each gives at a pass@1 of at least that on the axis, at the temperature that "
+        "How many distinct right answers each gives at a pass@1 of at least that on the axis, at the temperature that "
         "suits it best: means over seeds at the end of training, as far as all seeds reach. Marks: the sampling "
         "temperatures, with numbers on the first cell; the star: greedy. Up and to the right is better."
     )

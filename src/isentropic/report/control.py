@@ -135,7 +135,7 @@ def phase(runs: Sequence[Run]) -> Panel | None:
         coloraxis={"colorscale": _SCALE, "cmin": 1, "cmax": last, "colorbar": bar},
         annotations=[note | {"arrowcolor": "@muted", "font": {"size": 11}} for note in notes],
     )
-    note = "A path for each run, smoothed, from its first step (large, blue) to its last (large, orange). "
+    note = "One path per run, smoothed, from its first step (large, blue) to its last (large, orange). "
     note += "Upwards is learning; leftwards is spent entropy."
     figure = Figure("Reward against entropy", traces, look, True)
     return Panel("phase", "What did reward cost in entropy?", note, [figure])

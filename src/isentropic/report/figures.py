@@ -159,7 +159,7 @@ def line(run: Run, x: Sequence[float], y: Sequence[float], limit: int = MAX_POIN
 
 
 def over_steps(runs: Sequence[Run], name: str, **axis: Any) -> Figure | None:
-    """A metric against step, a line a run, smoothed if it is long; None if no run has it.
+    """A metric against step, a line per run, smoothed if it is long; None if no run has it.
 
     Args:
         runs: in order of the page.

@@ -151,9 +151,9 @@ def check_path(run: str | Path, once: bool) -> Path:
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file, not a run directory{hint}")
     if path.is_dir() and Record(path).strangers():
-        raise ValueError(f"{path} is not a run directory: it has no run.json, and other things are in it{hint}")
+        raise ValueError(f"{path} is not a run directory: it has no run.json but has other files{hint}")
     if not path.parent.is_dir():
-        raise ValueError(f"{path}: no run can begin there, {path.parent} does not exist{hint}")
+        raise ValueError(f"{path}: no run can start there, {path.parent} does not exist{hint}")
     if once:
         raise ValueError(f"{path} holds no run yet{hint}; or leave --once out to wait for it")
     return path
@@ -361,7 +361,7 @@ def watch(run: str | Path, once: bool = False) -> None:
     """Show a run in the terminal until q is pressed; if the output is not a terminal, print one picture.
 
     Args:
-        run: the run directory; the run may not have begun yet.
+        run: the run directory; the run need not have started.
         once: print one picture and return.
 
     Raises:

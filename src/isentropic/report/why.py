@@ -36,7 +36,7 @@ def predicted(runs: Sequence[Run]) -> Panel | None:
     calibrated = [run for run, _ in fits]
     sums = [trace for run, calibration in fits for trace in _sums(run, calibration)]
     note = (
-        "Predictions are first order in the logits, at the learning rate; how much farther the optimizer moves the "
+        "Predictions are first order in the logits, at the learning rate; how much further the optimizer moves the "
         f"logits is the calibration slope: of measured on predicted changes from one block of {BLOCK} steps to the "
         "next, by least squares. The drift is what entropy moves beside it. Change since the start: measured (solid, "
         "smoothed), and predictions times slope plus drift, added up (dotted), each prediction counting for the steps "

@@ -1,4 +1,4 @@
-"""How much entropy moves for what was predicted: one regression, which `explain` and the page share."""
+"""How far entropy moves relative to its prediction: one regression, which `explain` and the page share."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Calibration(NamedTuple):
 
     @property
     def factor(self) -> str:
-        """The slope as a person reads it.
+        """The slope in readable form.
 
         >>> Calibration(1934.2, 0.0, 0.9, 5).factor, Calibration(0.5123, 0.0, 0.9, 5).factor
         ('1,934', '0.512')
@@ -117,7 +117,7 @@ def calibrate(rows: Sequence[dict[str, Any]], name: str = "predict/change", bloc
 
 
 def distrust(calibration: Calibration | None) -> str | None:
-    """Why the predictions of a run are not to be trusted; None if nothing speaks against them.
+    """Why not to trust the predictions of a run; None if there is no reason.
 
     Args:
         calibration: of the whole run, or None if it is too short for one.

@@ -1,8 +1,8 @@
-"""Checkpoints that are known to be whole: sizes and digests of their files, and which one to continue from.
+"""Checkpoints that are known to be complete: sizes and digests of their files, and which one to continue from.
 
 `checkpoint.json` is written into a checkpoint last. It holds the size and the CRC-32 of every file: of the whole file
 up to 64 MiB, and of a larger one 64 blocks of 1 MiB, evenly spaced, both ends included. So a file that was cut short,
-or whose pages a crash left empty, is found, and a checkpoint of any size costs at most a tenth of a second a file.
+or whose pages a crash left empty, is found, and a checkpoint of any size costs at most a tenth of a second per file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BLOCK, _BLOCKS = 2**20, 64
 
 
 class Choice(NamedTuple):
-    """The checkpoint to continue from: its path, or None if none is whole; and why newer ones are passed over."""
+    """The checkpoint to continue from: its path, or None if none is complete; and why newer ones are skipped."""
 
     path: Path | None
     damaged: list[str]
@@ -94,7 +94,7 @@ def digest(path: Path) -> int:
 
 
 def damage(folder: Path, digests: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in a few words; None if it is whole.
+    """What is wrong with a checkpoint, in a few words; None if it is complete.
 
     A checkpoint without `checkpoint.json`, of an older run or of a run that was killed just then, is judged by what its
     files say of themselves: JSON that can be read, the offsets of a safetensors file, the directory of a zip archive.
@@ -152,7 +152,7 @@ def _announced(path: Path) -> int:
 
 
 def choose(record: Record) -> Choice:
-    """The last checkpoint of a run that is whole, and what is wrong with the newer ones.
+    """The last complete checkpoint of a run, and what is wrong with the newer ones.
 
     Args:
         record: the run directory.

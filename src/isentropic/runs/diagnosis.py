@@ -169,7 +169,7 @@ def _learning_rate(facts: _Facts) -> Problem | None:
         "learning_rate",
         f"Learning rate too high: one step moves ratios by {moved:.0%} rms{facts.and_reward()}.",
         f"{at} {' and '.join(shown)}.",
-        f"a lower learning_rate{lower}; begin from a checkpoint before",
+        f"a lower learning_rate{lower}; resume from an earlier checkpoint",
     )
 
 
@@ -258,7 +258,7 @@ def _knob(facts: _Facts) -> Problem | None:
         f"Knob at its bound: {name} is at {values[-1] if values else math.nan:.3g} in {share:.0%} of the steps after "
         f"{SETTLED}.",
         f"Entropy is {abs(error):.0%} {side} its target of {target:.3g} nats per token, and the knob can do no more.",
-        "a wider knob_low and knob_high, another knob, or a target nearer to where entropy is",
+        "a wider knob_low and knob_high, another knob, or a target closer to where entropy is",
     )
 
 
@@ -312,7 +312,7 @@ def _ratios(facts: _Facts) -> Problem | None:
         return Problem(
             "ratios",
             f"Ratios outside the clip: {outside:.0%} of the tokens of off-policy steps{facts.and_reward()}.",
-            f"Within {last:.0f} steps on one generated batch the policy moves farther than the clip allows.",
+            f"Within {last:.0f} steps on one generated batch the policy moves further than the clip allows.",
             remedy,
         )
     return None

@@ -1,6 +1,6 @@
-"""What is wrong, and why did entropy move? The answer that a run directory gives, in figures and in a few sentences.
+"""What is wrong, and why did entropy move? The answer from a run directory, in figures and in a few sentences.
 
-What is wrong comes first, by the rules of :mod:`isentropic.runs.diagnosis`. The rest comes from metrics.jsonl: the
+Problems come first, by the rules of :mod:`isentropic.runs.diagnosis`. The rest comes from metrics.jsonl: the
 entropies, and what was predicted of the steps that were explained. Between two explained steps a prediction counts for
 the steps that follow it. This module needs no torch.
 """
@@ -316,7 +316,7 @@ def verdict(explanation: dict[str, Any]) -> str:
         f"Entropy {moved} by {abs(entropy['change']):.3f} nats, from {entropy['first']:.3f} to {entropy['last']:.3f}."
     )
     if not explanation["explained"] and explanation["refused"]:
-        return f"{text} {explanation['refused']} readings were refused, and explain nothing; run `isentropic audit`."
+        return f"{text} {explanation['refused']} readings were refused and are not explained; run `isentropic audit`."
     if not explanation["explained"]:
         return f"{text} None of these steps was explained; train with --explain-every 1 to see why."
     total = predicted.get("absolute") or 1.0

@@ -244,7 +244,7 @@ class Run:
 
 
 def load_run(path: str | Path) -> Run:
-    """Load a run directory, of a run that has ended or not.
+    """Load a run directory; the run need not have ended.
 
     Args:
         path: the directory of ``isentropic train --out``, or ``output_dir`` of a trainer.

@@ -1,7 +1,7 @@
 """What one policy can do at any sampling temperature: accuracy against variety, and the temperature that suits it best.
 
-A policy is used at the temperature that its user likes. A policy with high entropy may be cooled, a collapsed one
-heated, so that two policies are compared by what each does best, and not at the temperature of training. Numpy only.
+A user chooses the temperature, and can lower it for a policy with high entropy or raise it for a collapsed one,
+so two policies are compared by what each does best, not at the temperature of training. Numpy only.
 
 A row is one of evaluations.jsonl: counts by prompt at the temperature of training, under ``at`` the same for every
 other temperature, and ``greedy_correct``. Greedy answers are the temperature 0, at which one answer is all there is.

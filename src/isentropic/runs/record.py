@@ -282,7 +282,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 
 def _add(file: FileIO, end: int, content: bytes) -> None:
-    """Cut a file at ``end`` and append there: if the disk is full, what stood before stays, and nothing else."""
+    """Cut a file at ``end`` and append there: if the disk is full, what was there before stays, and nothing else."""
     file.truncate(end)
     try:
         while content:

@@ -65,7 +65,7 @@ def pass_at_k(num_samples: Numbers, num_correct: Numbers, k: Numbers) -> float |
     if ((c < 0) | (c > n)).any():
         raise ValueError(f"num_correct must be in [0, num_samples], got {c.tolist()} of {n.tolist()}; swap them?")
     if ((k < 1) | (k > n)).any():
-        raise ValueError(f"k must be in [1, num_samples], got {k.tolist()} with {n.tolist()}; draw more or lower k")
+        raise ValueError(f"k must be in [1, num_samples], got {k.tolist()} with {n.tolist()}; draw more, or lower k")
     missed = np.ones(n.shape)
     for j in range(int(k.max(initial=0))):
         missed *= np.where(j < k, np.maximum(n - c - j, 0) / np.maximum(n - j, 1), 1.0)
@@ -79,7 +79,7 @@ def majority_vote(answers: Sequence[str | None]) -> str | None:
     ``argmax_a #{i : answer_i = a}``
 
     Args:
-        answers: the answers to one prompt, normalised; ``None`` for a response without an answer, which is no vote.
+        answers: the answers to one prompt, normalised; ``None`` for a response without an answer, which does not vote.
 
     Returns:
         The winner, of equals the first; ``None`` without a vote.
@@ -139,7 +139,7 @@ def paired_interval(ours: Numbers, theirs: Numbers, confidence: float = 0.95) ->
     ``{δ : (d − δ)² <= t² φ (2q + δ (1 − δ)) / n}``, d the mean of ``ours − theirs``
 
     Tango's score interval, q the likeliest share of prompts that only theirs solves if the true difference is δ. What
-    ours and theirs gain over one another stands for the counts of discordant prompts, and φ as in
+    ours and theirs gain over one another replaces the counts of discordant prompts, and φ as in
     :func:`proportion_interval` corrects for differences that spread less than those of 0 and ±1. The interval has a
     width even if the policies agree on every prompt: 0 of 20 differ allows up to 0.18 to each side.
 
@@ -209,7 +209,7 @@ def mean_interval(
     are better compared by the interval of their differences than by two intervals.
 
     Args:
-        *tasks: by task, [n] one number a run; of a single task, one argument.
+        *tasks: by task, [n] one number per run; of a single task, one argument.
         confidence: how often such an interval holds the mean over all seeds, in (0, 1).
         bounds: the smallest and the largest mean there can be; the interval is cut to them.
 
@@ -226,7 +226,7 @@ def mean_interval(
     Interval(low=-0.4841, high=4.4841)
     """
     if not tasks:
-        raise ValueError("tasks must hold the values of at least one task, got none; give one list a task")
+        raise ValueError("tasks must hold the values of at least one task, got none; give one list per task")
     arrays = [_checked(values, confidence) for values in tasks]
     if min(values.size for values in arrays) < MIN_VALUES:
         return None
@@ -247,7 +247,7 @@ def _checked(values: Numbers, confidence: float, shares: bool = False) -> np.nda
         raise ValueError(f"confidence must be in (0, 1), got {confidence}; 0.95 is common")
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:
-        raise ValueError(f"values must be one-dimensional, got shape {values.shape}; give one number a prompt or run")
+        raise ValueError(f"values must be one-dimensional, got shape {values.shape}; give one number per prompt or run")
     if not np.isfinite(values).all():
         raise ValueError(f"values must be finite, got {int((~np.isfinite(values)).sum())} that are not; drop them")
     if shares and ((values < 0) | (values > 1)).any():
@@ -305,7 +305,7 @@ def interquartile_mean(values: Numbers) -> float:
     The ``⌊n/4⌋`` lowest and as many highest values are left out: of five, one at each end; of three, none.
 
     Args:
-        values: [n] one number a run.
+        values: [n] one number per run.
 
     Returns:
         The mean of the rest, in the unit of the values.
@@ -326,7 +326,7 @@ def interquartile_mean(values: Numbers) -> float:
 
 
 def probability_of_improvement(runs: Sequence[Numbers], baseline: Sequence[Numbers]) -> float:
-    """The chance that a run of one method beats a run of another on the same task, averaged over tasks.
+    """The probability that a run of one method beats a run of another on the same task, averaged over tasks.
 
     ``mean_task mean_{i,j} [x_i > y_j] + ½[x_i = y_j]``
 

@@ -140,7 +140,7 @@ def closing_table(summary: dict[str, Any], out: str | None = None) -> str:
 
     rows = [row(f"{summary['steps']} steps, {summary['seconds']:.0f} seconds", "start", "target", "end")]
     rows.append(
-        row("entropy (nats a token)", summary["entropy/start"], summary["entropy/target"], summary["entropy/end"])
+        row("entropy (nats per token)", summary["entropy/start"], summary["entropy/target"], summary["entropy/end"])
     )
     if summary["entropy/rms_error"] is not None:
         rows.append(row(f"RMS entropy error after {SETTLED} steps", end=f"{summary['entropy/rms_error']:.1%}"))

@@ -42,24 +42,24 @@ KINDS: dict[str, Kind] = {
     "expr": Kind(
         "isentropic.tasks.expressions:load",
         "expr:need=PROPERTY,...[:within=N]|expr:rate=SHARE",
-        "harder and easier relatives of expr, from a base rate of 0.5 down to 0.002",
+        "harder and easier variants of expr, from a base rate of 0.5 down to 0.002",
     ),
-    "gsm8k": Kind("isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 to train on"),
+    "gsm8k": Kind("isentropic.tasks.data:named", "gsm8k[:path=...]", "grade-school word problems, 7,473 for training"),
     "math": Kind("isentropic.tasks.data:named", "math[:path=...]", "competition mathematics; held out is MATH-500"),
-    "math500": Kind("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, to evaluate on"),
-    "aime24": Kind("isentropic.tasks.data:named", "aime24[:path=...]", "30 problems, to evaluate on"),
+    "math500": Kind("isentropic.tasks.data:named", "math500[:path=...]", "500 problems, for evaluation"),
+    "aime24": Kind("isentropic.tasks.data:named", "aime24[:path=...]", "30 problems, for evaluation"),
     "rg": Kind("isentropic.tasks.gym:load", "rg:GENERATOR[:option=value...]", "any generator of reasoning-gym"),
     "file": Kind(
         "isentropic.tasks.data:from_file",
         "file:PATH.jsonl|.parquet:prompt=COLUMN:answer=COLUMN:verifier=exact|numeric|math",
-        "rows of your own",
+        "your own rows",
     ),
     "hub": Kind(
         "isentropic.tasks.data:from_hub",
         "hub:ORG/NAME:prompt=COLUMN:answer=COLUMN:verifier=exact|numeric|math",
         "a data set of the hub",
     ),
-    "mix": Kind("isentropic.tasks.mixture:load", "mix:TASK@WEIGHT+TASK@WEIGHT...", "several tasks by share"),
+    "mix": Kind("isentropic.tasks.mixture:load", "mix:TASK@WEIGHT+TASK@WEIGHT...", "a weighted mixture of tasks"),
     "textworld": Kind(
         "isentropic.tasks.environments.textworld:load",
         "textworld:GAME[:option=value...]",
@@ -192,8 +192,8 @@ class Task:
         if wrong:
             sizes = ", ".join(f"{name} has {len(columns[name])}" for name in wrong)
             raise ValueError(
-                f"task {self.name!r}: each column must have one value a completion, got {num} completions and {sizes}; "
-                "repeat the columns as often as the prompts"
+                f"task {self.name!r}: each column must have one value per completion, "
+                f"got {num} completions and {sizes}; repeat the columns as often as the prompts"
             )
         texts = [self.cut(c if isinstance(c, str) else c[-1]["content"] or "") for c in completions]
         return [float(self.verify(text, **{n: columns[n][i] for n in names})) for i, text in enumerate(texts)]
@@ -222,7 +222,7 @@ def load_task(name: str) -> Task:
 
     Raises:
         ValueError: there is no such name, option, module or attribute, it is not a `Task`, or its file cannot be run.
-            The rows of your own task raise it too, as they are asked for, if your function fails or returns anything
+            The your own rows task raise it too, as they are asked for, if your function fails or returns anything
             but dicts with a prompt.
 
     Example:

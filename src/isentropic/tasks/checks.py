@@ -41,11 +41,11 @@ def training_rows(task: Task, seed: int, others: Iterable[Task] = ()) -> list[di
     kept = [row for row in rows if prompt_hash(task.question(row)) not in heldout]
     if not kept:
         raise ValueError(
-            f"task {task.name!r}: all {len(rows)} rows to train on are held out too, nothing is left; give other rows"
+            f"task {task.name!r}: all {len(rows)} training rows are held out too, and none is left; give other rows"
         )
     if len(kept) < len(rows):
         logger.warning(
-            "task %s: %s of %s rows to train on are held out too, and are left out",
+            "task %s: %s of %s training rows are held out too, and are left out",
             task.name,
             len(rows) - len(kept),
             len(rows),
@@ -92,8 +92,8 @@ def name_wrong_gold(task: Task, rows: Sequence[dict[str, Any]]) -> None:
         completion = task.gold(row)
         if not task.reward([completion], prompts=[row["prompt"]], **columns)[0]:
             logger.warning(
-                "task %s: the right completion %r is wrong by its own verifier, for the row with the prompt %r; mend "
-                "gold or verify, or leave the row out",
+                "task %s: the right completion %r is wrong by its own verifier, for the row with the prompt %r; "
+                "correct gold or verify, or leave the row out",
                 task.name,
                 short(completion),
                 short(row["prompt"]),

@@ -55,7 +55,7 @@ def load(rest: str, name: str) -> Task:
     stops = {task.stop for task in tasks.values()}
     if len(stops) > 1:
         raise ValueError(
-            f"task {name!r}: completions of a mixture must have one stop text, got {sorted(stops)}; "
+            f"task {name!r}: completions of a mixture must have the same stop text, got {sorted(stops)}; "
             "choose the same prompt= for all of them"
         )
     return mixture(name, tasks, [share for _, share in shares])

@@ -1,7 +1,7 @@
 r"""The number that a text states, exactly, as a fraction of integers; None for a text that merely contains one.
 
 A number is decimal, grouped by thousands, a fraction, a mixed number or in scientific notation, in LaTeX or in plain
-text. A currency, a unit, a scale such as `thousand` and a few words may stand beside it; anything else makes the text
+text. A currency, a unit, a scale such as `thousand` and a few words may be beside it; anything else makes the text
 an expression, or a sentence about a number, and has no value here.
 """
 
@@ -166,7 +166,7 @@ def _read(text: str, units: bool) -> Fraction | None:
 
 
 def _scale(tail: str, units: bool) -> int | None:
-    """The factor that the text after a number stands for; None if it is neither a scale nor a unit."""
+    """The factor that the text after a number means; None if it is neither a scale nor a unit."""
     rest = tail.strip()
     if rest in ("", "$", "€", "£", "¥"):
         return 1
@@ -182,7 +182,7 @@ def _scale(tail: str, units: bool) -> int | None:
 
 
 def _is_unit(text: str, glued: bool) -> bool:
-    """Whether a text is words that may follow a number; `glued` if no space stands between them."""
+    """Whether a text is words that may follow a number; `glued` if no space is between them."""
     parts = re.split(r", | ?/ ?| ", re.sub(r" (?=\^)", "", text))
     matches = [_UNIT.fullmatch(part) for part in parts]
     if len(parts) > MAX_UNIT or parts[-1] == "a" or None in matches:

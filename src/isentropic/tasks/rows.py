@@ -50,7 +50,7 @@ def task_rows(name: str, source: Iterable[Any], columns: Columns, *, ours: bool 
         name: of the task, for messages.
         source: rows, numbered from 1 in messages.
         columns: what to read.
-        ours: whether the user can mend the source. One prompt with two answers is refused then; of a set of the hub
+        ours: whether the user can correct the source. One prompt with two answers is refused then; of a set of the hub
             such rows are left out, with a warning.
 
     Raises:
@@ -61,7 +61,7 @@ def task_rows(name: str, source: Iterable[Any], columns: Columns, *, ours: bool 
     for number, row in enumerate(source, start=1):
         place = f"task {name!r}: row {number}"
         if not isinstance(row, dict):
-            raise ValueError(f"{place}: got {_kind(row)}, must be an object with columns; write one object a line")
+            raise ValueError(f"{place}: got {_kind(row)}, must be an object with columns; write one object per line")
         prompt, answer = _prompt(place, row, columns), _answer(place, row, columns.answer)
         if rows and isinstance(prompt, str) != isinstance(rows[0]["prompt"], str):
             raise ValueError(
@@ -167,7 +167,7 @@ def text_of(place: str, value: Any, column: str = "") -> str:
         column: to show how a field inside it is named.
 
     Raises:
-        ValueError: it is neither, or half of a character stands in it.
+        ValueError: it is neither, or it contains half of a character.
 
     Example:
         >>> text_of("row 1", "a"), text_of("row 1", 72.0), text_of("row 1", 1e-7)
@@ -183,7 +183,7 @@ def text_of(place: str, value: Any, column: str = "") -> str:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{place}: got a lone surrogate, half of a character, at position {error.start}, must be a text; write "
-                "the file as UTF-8 anew, or leave the row out"
+                "the file again as UTF-8, or leave the row out"
             ) from None
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -197,7 +197,7 @@ def text_of(place: str, value: Any, column: str = "") -> str:
     elif value is None or isinstance(value, float | Decimal):
         remedy = "leave the row out"
     elif isinstance(value, list):
-        remedy = "write one text a row"
+        remedy = "write one text per row"
     else:
         remedy = "write it as a text"
     raise ValueError(f"{place}: got {_kind(value)}, must be a text or a number; {remedy}")
@@ -256,7 +256,7 @@ def _without_contradictions(name: str, rows: Rows, verifier: str, ours: bool) ->
         return rows
     prompt, index = next(iter(twice.items()))
     line = (
-        f"task {name!r}: rows {first[prompt] + 1} and {index + 1} have one prompt and two answers, "
+        f"task {name!r}: rows {first[prompt] + 1} and {index + 1} have the same prompt and two answers, "
         f"{short(rows[first[prompt]]['answer'])!r} and {short(rows[index]['answer'])!r}"
     )
     if ours:
@@ -270,7 +270,7 @@ def distinct(name: str, rows: Rows) -> Rows:
     kept = {json.dumps(row["prompt"]): row for row in reversed(rows)}
     if len(kept) < len(rows):
         logger.warning(
-            "task %s: %s of %s held-out rows repeat another's prompt, and are left out: twice the same is no evidence",
+            "task %s: %s of %s held-out rows have the prompt of another row, and are left out",
             name,
             len(rows) - len(kept),
             len(rows),
@@ -298,7 +298,7 @@ def _parquet(name: str, path: Path) -> Iterable[Any]:
     try:
         return parquet.read_table(path).to_pylist()
     except ArrowException as error:
-        raise ValueError(f"task {name!r}: {path} is no Parquet: {one_line(error)}; write it anew") from None
+        raise ValueError(f"task {name!r}: {path} is not Parquet: {one_line(error)}; write it again") from None
 
 
 def _json_lines(name: str, path: Path) -> Iterable[Any]:
@@ -319,5 +319,5 @@ def _object(name: str, path: Path, number: int, line: str) -> dict[str, Any]:
         ) from None
     if not isinstance(row, dict):
         shown = short(line.strip())
-        raise ValueError(f"task {name!r}: {path}, line {number}: got {shown}, must be a JSON object; write one a line")
+        raise ValueError(f"task {name!r}: {path}, line {number}: got {shown}, must be a JSON object; one per line")
     return row

@@ -29,7 +29,7 @@ class NamedSequence(NamedTuple):
 SEQUENCES: dict[str, NamedSequence] = {
     "reversal": NamedSequence(
         ("expr", "expr:need=no-plus"),
-        "the first task pays for any right expression, and most have a sum; the second one punishes a sum",
+        "the first task rewards any right expression, and most have a sum; the second one punishes a sum",
     ),
     "reversal-3": NamedSequence(
         ("expr", "expr:need=no-plus", "expr:need=last,plus"),
@@ -40,7 +40,7 @@ SEQUENCES: dict[str, NamedSequence] = {
             "textworld:coin_collector:level=5:train=24:test=20:text=brief:turns=10",
             "textworld:coin_collector:level=105:train=24:test=20:text=brief:turns=16",
         ),
-        "the rooms of the first game are a chain, where going on wins; in the second, half of them are dead ends",
+        "in the first game going forward always wins; in the second, half of the rooms are dead ends",
     ),
 }
 
@@ -69,7 +69,7 @@ def in_order(tasks: Sequence[Task], nums: Sequence[int]) -> Task:
             mine = _repeated_rows(task, num, seed, [other for other in tasks if other is not task])
             if rows and isinstance(rows[0]["prompt"], str) != isinstance(mine[0]["prompt"], str):
                 raise ValueError(
-                    f"{names[0]} and {task.name} need prompts of one form, got texts and conversations; "
+                    f"{names[0]} and {task.name} need prompts of the same form, got texts and conversations; "
                     "choose the same prompt= or format= in both names"
                 )
             rows += mine

@@ -146,7 +146,7 @@ def require(name: str, packages: Sequence[str]) -> None:
 
 @contextmanager
 def users_code(name: str) -> Iterator[None]:
-    """Run code that a user wrote: an error in it is told in one line, with the file and the line that raised it.
+    """Run code that a user wrote: an error in it is reported in one line, with the file and the line that raised it.
 
     Raises:
         ValueError: anything was raised, `SystemExit` included; its cause is what was raised.
@@ -162,7 +162,7 @@ def users_code(name: str) -> Iterator[None]:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{frame.filename}, line {frame.lineno}"
         raise ValueError(
-            f"task {short(name)!r} cannot be loaded: {type(error).__name__}: {message} ({place}); mend that file"
+            f"task {short(name)!r} cannot be loaded: {type(error).__name__}: {message} ({place}); correct that file"
         ) from error
 
 

@@ -121,7 +121,7 @@ def math(completion: str, answer: str) -> bool:
 
 
 def _decided(stated: str, answer: str) -> bool | None:
-    """Whether two answers are equal, if that can be told from their texts; None if mathematics must tell."""
+    """Whether two answers are equal, if their texts decide it; None if mathematics must decide."""
     if tidy(stated) == tidy(answer):
         return True
     left, right = number(stated), number(answer)
@@ -162,7 +162,7 @@ def _is_word(text: str) -> bool:
 
 
 def _two_numbers(text: str) -> bool:
-    """Whether two numbers stand side by side, with a space only; `\\frac 1 2` does not count."""
+    """Whether two numbers are side by side, with a space only; `\\frac 1 2` does not count."""
     text = re.sub(r"\\(?:[dt]?frac|[dt]?binom)\s*[0-9]\s*[0-9]|_\s*[0-9]", "", text)
     return bool(_TWO_NUMBERS.search(re.sub(r"\\[,;: ]|\\q?quad|[~\u00a0\u2009\u202f]", " ", text)))
 

@@ -207,7 +207,7 @@ def test_a_model_card_says_the_truth_and_its_snippet_works(tmp_path, capsys):
     assert "https://arxiv.org/abs/2503.14476" in text
     assert "https://arxiv.org/abs/2603.11682" in text  # of the knob
     assert "| target of entropy | `60%` |" in text
-    assert "entropy (nats a token)" in text
+    assert "entropy (nats per token)" in text
     assert "run directory" not in text
     assert card.citation() in text
     assert {"trl", "isentropic"} <= set(front(text)["tags"])

@@ -109,7 +109,7 @@ def plain(out, **settings):
     ("settings", "says"),
     [
         ({"recipe": "loop", "recipe_options": '{"target": "80%"}'}, "recipe_options has target, which the config has"),
-        ({"recipe": "loop", "recipe_options": "{bad"}, "must be a dict or a JSON object, got '{bad', which is no JSON"),
+        ({"recipe": "loop", "recipe_options": "{bad"}, "a dict or a JSON object, got '{bad', which is not JSON"),
         ({"recipe": "loop", "recipe_options": "[1]"}, r"must be a dict or a JSON object, got \[1\]"),
         ({"recipe": 3}, "recipe must be a name, a FILE.py:NAME, or a Recipe, got 3"),
         ({"recipe_options": {"clip_high": 0.001}}, "clip_high need a recipe to change"),

@@ -61,7 +61,7 @@ def test_a_checkpoint_without_our_state_is_told(tmp_path, caplog):
     (tmp_path / "checkpoint-4" / "isentropic.json").unlink()
     assert Record(tmp_path).checkpoints() == []
     controlled(tmp_path, 8).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert "the controller starts afresh" in caplog.text
+    assert "the controller starts anew" in caplog.text
 
 
 def _command(model, out, *more):

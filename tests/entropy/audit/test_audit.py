@@ -268,7 +268,7 @@ def test_ratios_at_step_0():
     assert finding.nats == pytest.approx(0.3, rel=1e-4)
     (finding,) = ratio_findings(logp, logp + 0.3, logp + 0.3)
     assert finding.code == "dropout"
-    # 0.002 nats a token is far inside a token's clip and far outside GSPO's.
+    # 0.002 nats per token is far inside a token's clip and far outside GSPO's.
     assert ratio_findings(logp, logp, logp + 0.002)[0].clipped_frac == 0.0
     assert ratio_findings(logp, logp, logp + 0.002, Clip(3e-4, 4e-4, length=64))[0].clipped_frac == 1.0
 

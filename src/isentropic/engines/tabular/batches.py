@@ -66,7 +66,7 @@ def expected_batch(
         logits: [r v] the policy that samples.
         rewards: [p n] 1 or 0.
         recipe: whose baseline makes the advantages.
-        group: samples a prompt.
+        group: samples per prompt.
 
     Raises:
         ValueError: rewards other than 0 and 1; a recipe with dynamic sampling, an overlong penalty or a component that
@@ -122,7 +122,7 @@ def sampled_batch(
         logits: [r v] the policy that samples.
         rewards: [p n] any rewards.
         recipe: whose baseline makes the advantages.
-        group: samples a prompt.
+        group: samples per prompt.
         seed: of the draw.
 
     Raises:
@@ -151,10 +151,10 @@ def draw(
     prob = reach(tree, logits)[1]
     drawn = torch.multinomial(prob, group, replacement=True, generator=generator)
     sampled = rewards.gather(1, drawn)
-    adv = recipes.advantages(recipe, sampled)
     chosen = (drawn + torch.arange(tree.prompts)[:, None] * prob.shape[1]).flatten()
     rows, ids = rows[chosen], ids[chosen]
     entropy = token_entropy(logits, chunk=len(logits))[rows]
     logp, rate = logits.log_softmax(-1)[rows, ids], group_rate(sampled)
     of_group = group_reward(sampled), group_distinct(sampled, drawn)
+    adv = recipes.advantages(recipe, sampled, logp.mean(1).view_as(sampled))
     return Batch(rows, ids, logp, adv, torch.ones_like(adv), entropy, sampled.flatten(), rate, *of_group)

@@ -19,7 +19,7 @@ from .steps import Pass, forward, loss_of, pulls
 
 
 class Run(NamedTuple):
-    """What :func:`simulate` returns: arrays over optimizer steps, each as it stood before the step.
+    """What :func:`simulate` returns: arrays over optimizer steps, each as it was before the step.
 
     Attributes:
         entropy: reading that the controller got, mean over the tokens of the minibatch, nats per token.
@@ -54,7 +54,7 @@ def _predict(recipe: Recipe, batch: Batch, run: Pass, knob: float | None, share:
 
 
 def _groups(batch: Batch, run: Pass) -> GroupFacts:
-    """What a minibatch knows of the groups; of a group that was cut, its whole rate."""
+    """The group facts of a minibatch; for a group that was cut, its whole rate."""
     mask = torch.ones_like(run.stats.logp)
     of_group = {name: getattr(batch, name) for name in ("reward", "group_rate", "group_reward", "group_distinct")}
     tokens = TokenBatch(run.stats.logp, None, batch.adv, mask, run.stats.entropy, **of_group)
@@ -95,7 +95,7 @@ def simulate(
         seed: of the policy, the rewards and the draws.
         tree: the states.
         lr: step size; a loss is a mean over tokens, so that a row moves by about ``lr`` times its share of them.
-        group: samples a prompt.
+        group: samples per prompt.
         updates: minibatches, and optimizer steps, of a batch.
         regime, share: of the rewards, as in ``make_rewards``.
         scale: standard deviation of the first logits.
@@ -137,7 +137,7 @@ def _simulate(
 ) -> Run:
     recipes.check(recipe, updates)
     if exact and updates != 1:
-        raise ValueError(f"an exact simulation takes one update a batch, got {updates}; set updates=1")
+        raise ValueError(f"an exact simulation takes one update per batch, got {updates}; set updates=1")
     if not 1 <= updates <= tree.prompts * group:
         raise ValueError(f"updates must lie in [1, {tree.prompts * group}], the answers of a batch, got {updates}")
     generator = torch.Generator().manual_seed(seed)

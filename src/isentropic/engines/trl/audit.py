@@ -1,4 +1,4 @@
-"""The audit of a TRL trainer as it is configured: its own sampler, its own mask, its own scoring.
+"""The audit of a TRL trainer as it is configured: with its own sampler, mask and scoring.
 
 A batch is generated and scored by the trainer's methods, with stand-ins for the rewards, and goes through
 :func:`isentropic.entropy.audit.audit`. The trainer and every random state are left as they were, so that a run that was
@@ -44,7 +44,7 @@ _OBJECTS = ("batches", "run_log", "run_log.samples")
 def audit_trainer(trainer: Trainer, prompts: int = 2, tokens: int = 64, batches: int = 3) -> Report:
     """Audit a GRPOTrainer, or one of its subclasses, before it trains.
 
-    Several batches are looked at: one in which every completion is as long as the others holds no padding, and cannot
+    Several batches are checked: one in which every completion is as long as the others holds no padding, and cannot
     show a mask that counts it. If none of them holds any, a further one is made to: its completions end at one more
     token.
 
@@ -231,7 +231,7 @@ def _untouched(trainer: Trainer) -> Iterator[None]:
 
 
 class StartAudit(TrainerCallback):
-    """Audits a trainer as its training begins, warns of what is serious, and writes audit.json to its run directory.
+    """Audits a trainer when its training starts, warns of serious findings, and writes audit.json to its run directory.
 
     Args:
         trainer: the trainer this callback is added to.

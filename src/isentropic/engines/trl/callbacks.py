@@ -25,7 +25,7 @@ logger = logging.getLogger("isentropic")
 
 
 class Opening(TrainerCallback):
-    """Opens the run directory as training begins, and says what is controlled: by epochs the length is known then."""
+    """Opens the run directory when training starts, and prints what is controlled."""
 
     def __init__(self, trainer: Trainer):
         self.trainer = trainer
@@ -55,7 +55,7 @@ def step_line(step: int, steps: int, seconds_left: float, row: dict[str, Any], k
     """The line of an optimizer step: six figures, as far as they are known.
 
     Args:
-        step, steps: done, and in all.
+        step, steps: steps done, and steps in all.
         seconds_left: of training.
         row: of metrics.jsonl, with ``reward``.
         knob: its name.
@@ -98,7 +98,7 @@ class _StepLines(TrainerCallback):
         if "loss" not in logs:
             super().on_log(args, state, control, logs=logs, **kwargs)
             return
-        self._reward = logs.get("reward", self._reward)  # TRL logs it once a generated batch
+        self._reward = logs.get("reward", self._reward)  # TRL logs it once per generated batch
         done = max(state.global_step - self._first, 1)
         left = (time.monotonic() - self._started) / done * (state.max_steps - state.global_step)
         row = {**logs, "reward": self._reward}
@@ -122,14 +122,14 @@ class StepBar(_StepLines, ProgressCallback):
 
 
 def print_six_figures(trainer: Trainer) -> None:
-    """Put our printer, or our bar, in the place of a trainer's own; a trainer without one stays silent."""
+    """Replace a trainer's printer or progress bar by ours; a trainer without one stays silent."""
     for native, ours in ((PrinterCallback, StepPrinter), (ProgressCallback, StepBar)):
         if trainer.pop_callback(native) is not None:
             trainer.add_callback(ours(trainer))
 
 
 def bound_of(recipe: Recipe, asked: float | None) -> float:
-    """The guard's bound in force: what was asked, else 3 if entropy is held and none (0) if it is not.
+    """The guard's bound in force: the requested one, else 3 if entropy is held and 0 (none) if it is not.
 
     Example:
         >>> from isentropic.recipes import RECIPES
@@ -144,10 +144,10 @@ def _ceiling(vocabulary: int | None) -> float | None:
 
 
 class EntropyGuard(TrainerCallback):
-    """Stop with a checkpoint once :class:`isentropic.control.guard.Guard` says that entropy explodes.
+    """Save a checkpoint and stop if :class:`isentropic.control.guard.Guard` says that entropy explodes.
 
     Attributes:
-        message: what happened and what to try, once it has; else None.
+        message: what happened and what to try; None before that.
     """
 
     def __init__(self, trainer: Trainer, bound: float, patience: int = PATIENCE):
@@ -196,7 +196,7 @@ class StopRequest:
     """The first Ctrl-C or SIGTERM of a run: all ranks see it at their next reduction, then save and stop.
 
     Attributes:
-        made: whether it was made.
+        made: whether the request was made.
     """
 
     def __init__(self) -> None:
@@ -210,7 +210,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             return
         self.made, self._first = True, time.monotonic()
-        logger.warning("will save and stop at the end of this generated batch; once more to stop now, without saving")
+        logger.warning("will save and stop at the end of this generated batch; press again to stop now, without saving")
 
     @contextmanager
     def listening(self) -> Iterator[None]:

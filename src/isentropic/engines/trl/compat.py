@@ -1,6 +1,6 @@
 """Every private name of TRL that this package touches, and nothing else: what a new version of TRL can break.
 
-TRL's own steps are overridden here alone, and each is handed to a method with a name of ours, which gets TRL's own as
+TRL's own steps are overridden only here, and each is given to a method with our own name, which gets TRL's own as
 its first argument. ``tests/engines/trl/test_compat.py`` has a contract test for each name.
 """
 
@@ -94,7 +94,7 @@ _Base = GRPOTrainer if TYPE_CHECKING else object
 
 
 class TrainerHooks(_Base):
-    """TRL's private steps under names of ours. A subclass overrides the methods without an underscore."""
+    """TRL's private steps under our own names. A subclass overrides the methods without an underscore."""
 
     _tag_names = ["trl", "grpo", "isentropic"]  # noqa: RUF012  (TRL's convention)
     args: Any

@@ -64,7 +64,7 @@ def check_explain(every: int | None, head: str) -> None:
     if every is not None and every < 0:
         raise ValueError(f"explain_every must be >= 0 optimizer steps, got {every}; 0 explains none, 1 every one")
     if head not in ("auto", "trl"):
-        raise ValueError(f"head must be auto or trl, got {head!r}; auto takes the fused head where it is faster")
+        raise ValueError(f"head must be auto or trl, got {head!r}; auto takes the fused head if it is faster")
 
 
 @torch.no_grad()

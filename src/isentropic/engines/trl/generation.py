@@ -127,8 +127,18 @@ class GeneratedBatches:
         output["group_distinct"] = group_distinct(groups, self._answers.view_as(groups))[local]
         named = getattr(trainer.args, "recipe", None) is not None
         if named and (recipe.baseline not in _NATIVE_BASELINES or recipe.overlong_buffer):
-            output["advantages"] = advantages(recipe, groups).to(rewards.dtype)[local]
+            output["advantages"] = advantages(recipe, groups, self._logp_mean(output, groups)).to(rewards.dtype)[local]
         return output
+
+    def _logp_mean(self, output: dict[str, Any], groups: torch.Tensor) -> torch.Tensor | None:
+        """Mean log-probability of each completion when it was drawn, on all processes, ``[p g]``; None if unknown."""
+        logp = output.get("old_per_token_logps")
+        logp = output.get("sampling_per_token_logps") if logp is None else logp
+        if logp is None:
+            return None
+        mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool()
+        mean = torch.where(mask, logp, 0.0).sum(1) / mask.sum(1).clamp(min=1)
+        return self.trainer.accelerator.gather(mean).view_as(groups)
 
     def _resample(self, native: Generate, inputs: list[Any], output: dict[str, Any]) -> dict[str, Any]:
         """Replace prompts whose answers all got one reward by fresh ones, in rounds of a batch (arXiv:2503.14476).

@@ -23,7 +23,7 @@ class Rollout:
 
         IsentropicTrainer(model, task.reward, args=args, train_dataset=rows, rollout_func=Rollout(task), ...)
 
-    TRL passes the prompts alone, repeated for each generation; the rows come from the trainer, which is one of ours.
+    TRL passes the prompts alone, repeated for each generation; the rows come from the trainer, which must be ours.
 
     Args:
         task: an ``EnvironmentTask``.

@@ -87,7 +87,7 @@ class SwitchTask(TrainerCallback):
 
     Args:
         trainer: the trainer.
-        on_switch: called with the number of optimizer steps done, once a task is over.
+        on_switch: called with the number of optimizer steps done, when a task is over.
     """
 
     def __init__(self, trainer: SequentialTrainer, on_switch: Callable[[int], None]):

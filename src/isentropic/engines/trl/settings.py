@@ -98,7 +98,7 @@ def _options(given: Any) -> dict[str, Any]:
         try:
             given = json.loads(given)
         except json.JSONDecodeError as error:
-            problem = f", which is no JSON ({error})"
+            problem = f", which is not JSON ({error})"
     if not isinstance(given, dict):
         raise ValueError(
             f"recipe_options must be a dict or a JSON object, got {given!r}{problem}; "
@@ -145,7 +145,7 @@ def resolve_recipe(args: Any) -> tuple[Recipe, dict[str, Any]]:
 
 
 def check_switches(args: Any) -> None:
-    """Refuse switches that are no truth values, and a bound on entropy that the start of a run is above.
+    """Refuse switches that are not True or False, and a bound on entropy that the start of a run is above.
 
     Raises:
         ValueError: what was got, what is allowed.
@@ -283,7 +283,7 @@ def round_save_steps(args: Any) -> None:
 
 
 def refuse_two_bonuses(args: Any, recipe: Recipe) -> None:
-    """Refuse an entropy bonus under control beside TRL's own.
+    """Refuse an entropy bonus under control together with TRL's own.
 
     Raises:
         ValueError: both are on, and would add up.
@@ -311,7 +311,7 @@ def refuse_bypass(kind: type, recipe: Recipe) -> None:
 
 
 def recipe_name(recipe: str | Recipe) -> str:
-    """A recipe as people know it: its name as it was given, else its formula."""
+    """A recipe's name as it was given, else its formula."""
     return recipe if isinstance(recipe, str) else recipe.formula
 
 
@@ -342,7 +342,7 @@ def check_context(model: Any, prompt: int, completion: int) -> None:
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning the first time that it is given in a process."""
+    """Log a warning only the first time in a process."""
     logger.warning(message)
 
 

@@ -69,16 +69,16 @@ class EntropyControlConfig:
             :class:`~isentropic.recipes.Recipe`; it sets loss_type, scale_rewards, importance_sampling_level and the
             clip bounds. None leaves TRL's settings as they are, and adds only the knob.
         knob, controller, target: what is turned, how, and to what; None is the recipe's own. ``controller="none"``
-            only monitors. A controller and a target may be yours: a function, an object, or ``FILE.py:NAME``.
+            only monitors. A controller and a target may be custom: a function, an object, or ``FILE.py:NAME``.
         recipe_options: any other field of a Recipe, or constant of its components, as a dict or a JSON string.
         samples_logged: completions written to samples.jsonl for each generated batch.
-        explain_every: optimizer steps between two whose predicted entropy change is computed and attributed; 0 never.
+        explain_every: optimizer steps between predictions of the entropy change with their attribution; 0 never.
             None is every step if the moments of the rows cost little, else every tenth.
         head: ``auto`` scores tokens by the fused head of ``isentropic.entropy.kernels`` if that is faster and its kind
             is known; ``trl`` by TRL's own, whose training is reproduced bit for bit.
-        audit: look for errors of precision and sampling as training starts; see :class:`~.audit.StartAudit`.
+        audit: check for errors of precision and sampling when training starts; see :class:`~.audit.StartAudit`.
         stop_above: save and stop if entropy stays above its target times this factor; 0 never, None is 3 with a knob.
-        report: write report.html as the run ends.
+        report: write report.html when the run ends.
     """
 
     # HfArgumentParser reads a flag as the second type of a union: text.
@@ -92,11 +92,11 @@ class EntropyControlConfig:
     )
     recipe_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "Other fields of a Recipe."})
     samples_logged: int = field(default=2, metadata={"help": "Completions kept for each generated batch."})
-    explain_every: int | None = field(default=None, metadata={"help": "Steps between explained ones; 0 is never."})
-    head: str = field(default="auto", metadata={"help": "auto: the fused head where it is faster; trl: TRL's own."})
-    audit: bool = field(default=True, metadata={"help": "Audit precision and sampling as training starts."})
+    explain_every: int | None = field(default=None, metadata={"help": "Explain every so many steps; 0 never."})
+    head: str = field(default="auto", metadata={"help": "auto: the fused head if it is faster; trl: TRL's own."})
+    audit: bool = field(default=True, metadata={"help": "Audit precision and sampling when training starts."})
     stop_above: float | None = field(default=None, metadata={"help": "Stop above the target times this; 0 never."})
-    report: bool = field(default=True, metadata={"help": "Write report.html as the run ends."})
+    report: bool = field(default=True, metadata={"help": "Write report.html when the run ends."})
 
     def __post_init__(self) -> None:
         self.take_settings(super().__post_init__)  # type: ignore[misc]
@@ -120,7 +120,7 @@ class EntropyControlConfig:
         round_save_steps(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Plain values, for training_args.bin: a function of yours may be one that cannot be pickled."""
+        """Plain values, for training_args.bin: a custom function may not be picklable."""
         recipe = self.entropy_recipe.as_dict()
         texts = {
             name: recipe[name]
@@ -152,10 +152,10 @@ class IsentropicConfig(EntropyControlConfig, GRPOConfig):
 
 
 class MicroBatch:
-    """The micro-batch whose loss is under way.
+    """The micro-batch whose loss is being computed.
 
     Attributes:
-        inputs: what the native loss reads; a shallow copy, for TRL uses its own in the next iteration again.
+        inputs: what the native loss reads; a shallow copy, since TRL uses its own again in the next iteration.
         batch: with gradients, once the native loss has asked for log-probabilities.
         rewritten: what the native loss reads in place of its own.
         sums: what it adds to the optimizer step, but for its loss.
@@ -184,7 +184,7 @@ class EntropyControlMixin(TrainerHooks):
         explainer: what is predicted.
         guard: stops a run whose entropy explodes.
         say: called with each line that the run prints.
-        closes: whether the run ends with :meth:`train`; if it does not, whoever called it closes the run.
+        closes: whether the run ends with :meth:`train`; if not, the caller closes the run.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class EntropyControlMixin(TrainerHooks):
         self.take_control()
 
     def take_control(self) -> None:
-        """Put the trainer, once it is made, under control.
+        """Put the trainer under control after it is made.
 
         Raises:
             ValueError: a trainer that replaces the steps in which entropy is read.

@@ -1,4 +1,4 @@
-"""Control of a trainer that someone else made: the object gets our methods, and keeps its own."""
+"""Control of an existing trainer: the object gets our methods, and keeps its own."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def control(
         The same object, which is now an ``EntropyControlMixin`` too.
 
     Raises:
-        ValueError: no GRPOTrainer, one that is under control already, one that replaces the steps in which entropy is
-            read, or settings that cannot work. The trainer is left as it was.
+        ValueError: not a GRPOTrainer, one that is under control already, one that replaces the steps in which
+            entropy is read, or settings that cannot work. The trainer is left as it was.
 
     Example::
 

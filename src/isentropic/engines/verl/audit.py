@@ -77,7 +77,7 @@ def audit_micro_batch(module: Any, recipe: Recipe, batch: TokenBatch, logits: to
         data: verl's micro-batch.
     """
     if logits is None:
-        return Report([], {"logits": "not made by this engine: nothing was looked at"}, {})
+        return Report([], {"logits": "not made by this engine: nothing was checked"}, {})
     keep = batch.mask.bool()
     limit = max(1, _MAX_NUMBERS // logits.shape[-1])
     rows = answers_of(torch.arange(len(logits), device=logits.device)[:, None], data)[..., 0][keep][:limit]

@@ -1,6 +1,6 @@
 """Every private or version-dependent name of verl that this package touches: what a new version of verl can break.
 
-verl's own steps are overridden here alone, and each calls a method with a name of ours; a step that it may replace
+verl's own steps are overridden only here, and each calls a method with our own name; a step that it may replace
 comes as its first argument. ``tests/engines/verl/test_verl_compat.py`` has a contract test for each name.
 """
 
@@ -93,7 +93,7 @@ _Base = BaseEngine if TYPE_CHECKING else object
 
 
 class EngineHooks(_Base):
-    """verl's steps under names of ours, before an engine. A subclass overrides the first five methods."""
+    """verl's steps under our own names, before an engine. A subclass overrides the first five methods."""
 
     def batch_generated(self, data: Any, loss_function: Any) -> None:
         """This rank's whole share of a generated batch is about to be trained on."""

@@ -98,7 +98,7 @@ class StepSums(NamedTuple):
         of_tokens, off_policy: over the tokens.
         of_answers: over the answers.
         of_groups: what is known of the groups.
-        change: Σ of the predicted entropy change, a unit of learning rate.
+        change: Σ of the predicted entropy change, per unit of learning rate.
         gain: Σ of its derivative by the knob.
     """
 
@@ -111,7 +111,7 @@ class StepSums(NamedTuple):
 
 
 class Control:
-    """The controller of one worker; every rank holds the same state.
+    """The controller of one worker; every rank has the same state.
 
     Args:
         recipe: composed and checked.
@@ -281,7 +281,7 @@ class Control:
         write_json(Path(folder) / CHECKPOINT_FILE, {"step": self.step, **self.loop.as_dict()})
 
     def restore(self, folder: str) -> None:
-        """Continue from a checkpoint; start afresh, with a warning, if it has nothing of ours, or of another knob."""
+        """Continue from a checkpoint; start anew, with a warning, if it lacks our part, or has another knob."""
         saved = saved_in(folder)
         if saved is not None:
             self.step = saved["step"]

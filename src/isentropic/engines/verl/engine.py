@@ -70,7 +70,7 @@ class PolicyLoss(PolicyLossConfig):
         return max(1, self.batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
 
     def steps(self, actor: Any) -> int | None:
-        """Optimizer steps of the whole run, if verl's trainer has told the worker its generated batches."""
+        """Optimizer steps of the whole run, if verl's trainer passed the number of generated batches to the worker."""
         batches = getattr(getattr(actor, "optim", None), "total_training_steps", None) or 0
         return batches * (self.updates(actor) or 1) if batches > 0 else None
 

@@ -25,7 +25,7 @@ from .loss import add_penalty, native_config, native_mode
 logger = logging.getLogger("isentropic")
 LACKS = (
     "the actor's engine (%s) is not wrapped, so that isentropic acts through verl's loss alone: entropy is estimated "
-    "by −log π of the sampled tokens (entropy/sampled), the controller is not saved with checkpoints and starts afresh "
+    "by −log π of the sampled tokens (entropy/sampled), the controller is not saved with checkpoints and starts anew "
     "on resume, an optimizer step that the engine skips is read with the next one, there is no run directory, no "
     "predicted change and no audit; actor_rollout_ref.actor.strategy=fsdp2 has all of it"
 )
@@ -39,7 +39,7 @@ NOT_THERE = {
 
 
 def why_not(recipe: Recipe) -> str | None:
-    """What of a recipe cannot be had through the loss alone, or None.
+    """What a recipe needs that the loss alone does not give, or None.
 
     Example:
         >>> why_not(RECIPES["isentropic"]), why_not(RECIPES["adapo"])
@@ -55,7 +55,7 @@ def why_not(recipe: Recipe) -> str | None:
 
 
 def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
-    """Refuse what cannot be had through the loss alone.
+    """Refuse what the loss alone does not give.
 
     Args:
         recipe: composed.
@@ -80,12 +80,12 @@ def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
 
 
 class ByLoss:
-    """The controller of one worker, behind the loss that verl calls; every rank holds the same state.
+    """The controller of one worker, behind the loss that verl calls; every rank has the same state.
 
     Args:
         recipe: composed and checked.
         config: the actor's.
-        updates: optimizer steps a generated batch, if known.
+        updates: optimizer steps per generated batch, if known.
         steps: of the whole run, if known.
 
     Attributes:
@@ -170,7 +170,7 @@ def by_loss(
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What verl calls as its loss ``isentropic`` where no engine of ours wraps it."""
+    """What verl calls as its loss ``isentropic`` if our engine does not wrap it."""
     settings = config.policy_loss
     control: ByLoss | None = settings.fallback
     if control is None:

@@ -14,7 +14,7 @@ ESTIMATORS: dict[str, tuple[str, bool | None]] = {
     "mean": ("grpo", False),
     "leave_one_out": ("rloo", None),
 }
-# Every other baseline is an estimator of ours, in a module that verl imports where advantages are computed.
+# Every other baseline is our own estimator, in a module that verl imports where advantages are computed.
 OURS = "isentropic"
 ESTIMATOR_MODULE = "isentropic.engines.verl.estimator"
 AGG_MODES = {"token": "token-mean", "sequence": "seq-mean-token-mean", "constant": "seq-mean-token-sum-norm"}

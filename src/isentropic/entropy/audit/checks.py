@@ -95,7 +95,7 @@ def entropy_findings(
     'entropy_zero'
     """
     mean = exact.mean().item() if exact.numel() else 0.0
-    remedy = "have the head compute the exact entropy of each row in fp32; isentropic.token_entropy does"
+    remedy = "let the head compute the exact entropy of each row in fp32; isentropic.token_entropy does"
     if entropy is None:
         return [Finding("serious", "entropy_none", "no entropy is returned", where, f"{mean:.3g} nats", remedy, mean)]
     error = rms(entropy - exact)

@@ -90,9 +90,9 @@ def check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | Non
             "the state at position i predicts the token at i + 1: shift one of them"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be {[*weight.shape[:1]]}, one a row of the weight, got {[*bias.shape]}")
+        raise ValueError(f"bias must be {[*weight.shape[:1]]}, one per row of the weight, got {[*bias.shape]}")
     if mask is not None and mask.shape != ids.shape:
-        raise ValueError(f"mask must be {[*ids.shape]}, as ids, got {[*mask.shape]}; one entry a token")
+        raise ValueError(f"mask must be {[*ids.shape]}, as ids, got {[*mask.shape]}; one entry per token")
     for name, x in (("hidden", hidden), ("weight", weight)):
         if not x.is_floating_point():
             raise ValueError(f"{name} must be fp16, bf16, fp32 or float64, got {x.dtype}; dequantise it first")
@@ -101,7 +101,7 @@ def check_shapes(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | Non
 def check_numbers(
     temperature: float | Tensor, ids: Tensor, softcap: float | None, scale: float, arithmetic: str
 ) -> None:
-    """Raise if a setting is outside its range, or the ids are no integers."""
+    """Raise if a setting is outside its range, or the ids are not integers."""
     if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8):
         raise ValueError(f"ids must be integers, got {ids.dtype}")
     if isinstance(temperature, Tensor):

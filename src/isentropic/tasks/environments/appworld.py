@@ -64,7 +64,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
 def _ids(name: str, values: dict[str, Any], key: str) -> list[str]:
     path = path_of(name, values[key])
     if not values[key] or not path.is_file():
-        raise ValueError(f"task {name!r}: {key} must name a file with a task id a line, got {values[key]!r}")
+        raise ValueError(f"task {name!r}: {key} must name a file with one task id per line, got {values[key]!r}")
     return list(dict.fromkeys(path.read_text(encoding="utf-8").split()))
 
 

@@ -43,7 +43,7 @@ GAMES: dict[str, dict[str, Any]] = {
         "split": "",
     },
 }
-# Options of ours: number of games, limits of an episode, form of observations.
+# Our own options: number of games, limits of an episode, form of observations.
 OURS: dict[str, Any] = {
     "train": 40,
     "test": 40,
@@ -214,7 +214,7 @@ class TextWorld:
     without reaching the game: a game also knows `quit`, `restart` and `save`, which are not moves.
 
     Args:
-        brief: give the room's name in place of its description.
+        brief: give the room's name instead of its description.
         commands: commands that are listed at most.
     """
 
