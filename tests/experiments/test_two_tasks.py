@@ -11,6 +11,7 @@ from task_cases import walk
 from trl_case import save_model
 
 from isentropic.cli import main
+from isentropic.engines.loop import ControlLoop
 from isentropic.runs.record import Record
 from isentropic.runs.summary import closing_table
 from isentropic.tasks import load_task
@@ -69,14 +70,30 @@ def test_a_sequence_resumed_before_the_switch_equals_one_that_was_not(run, tmp_p
     assert resumed == whole
 
 
+TOLD = []
+
+
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     home = tmp_path_factory.mktemp("three")
     flags = [*TASKS, "--then", "task_cases:empty", *SMALL, "--model", save_model(home / "model"), "--recipe", "grpo"]
     flags += ["--steps", "4", "--save-every", "2", "--keep", "9", "--schedule", "linear", "--learning-rate", "1e-3"]
     flags += ["--eval-every", "2"]
-    assert main(["train", *flags, "--out", str(home / "out")]) == 0
+    native = ControlLoop.tell_held_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ControlLoop, "tell_held_out", lambda *told: TOLD.append(told[1:]) or native(*told))
+        assert main(["train", *flags, "--out", str(home / "out")]) == 0
     return Record(home / "out")
+
+
+def test_the_controller_hears_of_the_held_out_accuracy_on_the_task_under_way(three):
+    """At the lowest temperature; at a switch, of the task that begins."""
+    under_way = ["letters"] * 2 + ["spaces"] * 2 + ["empty"] * 3
+    rows = {(row["step"], row["task"]): row for row in three.rows("evaluations")}
+    coolest = [rows[2 * i, task]["at"]["0.3"]["pass@1"] for i, task in enumerate(under_way)]
+    counts = [len(rows[2 * i, task]["greedy_correct"]) for i, task in enumerate(under_way)]
+    assert [count for _, count in TOLD] == counts
+    assert [right / count for right, count in TOLD] == pytest.approx(coolest)
 
 
 def test_every_task_of_three_starts_anew_and_is_evaluated_at_every_switch(three):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .auto import AUTO, parse_auto
+from .auto import AUTO, DEFAULT_RULE, parse_auto
 from .levels import Level, Target, TargetState, check_first, feasible, measure, parse_level
 
 __all__ = [
@@ -205,9 +205,9 @@ TARGETS: dict[str, str] = {
     "SHARE% (80%)": "a share of the initial entropy",
     "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another; at TO in the last of the steps or of the run",
     "band:LOW:HIGH": "leave it alone between two NATS or SHARE%, steer back to the middle when it leaves",
-    "auto[:RULE][:OPTION=VALUE]": "found from the run; rules: "
-    + "; ".join(f"{name}, {what}" for name, (_, what) in AUTO.items()),
-    "TARGET:settle=SHARE%[:settle_to=SHARE%]": "any of these, let down over the last share of each task's steps",
+    "auto": f"found from the run, by the rule {DEFAULT_RULE}; options follow, as in auto:floor=20%",
+    **{f"auto:{name}": what for name, (_, what) in AUTO.items()},
+    "...:settle=10%": "any of these, let down over the last tenth of each task's steps, to settle_to=40% of it",
 }
 
 
