@@ -1,4 +1,4 @@
-"""How the documentation is built: what the API pages show, tables without a place in the sidebar, notebooks as pages."""
+"""How the documentation is built: API pages, tables without a place in the sidebar, notebooks as pages."""
 
 import json
 import sys

@@ -147,10 +147,11 @@ def _section(module, alone):
 
 def _link(name):
     """A top-level name, as a link to where it is described."""
-    found = getattr(isentropic, name)
     if name == "RECIPES":
         return ":doc:`RECIPES </recipes>`"
-    return f":py:obj:`{name} <{found.__module__}.{name}>`"
+    homes = [m for page in PAGES.values() for m in page if name in names(m)]
+    (home,) = (m for m in homes if getattr(import_module(f"isentropic.{m}"), name) is getattr(isentropic, name))
+    return f":py:obj:`{name} <isentropic.{home}.{name}>`"
 
 
 def write(source):

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -21,14 +22,15 @@ from isentropic.losses.advantages import (
     pass_at_k,
     quantile,
     signed,
+    uniform_correct,
     unlikeliness,
 )
 
 NAN = math.nan
 # Draws of two, which the smallest groups below have.
 BASELINES = table("baseline") | {"pass_at_k": partial(pass_at_k, pass_k=2)}
-# It ranks by what is no reward, and only rewards above 0: a shift of all changes which those are.
-del BASELINES["unlikeliness"]
+# They read what is no reward, and treat rewards above 0 alone: a shift of all changes which those are.
+del BASELINES["unlikeliness"], BASELINES["uniform_correct"]
 GROUPED = [name for name in BASELINES if name not in ("none", "signed")]
 
 
@@ -187,6 +189,55 @@ def test_unlikeliness_at_its_limits():
     for penalty in (-0.1, 1.1, NAN):
         with pytest.raises(ValueError, match=rf"rank_penalty must be in \[0, 1\], got {penalty}"):
             unlikeliness(rewards, logp, penalty)
+
+
+def test_uniform_correct_by_hand():
+    # Right ones at 0.5, 0.25, 0.25: 1/q as 1 to 2 to 2. τ = ½: 3·(1/6 + ½·(0.2, 0.4, 0.4)) = 0.8, 1.1, 1.1.
+    rewards, logp = torch.tensor([[1.0, 0.0, 1.0, 1.0, NAN]]), torch.tensor([[0.4, 0.9, 0.2, 0.2, 0.9]]).log()
+    plain = mean_std(rewards)
+    got = uniform_correct(rewards, logp, 0.5)
+    check(got, (torch.tensor([0.8, 1.0, 1.1, 1.1, 1.0]) * plain).tolist())
+    assert got.sum().item() == pytest.approx(0.0, abs=1e-6)  # the right ones get as much as before
+    check(uniform_correct(rewards - 0.5, logp, 0.5), got.tolist())  # rewards of ±½
+    assert torch.equal(uniform_correct(rewards, logp, 0.0), plain)
+    full = uniform_correct(rewards, logp, 1.0)
+    check(full[[0, 2]] * logp[0, [0, 2]].exp(), [full[0].item() * 0.4] * 2)  # A·π alike
+    # Alone, the right one keeps its advantage; groups that are all right or all wrong have none.
+    same = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0]])
+    assert torch.equal(uniform_correct(same, torch.zeros(3, 2), 0.5), mean_std(same))
+    assert uniform_correct(torch.empty(2, 3, device="meta"), torch.empty(2, 3, device="meta"), 0.2).is_meta
+    for share in (-0.1, 1.1, NAN):
+        with pytest.raises(ValueError, match=rf"uniform_share must be in \[0, 1\], got {share}"):
+            uniform_correct(rewards, logp, share)
+
+
+def test_the_ranks_reach_training_in_trl(tmp_path, monkeypatch):
+    """TRL's old log-probs rank the completions, and the advantages that come of it are those that train."""
+    pytest.importorskip("trl")
+    from trl_case import make
+
+    from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer
+    from isentropic.recipes.stages import BASELINES as TABLE
+
+    seen = []
+
+    def spy(rewards, logp_mean, rank_penalty):
+        seen.append((logp_mean, unlikeliness(rewards, logp_mean, rank_penalty)))
+        return seen[-1][1]
+
+    monkeypatch.setitem(TABLE, "unlikeliness", replace(TABLE["unlikeliness"], at=spy))
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path / "a", 4, recipe="unlikeliness")
+    trainer.train()
+    parts = trainer._buffered_inputs
+    mask = [part["completion_mask"].bool() for part in parts]
+    pairs = zip(parts, mask, strict=True)
+    mean = torch.stack([row[m].mean() for part, k in pairs for row, m in zip(part["old_per_token_logps"], k)])  # noqa: B905
+    torch.testing.assert_close(mean.sort().values, seen[-1][0].flatten().sort().values)
+    trained = torch.cat([part["advantages"] for part in parts])
+    assert len(trained.unique()) > 3
+    assert torch.equal(trained.sort().values, seen[-1][1].to(trained.dtype).sort().values)
+    with pytest.raises(ValueError, match="leaves out if every update is on-policy, got steps_per_generation=1 and"):
+        make(IsentropicTrainer, IsentropicConfig, tmp_path / "b", 4, recipe="unlikeliness", steps_per_generation=1)
 
 
 def test_quantile_limits():

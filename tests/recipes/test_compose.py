@@ -55,10 +55,8 @@ def test_the_catalogue_holds_what_is_promised():
     wanted = {f"repo-{kind}-{base}" for kind in "rd" for base in bases} | set(bases)
     wanted |= {"isentropic", "reinforce", "dr-grpo", "cispo", "entropy-bonus", "entropy-bonus-adaptive", "adapo"}
     wanted |= set("clip-cov kl-cov entropic entrocraft dynamic-clip dcpo bapo ce-gppo qae erc sapo".split())
-    wanted |= set(
-        "high-entropy mai stare lp-reg aent pass-at-k unlikeliness up steer tre-p tre-k nsr w-reinforce opefo".split()
-    )
-    wanted.add("distribution-centric")
+    wanted |= set("high-entropy mai stare lp-reg aent pass-at-k up steer tre-p tre-k opefo nsr w-reinforce".split())
+    wanted |= {"unlikeliness", "ucpo", "distribution-centric"}
     assert set(RECIPES) == wanted
     for recipe in RECIPES.values():
         assert check(recipe) is recipe

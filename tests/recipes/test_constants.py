@@ -12,6 +12,7 @@ CONSTANTS = {
     ("baseline", "quantile"): {"quantile": 0.4},
     ("baseline", "pass_at_k"): {"pass_k": 4},
     ("baseline", "unlikeliness"): {"rank_penalty": 0.25},
+    ("baseline", "uniform_correct"): {"uniform_share": 0.2},
     ("selection", "clip_cov"): {"cov_share": 0.0002, "cov_low": 1.0, "cov_high": 5.0},
     ("selection", "high_entropy"): {"entropy_share": 0.2},
     ("selection", "erc"): {"erc_width": 0.05},

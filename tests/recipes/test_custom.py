@@ -229,7 +229,7 @@ def test_what_is_not_there_is_said_in_one_line(mine, place, says):
         ({"shaping": "my_parts.py:no_shaping"}, "asks for 'something', got no such value; it may name adv"),
         ({"shaping": "my_parts.py:NUMBER"}, "shaping must be a name, a function or a Shaping, got 3"),
         ({"shaping": Penalty("", lambda logp: logp)}, "shaping must be a Shaping, got a Penalty"),
-        ({"objective": 3}, "objective must be a name or a function"),
+        ({"objective": 3}, "objective must be a name or a custom function"),
         ({"constants": {"cov_share": 1e-3}}, "a constant of this recipe must be one of none"),
         ({"selection": "clip_cov", "constants": {"cov_shar": 1e-3}}, "did you mean cov_share"),
         ({"selection": "clip_cov", "cov_share": "much"}, "cov_share must be a number, got 'much'"),
@@ -296,7 +296,7 @@ def test_an_entry_reads_what_its_function_names():
 
 @pytest.mark.parametrize("kind", [Baseline, Selection])
 def test_a_stage_that_acts_once_a_batch_has_no_knob(kind):
-    with pytest.raises(ValueError, match=f"a {kind.stage} can have no knob, got gamma; it acts once for a batch"):
+    with pytest.raises(ValueError, match=f"a {kind.stage} can have no knob, got gamma; it acts once per batch"):
         kind("", lambda gamma: gamma, constants={"gamma": 0.0}, knobs={"gamma": Knob(Range(0.0, 0.0, 1.0))})
 
 

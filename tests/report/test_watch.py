@@ -204,7 +204,7 @@ def test_serve_by_command_ends_by_ctrl_c(tmp_path):
     ("argv", "says"),
     [
         (["{dir}/file"], "is a file, not a run directory"),
-        (["{dir}/no/where"], "no run can begin there"),
+        (["{dir}/no/where"], "no run can start there"),
         (["{dir}"], "but has other files"),
         (["{dir}/rnu"], "did you mean {dir}/run?"),
         (["{dir}/run", "--port", "1"], "--port belongs to --serve"),

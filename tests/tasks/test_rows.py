@@ -200,7 +200,7 @@ def test_of_a_hub_they_are_left_out_with_a_warning(tmp_path, monkeypatch, caplog
     read = [*task.train(0), *task.heldout()]
     assert len(read) == 29
     assert not [row for row in read if row["prompt"] == "7+1?"]
-    assert "rows 8 and 31 have one prompt and two answers" in caplog.text
+    assert "rows 8 and 31 have the same prompt and two answers" in caplog.text
 
 
 def test_held_out_rows_are_asked_once(tmp_path, caplog):
@@ -208,7 +208,7 @@ def test_held_out_rows_are_asked_once(tmp_path, caplog):
     task, _ = load(tmp_path, [*plain(5), *plain(5)], f":heldout={tmp_path}/test.jsonl")
     assert len(task.train(0)) == 10
     assert len(task.heldout()) == 10
-    assert "4 of 14 held-out rows repeat another's prompt" in caplog.text
+    assert "4 of 14 held-out rows have the prompt of another row" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -337,7 +337,7 @@ def _table(head: list[str], rows: list[list[str]], markdown: bool) -> str:
 
 
 def write(comparison: Comparison, lines: Sequence[dict[str, Any]], folder: Path) -> None:
-    """Write compare.csv, a row a run, and compare.json, the estimates."""
+    """Write compare.csv, a row per run, and compare.json, the estimates."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
         out = csv.writer(file)

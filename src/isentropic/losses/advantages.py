@@ -362,6 +362,44 @@ def unlikeliness(
     )
 
 
+def uniform_correct(
+    rewards: Float[Tensor, "p g"], logp_mean: Float[Tensor, "p g"], uniform_share: float, eps: float = 1e-4
+) -> Float[Tensor, " b"]:
+    """Share out anew what ``mean_std`` gives the right samples of a group: the rarer one of them is, the more it gets.
+
+    ``A' = c·w·A`` for the c right samples (R > 0), ``w = (1 − τ)/c + τ·(1/q)/Σ 1/q``, q the softmax of ``logp_mean``
+    over them; ``A' = A`` for the others
+
+    The right samples of a group get as much in sum as before if their rewards are equal.
+
+    Args:
+        rewards: [p g] rewards, g >= 2; NaN or infinite for a sample that is not scorable.
+        logp_mean: [p g] log-probability of each sample when it was drawn, mean over its tokens, nats.
+        uniform_share: τ, in [0, 1]; 0 is ``mean_std``.
+        eps: as in ``mean_std``.
+
+    Returns:
+        [b] advantages, dimensionless.
+
+    Raises:
+        ValueError: τ outside [0, 1]; g = 1.
+
+    Uniform-correct policy optimization, UCPO (arXiv:2605.00365), as its released code has it, without its floor of 1e-6
+    under q.
+
+    >>> rewards, logp = torch.tensor([[1.0, 1.0, 0.0, 0.0]]), torch.tensor([[0.6, 0.2, 0.1, 0.1]]).log()
+    >>> uniform_correct(rewards, logp, 0.4, eps=0.0)  # 1/q as 1 to 3: 2·(0.3 + 0.4·(¼, ¾)) times √¾
+    tensor([ 0.6928,  1.0392, -0.8660, -0.8660])
+    """
+    if not 0 <= uniform_share <= 1:
+        raise ValueError(f"uniform_share must be in [0, 1], got {uniform_share}; 0.2 is the released one")
+    rewards = _scorable(rewards)
+    adv, right = mean_std(rewards, eps).view_as(rewards), rewards > 0
+    inverse = torch.where(right, -logp_mean.to(rewards.dtype), -math.inf).softmax(dim=1)
+    weight = 1 - uniform_share + uniform_share * right.sum(dim=1, keepdim=True) * inverse
+    return torch.where(right, weight * adv, adv).flatten()
+
+
 def overlong_penalty(lengths: Shaped[Tensor, " b"], max_length: int, buffer: int) -> Float[Tensor, " b"]:
     """Penalise responses that come close to the length limit; add the result to the reward.
 

@@ -189,7 +189,7 @@ RECIPES: dict[str, Recipe] = {
     "pass-at-k": _on(
         "dapo",
         "A of a draw of k: (1−ρ)/σ if right, less C(n−c−1,k−1)/(σ·C(n−1,k−1)) if wrong, σ = √(ρ(1−ρ))",
-        "pass@k training arXiv:2508.10751, analytic form; k = 4 [ours]",
+        "pass@k training arXiv:2508.10751, analytic form, and its released code; k = 4 [ours]",
         baseline="pass_at_k",
     ),
     "unlikeliness": _on(
@@ -198,6 +198,13 @@ RECIPES: dict[str, Recipe] = {
         "unlikeliness reward arXiv:2506.02355; the mean log-probability ranks, as in its released code, whose weights "
         "are larger by 0.25/n; without its KL term of 0.1",
         baseline="unlikeliness",
+        reduction="token",
+    ),
+    "ucpo": _on(
+        "grpo",
+        "A·c·(0.8/c + 0.2·(1/q)/Σ 1/q) for the c right answers of a group, q their shares of probability, token mean",
+        "UCPO arXiv:2605.00365, released code",
+        baseline="uniform_correct",
         reduction="token",
     ),
     "nsr": _on(

@@ -43,6 +43,7 @@ class Changes(TypedDict, total=False):
     quantile: float | None
     pass_k: float | None
     rank_penalty: float | None
+    uniform_share: float | None
     cov_share: float | None
     cov_low: float | None
     cov_high: float | None

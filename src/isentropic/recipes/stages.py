@@ -200,6 +200,12 @@ BASELINES: dict[str, Component] = {
         constants={"rank_penalty": 0.25},
         per_batch=True,
     ),
+    "uniform_correct": Baseline(
+        "c·w·(R − mean)/std for the c right ones, w = (1−τ)/c + τ·(1/q)/Σ 1/q, q their shares of probability",
+        "losses.advantages:uniform_correct",
+        constants={"uniform_share": 0.2},
+        per_batch=True,
+    ),
 }
 
 SELECTIONS: dict[str, Component] = {

@@ -4,23 +4,24 @@
 
     RUN/
       run.json           written first: schema, created, command, config (resolved), recipe, task, model, versions,
-                         machine, seed, and of `isentropic train` origin, what its numbers come from besides settings
-      audit.json         as training starts: findings on precision and sampling, what was checked, measured figures
-      metrics.jsonl      one row an optimizer step
-      samples.jsonl      a few completions a generated batch, with surprisal and entropy by token
-      evaluations.jsonl  one row an evaluation: pass@k, distinct answers, and the counts by prompt they come from
-      summary.json       written at the end: the closing table; ``stopped`` says why a run ended itself early, and
-                         ``before`` holds earlier tasks' evaluations at the start, at every switch and at the end
-      report.html        written at the end: what the rest of the directory holds, as a page
+                         machine, seed; if isentropic train wrote it, origin: what the numbers depend on
+                         besides the settings
+      audit.json         when training starts: findings on precision and sampling, checks, measured figures
+      metrics.jsonl      one row per optimizer step
+      samples.jsonl      a few completions per generated batch, with surprisal and entropy by token
+      evaluations.jsonl  one row per evaluation: pass@k, distinct answers, and their counts by prompt
+      summary.json       written at the end: the closing table; stopped: why a run ended itself early;
+                         before: earlier tasks' evaluations at the start, at every switch and at the end
+      report.html        written at the end: the rest of the directory as a page
       README.md          the model card, with the first checkpoint and again at the end
-      checkpoint-N/      the engine's own checkpoint after optimizer step N; isentropic.json, the controller, once
-                         that is written; and checkpoint.json, sizes and digests of all these files, written last
-      .run.lock          while the run is under way: whose it is
+      checkpoint-N/      the engine's own checkpoint after optimizer step N, with isentropic.json, the controller;
+                         and checkpoint.json, sizes and digests of all these files, written last
+      .run.lock          while the run is under way: its process
 
 Rows are JSON objects; a number that is not finite, or not known, is null. Fields are only ever added within a schema
 number. Text files are UTF-8, and a reader must ignore a last line that is cut short (a run may be killed in a write).
 
-A row of metrics.jsonl holds ``step`` (optimizer steps done), ``seconds`` (since this process began training) and the
+A row of metrics.jsonl has ``step`` (optimizer steps done), ``seconds`` (since this process began training) and the
 fields below, as far as they are known. Trackers get those that are numbers, by the same names. The part of a name
 before the slash is its group.
 

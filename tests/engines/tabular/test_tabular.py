@@ -158,7 +158,7 @@ ALL = [
 ]  # fmt: skip
 # Parts that look at a batch as a whole: sampled batches alone.
 WHOLE = [("clip-cov", None), ("kl-cov", None), ("bapo", None), ("high-entropy", None), ("stare", 1.5), ("lp-reg", None)]
-WHOLE += [("steer", None), ("opefo", None), ("distribution-centric", 0.05), ("unlikeliness", None)]
+WHOLE += [("steer", None), ("opefo", None), ("distribution-centric", 0.05), ("unlikeliness", None), ("ucpo", None)]
 
 
 def test_no_recipe_is_left_out():

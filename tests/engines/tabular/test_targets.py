@@ -51,5 +51,5 @@ def test_an_exact_simulation_leaves_nothing_to_chance():
     error = statistics.stdev(differences) / math.sqrt(len(differences))
     assert 0 < abs(statistics.mean(differences)) < 3 * error < gained(0, True)
     assert gained(0, True) == gained(0, True)
-    with pytest.raises(ValueError, match=r"exact simulation takes one update a batch, got 4; set updates=1"):
+    with pytest.raises(ValueError, match=r"exact simulation takes one update per batch, got 4; set updates=1"):
         simulate(compose("loop"), 3, 0, tree=TREE, updates=4, exact=True)

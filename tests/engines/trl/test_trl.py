@@ -119,7 +119,9 @@ def test_one_step_has_the_gradient_of_our_loss(tmp_path, name):
         assert all(math.isfinite(row.get(key, 0.0)) for row in rows), key
     trainer.model.train()
     if trainer.loop.state is not None:  # away from where a knob does nothing
-        knob = {"entropic": -0.5, "entrocraft": 1.0, "stare": 1.5, "aent": 0.1, "distribution-centric": 0.05}.get(name, trainer.loop.state.value)
+        knob = {"entropic": -0.5, "entrocraft": 1.0, "stare": 1.5, "aent": 0.1, "distribution-centric": 0.05}.get(
+            name, trainer.loop.state.value
+        )
         controller = trainer.loop.state.controller._replace(value=knob)
         trainer.loop.state = trainer.loop.state._replace(controller=controller)
     value = trainer.loop.value

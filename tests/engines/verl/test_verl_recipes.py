@@ -184,6 +184,7 @@ def test_a_baseline_of_ones_own_is_an_estimator_with_its_constants():
 REFUSED = [
     ({"recipe": "qae", "adv_estimator": "grpo"}, "needs algorithm.adv_estimator=isentropic"),
     ({"recipe": "qae", "adv_estimator": "isentropic", "external_lib": "mine"}, "add isentropic.engines.verl.estimator"),
+    ({"recipe": "ucpo", "adv_estimator": "isentropic"}, "uniform_correct needs the log-probabilities of sampling time"),
     ({"recipe": "grpo", "adv_estimator": "grpo", "norm_adv_by_std": False}, "norm_adv_by_std_in_grpo=True"),
     ({"recipe": "dapo", "recipe_options": {"dynamic_sampling": True}}, "algorithm.filter_groups.enable=True"),
     ({"recipe": "dapo", "recipe_options": {"overlong_buffer": 4}}, "overlong_buffer_cfg"),

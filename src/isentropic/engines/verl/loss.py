@@ -87,7 +87,7 @@ def read_batch(output: dict[str, Any], data: Any) -> TokenBatch:
 
 
 def sampler_logp(data: Any, length: int) -> torch.Tensor | None:
-    """The sampler's log-probabilities of so many tokens an answer, ``[b t]``, if verl's data holds them."""
+    """The sampler's log-probabilities of so many tokens per answer, ``[b t]``, if verl's data holds them."""
     return aligned(data[Keys.LOGP_SAMPLER], length).float() if holds(data, Keys.LOGP_SAMPLER) else None
 
 

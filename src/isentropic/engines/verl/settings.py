@@ -60,6 +60,11 @@ def _check_verl(settings: PolicyLoss, recipe: Recipe) -> None:
 
 def _check_estimator(settings: PolicyLoss, recipe: Recipe) -> None:
     estimator, by_std = estimator_of(recipe)
+    if "logp_mean" in recipe.component("baseline").parameters:
+        raise ValueError(
+            f"baseline {recipe.baseline} needs the log-probabilities of sampling time, which verl's estimators do not "
+            f"get, got recipe {settings.recipe}; use the TRL engine, or set baseline in recipe_options"
+        )
     got = str(getattr(settings.adv_estimator, "value", settings.adv_estimator))
     if got != estimator or by_std not in (None, settings.norm_adv_by_std):
         norm = "" if by_std is None else f" algorithm.norm_adv_by_std_in_grpo={by_std}"

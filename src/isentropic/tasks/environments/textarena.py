@@ -48,7 +48,7 @@ def load(rest: str, name: str) -> EnvironmentTask:
 
 
 def _rows(game: str, first: int, num: int) -> list[dict[str, Any]]:
-    """A row a seed, after a check that the game starts."""
+    """One row per seed, after a check that the game starts."""
     TextArena(game).reset(first)
     return [{"prompt": PROMPT, "seed": first + i} for i in range(num)]
 
