@@ -295,8 +295,8 @@ def auto(grids, plt):
     names = dict.fromkeys(row["task"] for x in last for row in x["evaluations"])
     sections += [(f"reversal-3: {task}", last, task) for task in names]
     sections = [section for section in sections if len({x["cell"] for x in section[1]}) > 1]
-    columns = min(len(sections), 4)
-    rows_ = -(-len(sections) // columns)
+    columns = min(len(sections) + 1, 4)
+    rows_ = -(-(len(sections) + 1) // columns)
     figure, axes = plt.subplots(rows_, columns, figsize=(3 * columns, 2.8 * rows_), squeeze=False)
     parts, colours = [], {}
     for axis, (title, lines, task) in zip(axes.flat, sections, strict=False):
@@ -307,9 +307,8 @@ def auto(grids, plt):
             if cell.startswith("auto") or cell == "settled":
                 trace(axis, lines, cell, colour)
         if best is not None:
-            axis.axhline(share_of(best), color=GREY, ls="--", lw=1, label=f"best constant: {share_of(best):.0%}")
+            axis.axhline(share_of(best), color=GREY, ls="--", lw=1, label="the task's best constant target")
         axis.set(title=title, xlabel="optimizer steps", ylim=(0, 1.1))
-        axis.legend(frameon=False, fontsize=5.5)
         body = [
             [f"**{cell}**" if cell == best else cell, str(len(found)), *(written(claim(found, f), f) for f in NAMES)]
             for cell in cells
@@ -320,6 +319,10 @@ def auto(grids, plt):
             parts.append(beside_best(title, lines, best, cells, task))
     for axis in list(axes.flat)[len(sections) :]:
         axis.set_axis_off()
+    handles = {
+        name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    axes.flat[-1].legend(handles.values(), handles, frameon=False, fontsize=7, loc="center")
     for row in axes:
         row[0].set_ylabel("entropy / initial entropy")
     return figure, "\n\n".join(filter(None, parts))
@@ -332,12 +335,13 @@ def share_of(cell):
 
 def best_constant(lines, task):
     """The constant target with the most distinct answers, of those as accurate as GRPO; see the protocol."""
-    scored = []
+    scored, num = [], 0
     for cell in dict.fromkeys(x["cell"] for x in lines):
         found = pairs(lines, cell, task=task) if cell == DEFAULT or cell[:-1].isdigit() else {}
+        num += bool(found)
         if found and min(claim(found, f).difference for f in ("greedy", "best")) >= -MARGIN:
             scored.append((claim(found, "distinct").ours, cell))
-    return max(scored)[1] if len(scored) > 1 else None
+    return max(scored)[1] if scored and num > 1 else None
 
 
 def beside_best(title, lines, best, cells, task):
