@@ -23,7 +23,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from isentropic.runs.clock import duration
+from isentropic.runs.text import duration
 
 ROOT = Path(__file__).resolve().parents[1]
 SRC = Path("src/isentropic")

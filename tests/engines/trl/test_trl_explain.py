@@ -12,6 +12,7 @@ pytest.importorskip("trl")
 from trl import GRPOTrainer
 from trl_case import VARIANT, make, parts, same, train, weights
 
+from isentropic.engines.groups import group_sums
 from isentropic.engines.loop import off_policy_sums
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer, explain
 from isentropic.engines.trl.explain import by_completion, completion_groups, head_of, interval
@@ -260,7 +261,7 @@ def test_theorem_2_is_counted_by_the_clip_of_each_side():
     facts = TokenFacts(one, one > 1, one > 1)
     for now, left in ((0.75, 1), (1.25, 0), (1.3, 1)):
         batch = TokenBatch(-one, -one, one, one, now * one, one)
-        sums = step_sums(trainer, batch, facts, off_policy_sums(batch, facts, 0), has_turns=False, stop=False)
+        sums = step_sums(trainer, batch, facts, off_policy_sums(batch, facts, 0), group_sums(batch), False, False)
         assert (sums.violated.item(), sums.compared.item()) == (left, 1), now
 
 
