@@ -194,11 +194,11 @@ def test_key_numbers(tmp_path):
     assert values(read([record.path])) == figures
     record.append("evaluations", {"step": 0, "task": "expr", "pass@1": 0.25, "pass@8": 0.5, "distinct": 1.25})
     figures |= {"pass@1, held-out": ("0.250", ""), "pass@8, held-out": ("0.500", "")}
-    figures |= {"different right answers": ("1.25", "")}
+    figures |= {"distinct right answers": ("1.25", "")}
     assert values(read([record.path])) == figures
     record.append("evaluations", {"step": 40, "task": "expr", "pass@1": 0.75, "pass@8": 0.875, "distinct": 3.0})
     figures |= {"pass@1, held-out": ("0.750", "from 0.250"), "pass@8, held-out": ("0.875", "from 0.500")}
-    figures |= {"different right answers": ("3.00", "from 1.25")}
+    figures |= {"distinct right answers": ("3.00", "from 1.25")}
     assert values(read([record.path])) == figures
 
 
@@ -212,7 +212,7 @@ def test_key_numbers_at_any_temperature(tmp_path):
     assert values(read([record.path])) == {
         "greedy, held-out": ("0.500", "from 0.250"),
         "best pass@1, held-out": ("1.000", "from 0.500"),
-        "different right answers": ("1.00", "from 1.00"),
+        "distinct right answers": ("1.00", "from 1.00"),
     }
 
 

@@ -73,7 +73,7 @@ def keys(runs: Sequence[Run]) -> list[Key]:
         _score_key("greedy, held-out", "greedy"),
         _score_key("best pass@1, held-out", "best_pass@1"),
         *(_score_key(f"pass@{k}, held-out", f"pass@{k}") for k in sorted({1, most})),
-        _score_key("different right answers", "distinct", "{:.2f}"),
+        _score_key("distinct right answers", "distinct", "{:.2f}"),
     ]
     known = [key for key in candidates if any(key.value(run) is not None for run in runs)]
     # pass@k at one temperature says less than pass@1 at the best one, and has a panel.

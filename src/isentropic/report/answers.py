@@ -206,7 +206,7 @@ def _distinct(run: Run, rows: Sequence[dict[str, Any]]) -> Trace:
 
 
 def _distinct_interval(row: dict[str, Any]) -> Interval | None:
-    """95% interval of the mean number of different right answers, of k at most; None without counts by prompt."""
+    """95% interval of the mean number of distinct right answers, of k at most; None without counts by prompt."""
     k, counts = row.get("k"), row.get("num_distinct")
     if type(k) is not int or not isinstance(counts, list) or not all(is_number(c) and 0 <= c <= k for c in counts):
         return None

@@ -133,7 +133,7 @@ A row of samples.jsonl: ``step``, ``prompt``, ``completion``, ``reward``, ``adva
 the whole dialogue, and the tokens are those that the policy wrote.
 
 A row of evaluations.jsonl: ``step``, ``task``, ``k``, ``temperature``, ``pass@1``, ``pass@k`` under its own number,
-``distinct`` (mean number of different right answers among k), ``majority`` (share of prompts whose most frequent answer
+``distinct`` (mean number of distinct right answers among k), ``majority`` (share of prompts whose most frequent answer
 is right), ``truncated_frac`` (share of completions that reached the limit of tokens), ``num_tokens`` sampled,
 ``entropy`` (sampled estimate, nats per token), and by prompt ``prompts``, ``num_samples``, ``num_correct``,
 ``num_distinct``, ``num_truncated``. These are at ``temperature``, that of training; ``at`` holds the same figures and
