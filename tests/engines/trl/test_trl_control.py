@@ -9,7 +9,7 @@ pytest.importorskip("trl")
 from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.experimental.gmpo import GMPOConfig, GMPOTrainer
-from trl_case import QUIET, make, same, weights
+from trl_case import QUIET, VARIANT, VARIANTS, make, same, weights
 
 from isentropic.control.controllers import Range, pi
 from isentropic.engines.trl import EntropyControlMixin, IsentropicConfig, IsentropicTrainer, control
@@ -65,7 +65,7 @@ def test_a_plain_script_gains_control_by_the_subclass(tmp_path):
 
 @pytest.mark.parametrize("settings", [{"target": "60%"}, {"recipe": "repo-r-loop"}, {"recipe": "gspo", "target": 1.0}])
 def test_both_ways_in_are_one_run(tmp_path, settings):
-    wrapped = control(plain(tmp_path / "a"), **settings, **QUIET)
+    wrapped = control(plain(tmp_path / "a"), **settings, **QUIET, **VARIANTS.get(VARIANT, {}))
     wrapped.train()
     subclass = make(IsentropicTrainer, IsentropicConfig, tmp_path / "b", 8, **settings)
     subclass.train()
