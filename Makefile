@@ -6,7 +6,7 @@ VERL := .venv-verl/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env train demo test test-heads test-verl lint types docs clean
+.PHONY: help env train demo test test-slow test-heads test-verl lint types docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -21,7 +21,10 @@ demo: $(STAMP) ## the same beside plain GRPO, and the page that compares them
 	  --set steps=480 then_steps=400 --out runs/demo $(ARGS)
 
 test: $(STAMP) ## run the tests and doctests: make test ARGS="-k entropy"
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m "not slow" $(ARGS)
+
+test-slow: $(STAMP) ## run the tests that train a whole run: the default model, a notebook, the fault campaign, the GPU script
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m slow tests $(ARGS)
 
 test-heads: $(STAMP) ## the TRL engine's tests under TRL's head, heads that cannot be replaced, and rare explanations
 	for variant in trl fixed explain-2 explain-10; do echo "variant $$variant"; TRL_VARIANT=$$variant \

@@ -15,6 +15,7 @@ def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
 
 
+@pytest.mark.slow
 def test_the_gpu_script_runs_on_a_cpu_at_a_small_size():
     command = [sys.executable, str(BENCH / "gpu.py"), "--small", "--repeats", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)

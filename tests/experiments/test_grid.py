@@ -258,6 +258,7 @@ def figures(lines):
     return kept, {(x["cell"], x["seed"]): (x["curve"], x["evaluations"]) for x in lines}
 
 
+@pytest.mark.slow
 def test_a_killed_grid_resumes_and_ends_with_the_same_numbers(tmp_path):
     model = save_model(tmp_path / "model")
     (tmp_path / "grid.toml").write_text(

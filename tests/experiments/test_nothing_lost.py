@@ -32,6 +32,7 @@ def train(model, out, *more):
     return main(["train", "--model", model, *FLAGS, "--save-every", "4", "--out", str(out), *more])
 
 
+@pytest.mark.slow
 def test_a_part_of_the_fault_campaign():
     kinds = "train,then,eval,truncated,twice,disk_full"
     command = [sys.executable, str(CAMPAIGN), "--moments", "2", "--only", kinds, "--seed", "3"]

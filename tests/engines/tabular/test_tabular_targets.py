@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from functools import cache
 
 import pytest
 
@@ -12,6 +13,7 @@ from isentropic.recipes import compose
 TREE, STEPS = Tree(prompts=4, vocab=5, depth=1), 150
 
 
+@cache
 def run(target, seed):
     """On-policy RLOO under A − βL, in expectation: nothing is left to chance but the policy at the start."""
     recipe = compose("rloo", knob="beta", target=target, controller="predictive", every=1)
