@@ -141,7 +141,7 @@ def main():
             name = {"auto": "fused", "trl": "TRL's"}[head]
             rows.append([size, name, f"{step:.3f}", f"{part:.2%}", f"{low:.2%}..{high:.2%}"])
             print(*rows[-1], flush=True)
-    head = ["size", "head", "CPU seconds a step", "share of explaining it", "lowest..highest"]
+    head = ["size", "head", "CPU seconds per step", "share of explaining it", "lowest..highest"]
     line = made(versions("torch", "trl"), "seed 0", "totals over steps, range over generated batches of 4 steps")
     save("explain-table.md", f"{table(head, rows)}\n\n{line}.\n")
     print(table(head, rows))

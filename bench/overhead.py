@@ -123,7 +123,7 @@ def take_turns(kinds, options):
 
 def report(times):
     print(made(versions("torch", "trl")))
-    print(f"{'trainer':12}{'CPU ms a step':>15}{'wall ms a step':>16}{'CPU ratio to TRL (median of pairs)':>38}")
+    print(f"{'trainer':12}{'CPU ms per step':>15}{'wall ms per step':>16}{'CPU ratio to TRL (median of pairs)':>38}")
     result = {}
     for kind, rows in times.items():
         cpu, wall = ([row[i] / STEPS_A_BATCH * 1e3 for row in rows[WARM_UP:]] for i in (0, 1))

@@ -1,4 +1,4 @@
-"""The picture in the README: the head of the page that `make demo` writes, in a real browser.
+"""The picture of the documentation's first page: the first figure of the page that `make demo` writes, in a browser.
 
 The page compares a run of the default with plain GRPO on two tasks, one after the other; if it is there already, only
 the picture is made again. Needs Debian's chromium and the extra `dev`.
@@ -15,14 +15,14 @@ from pathlib import Path
 
 from results import RESULTS, ROOT
 
-WIDTH, HEIGHT = 1200, 720
+WIDTH, HEIGHT = 1200, 500
 COLOURS = 256
 FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync""".split()
 
 
 def photograph(page, out):
-    """The top of the page, in few enough colours for a light file."""
+    """The curves below the legend of the page, in few enough colours for a light file."""
     from PIL import Image
     from playwright.sync_api import sync_playwright
 
@@ -32,6 +32,8 @@ def photograph(page, out):
         view = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         view.goto(page.resolve().as_uri())
         view.wait_for_selector("body[data-ready]")
+        view.evaluate("document.getElementById('curves').scrollIntoView()")
+        view.wait_for_timeout(1000)  # figures are drawn as they come into view
         picture = Image.open(io.BytesIO(view.screenshot()))
         browser.close()
     picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE).save(out, optimize=True)

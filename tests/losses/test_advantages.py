@@ -236,7 +236,7 @@ def test_the_ranks_reach_training_in_trl(tmp_path, monkeypatch):
     trained = torch.cat([part["advantages"] for part in parts])
     assert len(trained.unique()) > 3
     assert torch.equal(trained.sort().values, seen[-1][1].to(trained.dtype).sort().values)
-    with pytest.raises(ValueError, match="leaves out if every update is on-policy, got steps_per_generation=1 and"):
+    with pytest.raises(ValueError, match="engines leave out if every update is on-policy, got one optimizer step"):
         make(IsentropicTrainer, IsentropicConfig, tmp_path / "b", 4, recipe="unlikeliness", steps_per_generation=1)
 
 

@@ -247,6 +247,20 @@ def test_a_baseline_that_ranks_by_probability_needs_it():
     assert torch.equal(advantages(RECIPES["grpo"], rewards, logp), advantages(RECIPES["grpo"], rewards))
 
 
+def by_probability(rewards, logp_mean):
+    return (rewards * logp_mean).flatten()
+
+
+@pytest.mark.parametrize("baseline", ["unlikeliness", "uniform_correct", by_probability])
+def test_a_baseline_that_ranks_by_probability_needs_several_updates(baseline):
+    recipe, message = compose("grpo", baseline=baseline), "needs the log-probabilities of sampling time, which engines"
+    assert check(recipe, updates=2) is recipe
+    with pytest.raises(ValueError, match=message):
+        check(recipe, updates=1)
+    with pytest.raises(ValueError, match=message):
+        compose("rloo", baseline=baseline)  # strictly on-policy
+
+
 def full(seed=0):
     """A batch that holds all that any recipe reads, with anything at all where it is masked."""
     logits, tokens = batch(seed=seed)

@@ -89,9 +89,7 @@ class LossControl:
     ):
         for name in ("dynamic_sampling", "overlong_buffer"):
             if setting := getattr(recipe, name):
-                raise ValueError(
-                    f"a loss function cannot do {name}, got {setting}; switch it off, the engine may have it"
-                )
+                raise ValueError(f"a loss function cannot do {name}, got {setting}; switch it off in the recipe")
         if divided_by not in DIVISORS and not (isinstance(divided_by, int | float) and divided_by > 0):
             raise ValueError(
                 f"divided_by must be tokens, sequences or a number > 0, got {divided_by!r}; 1 if by nothing"
@@ -101,6 +99,7 @@ class LossControl:
         self.over_ranks = over_ranks
         self.steps_done = 0
         self._exact: bool | None = None
+        self._zero = torch.zeros((), dtype=torch.float64)
 
     def loss(
         self,
@@ -161,7 +160,7 @@ class LossControl:
             by_token = by_token + recipe.penalty_coef * penalty(recipe, moving)
         if recipe.entropy_coef:
             by_token = by_token - recipe.entropy_coef * finite(_present(moving.entropy))
-        factor = layout.rows("weight", by_token.new_tensor(weight) if isinstance(weight, int | float) else weight)
+        factor = layout.rows("weight", by_token.new_full((), weight) if isinstance(weight, int | float) else weight)
         factor = torch.where(inside, per_token(_present(factor).detach().to(by_token), by_token), 0.0)
 
         def reduced(x: Tensor) -> Tensor:
@@ -218,6 +217,7 @@ class LossControl:
         """Add a micro-batch to the sums of its step, without a synchronisation."""
         facts, one = rewritten.facts, torch.ones_like(predicted[0])
         assert facts is not None
+        self._zero = torch.zeros_like(one)  # on the device that ranks add up on
         out = None if rewritten.factors is None else rewritten.factors == 0
         parts = token_sums(read, facts), off_policy_sums(read, facts, age, out, sampler)
         groups, sequences = group_sums(read, self.loop.take_held_out()), read.mask.bool().any(1).sum().to(one)
@@ -241,7 +241,7 @@ class LossControl:
             EntropyReadingError: ten in a row were.
         """
         if not self.loop.observed:
-            zero, kinds = torch.zeros((), dtype=torch.float64), (TokenSums, OffPolicySums, GroupFacts)
+            zero, kinds = self._zero, (TokenSums, OffPolicySums, GroupFacts)
             nothing = [cast(Any, kind)(*[zero] * len(kind._fields)) for kind in kinds]
             self.loop.observe(LossSums(*nothing, *[zero] * 5))
         sums: LossSums = self.loop.reduced(self.over_ranks or (lambda vector: vector))

@@ -31,7 +31,8 @@ def group_sums(
         (2.0, 0.5, 1.0)
     """
     kind, device = sum_dtype(batch.logp.device), batch.logp.device
-    told = torch.tensor(held_out, dtype=kind, device=device).unbind()
+    # Filled on the device: a copy of a number from the host would wait for it.
+    told = [torch.full((), value, dtype=kind, device=device) for value in held_out]
     if batch.reward is None or batch.group_rate is None or batch.entropy is None:
         zero = torch.zeros((), dtype=kind, device=device)
         return GroupFacts(*[zero] * (len(GroupFacts._fields) - 2), *told)

@@ -19,6 +19,7 @@ from ..recipes import Recipe, check, compose
 from ..recipes.knobs import all_knobs
 from ..recipes.stages import STAGES
 from ..tasks import load_task
+from ..tasks.environments import EnvironmentTask
 from ..tasks.sequence import SEQUENCES
 
 # Groups of settings with their titles, in the order in which `train --help` and the docs have them.
@@ -437,11 +438,17 @@ def _check_outside(config: RunConfig, where: str) -> None:
 
 
 def _check_names(config: RunConfig, where: str) -> None:
-    """A task is loaded, which reads no rows; a model is judged by its name and its directory. No hub is asked."""
+    """A task is loaded, and its rows are read if a system prompt has to precede them; a model is judged by its name.
+
+    No hub is asked.
+    """
     seen: dict[str, str] = {}
     for key, task in (("task", config.task), *(("then", name) for name in config.then)):
         with config_errors(f"{where}{key}: "):
-            name = load_task(task).name
+            loaded = load_task(task)
+            name = loaded.name
+            if config.system_prompt is not None and not isinstance(loaded, EnvironmentTask):
+                loaded.with_system_prompt(config.system_prompt).heldout()
         if name in seen:
             raise ConfigError(f"{where}{key}: got {task!r}, the same task as {seen[name]!r}; name another")
         seen[name] = task

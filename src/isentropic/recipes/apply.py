@@ -175,7 +175,7 @@ def advantages(recipe: Recipe, rewards: Tensor, logp_mean: Tensor | None = None)
         ValueError: a baseline that returns anything else, or that needs ``logp_mean``.
     """
     baseline: Component = recipe.component("baseline")
-    if "logp_mean" in baseline.parameters and logp_mean is None:
+    if baseline.needs_logp and logp_mean is None:
         raise ValueError(
             f"baseline {_name(recipe, 'baseline')} needs the log-probabilities of sampling time, got rewards alone; "
             "use the TRL engine with several optimizer steps per generated batch, or pass logp_mean [p g]"

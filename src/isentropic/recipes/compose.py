@@ -170,6 +170,11 @@ def check(recipe: Recipe, updates: int | None = None, samples: int | None = None
             "make the batch one step, or choose a clipped recipe such as loop"
         )
     if recipe.on_policy or updates == 1:
+        if components["baseline"].needs_logp:
+            raise ValueError(
+                f"baseline {recipe.baseline} needs the log-probabilities of sampling time, which engines leave out if "
+                "every update is on-policy, got one optimizer step per generated batch; take several"
+            )
         for stage in ("selection", "penalty"):
             if components[stage].needs_ratio:
                 raise ValueError(

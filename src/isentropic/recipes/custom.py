@@ -69,7 +69,7 @@ def entry(stage: str, value: Any) -> Component:
     parameters = _check(stage, value, {}, {})
     known = NAMES[stage]
     constants = {name: p.default for name, p in parameters.items() if name not in known and _is_number(p.default)}
-    more: dict[str, Any] = {"clips": True} if KINDS[stage] is Objective else {}
+    more: dict[str, Any] = {"clips": True} if KINDS[stage] is Objective else {"needs_logp": "logp_mean" in parameters}
     written = _written(value)
     formula = written.partition("@")[0]
     return _complete(KINDS[stage](formula, value, _reads(parameters), constants, written=written, **more))
@@ -87,7 +87,8 @@ def _completed(stage: str, value: Component) -> Component:
         raise ValueError(f"{stage} {value.formula!r} must have a custom function, got at={value.at!r}; write at=f")
     parameters = _check(stage, value.at, value.constants, value.options)
     reads = value.reads | (_reads(parameters) - set(value.options))
-    return _complete(replace(value, reads=reads, written=value.written or _written(value.at)))
+    more = {"needs_logp": value.needs_logp or "logp_mean" in parameters}
+    return _complete(replace(value, reads=reads, written=value.written or _written(value.at), **more))
 
 
 def _complete(made: Component) -> Component:

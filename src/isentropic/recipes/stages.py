@@ -79,6 +79,7 @@ class Component:
         options: arguments of the function that this entry fixes.
         per_batch: it ranks or adds up the tokens of a call, so that weighted answers differ from sampled ones.
         needs_ratio: it does nothing while the ratio is 1.
+        needs_logp: it reads ``logp_mean``, the log-probabilities of sampling time.
         written: the name of a custom component in run.json, with a digest of its file.
     """
 
@@ -90,6 +91,7 @@ class Component:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     per_batch: bool = False
     needs_ratio: bool = False
+    needs_logp: bool = False
     written: str = ""
 
     stage: ClassVar[str] = ""
@@ -199,12 +201,14 @@ BASELINES: dict[str, Component] = {
         "losses.advantages:unlikeliness",
         constants={"rank_penalty": 0.25},
         per_batch=True,
+        needs_logp=True,
     ),
     "uniform_correct": Baseline(
         "c·w·(R − mean)/std for the c right ones, w = (1−τ)/c + τ·(1/q)/Σ 1/q, q their shares of probability",
         "losses.advantages:uniform_correct",
         constants={"uniform_share": 0.2},
         per_batch=True,
+        needs_logp=True,
     ),
 }
 

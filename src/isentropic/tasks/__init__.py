@@ -157,7 +157,7 @@ class Task:
             if rows and isinstance(rows[0]["prompt"], str):
                 raise ValueError(
                     f"task {self.name!r} asks by texts, which have no system message, got system_prompt={text!r}; "
-                    "leave it out, or choose prompt=chat in the task's name"
+                    "leave it out, or name a task that asks by messages, such as a generator with prompt=chat"
                 )
             system = {"role": "system", "content": text}
             return [

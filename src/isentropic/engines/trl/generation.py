@@ -44,13 +44,6 @@ class GeneratedBatches:
         self._answers: torch.Tensor | None = None
         self._entropies: torch.Tensor | None = None
         self._keeps_entropies = False
-        self._ranks = "logp_mean" in trainer.recipe.component("baseline").parameters
-        if self._ranks and not scores_old_logps(trainer):
-            raise ValueError(
-                f"baseline {trainer.recipe.baseline} needs the log-probs of sampling time, which TRL leaves out if "
-                f"every update is on-policy, got steps_per_generation={trainer.args.steps_per_generation} and "
-                f"num_iterations={trainer.args.num_iterations}; raise one of them"
-            )
 
     def rewarded(self, per_function: torch.Tensor, completion_ids: Any) -> torch.Tensor:
         """Keep the rewards of all processes' samples, as TRL adds them up, with the overlong penalty.
@@ -139,7 +132,7 @@ class GeneratedBatches:
 
     def _logp_mean(self, output: dict[str, Any], groups: torch.Tensor) -> torch.Tensor | None:
         """Mean log-probability of each completion when it was drawn, on all processes, ``[p g]``, if it is needed."""
-        if not self._ranks:
+        if not self.trainer.recipe.component("baseline").needs_logp:
             return None
         mask = (output["completion_mask"] * output.get("tool_mask", 1)).bool()
         mean = torch.where(mask, output["old_per_token_logps"], 0.0).sum(1) / mask.sum(1).clamp(min=1)

@@ -60,7 +60,7 @@ def _check_verl(settings: PolicyLoss, recipe: Recipe) -> None:
 
 def _check_estimator(settings: PolicyLoss, recipe: Recipe) -> None:
     estimator, by_std = estimator_of(recipe)
-    if "logp_mean" in recipe.component("baseline").parameters:
+    if recipe.component("baseline").needs_logp:
         raise ValueError(
             f"baseline {recipe.baseline} needs the log-probabilities of sampling time, which verl's estimators do not "
             f"get, got recipe {settings.recipe}; use the TRL engine, or set baseline in recipe_options"
