@@ -259,6 +259,15 @@ def test_a_run_continues_from_a_checkpoint_bit_for_bit(text, controller):
     assert other.why(again) == whole.why(state)
 
 
+def test_a_thermostat_hands_the_groups_to_its_target():
+    made = thermostat(parse_controller("pi", Range(0.0, -1.0, 1.0)), parse_target("auto:price:rate=0.1:worth=0.3"))
+    start = made.update(made.init(), EntropyReading(200.0, 100.0))
+    told, untold = (made.update(start, EntropyReading(200.0, 100.0, groups=groups)) for groups in (MIXED, None))
+    assert made.level(untold) == pytest.approx(1.2)
+    assert made.level(told) == pytest.approx(1.2 * math.exp(-0.05))
+    assert made.why(told) == "lowered: a nat costs 0.90 of reward and is worth 0.3"
+
+
 @pytest.mark.parametrize("knob", ["zeta", "beta", "clip_high", "entropy_coef", "boost"])
 def test_any_knob_takes_an_automatic_target(knob):
     recipe = compose("dapo", knob=knob, target="auto:success:settle=10%")

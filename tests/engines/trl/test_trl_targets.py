@@ -51,6 +51,7 @@ def test_a_run_is_told_of_its_groups_and_says_why_its_target_moved(whole):
     assert rows[3]["entropy/target_why"].split(":")[0] in ("raised", "lowered", "held", "held at its ceiling")
     assert rows[-1]["entropy/target_why"].startswith("let down: 100% of the way")
     start = rows[0]["entropy/mean"]
+    assert len({row["entropy/target"] for row in rows[:6]}) > 1
     assert rows[5]["entropy/target"] / start > 2 * rows[7]["entropy/target"] / start
     assert whole.loop.state.target.inner.readings == 8
 
