@@ -13,14 +13,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ..entropy.prediction import Weights, change_of
 from ..recipes import Recipe, check
 from ..recipes.apply import detached, finite, penalty, per_token
-from ..types import EntropyReading, GroupFacts, TokenBatch, TokenStats
+from ..types import EntropyReading, GroupFacts, TokenBatch
 from .groups import group_sums
 from .loop import ControlLoop, OffPolicySums, TokenSums, masked_sums, off_policy_row, off_policy_sums, token_sums
 from .packing import Layout, Values
-from .rewrite import Rewritten, across_knob, advantages_at, rewrite
+from .rewrite import Rewritten, advantages_at, predicted_sums, rewrite
 
 DIVISORS = ("tokens", "sequences")
 
@@ -193,17 +192,11 @@ class LossControl:
         """Σ of the predicted change, without moments, a unit of learning rate, and of its derivative by the knob."""
         if still.entropy is None:
             return masked_sums(torch.zeros(2, *still.logp.shape, device=still.logp.device), still.mask).unbind()
-        rows = TokenStats(still.logp, still.entropy)
 
-        def change(of: Recipe, by_token: Tensor) -> Tensor:
-            return change_of(Weights(share * by_token, share * of.entropy_coef), rows)
+        def weights(end: Recipe) -> Tensor:
+            return rewritten.advantages if end is recipe else advantages_at(end, still, rewritten)
 
-        predicted, value = change(recipe, rewritten.advantages), self.loop.value
-        gain = torch.zeros_like(predicted)
-        if value is not None:
-            moved = across_knob(self.recipe, value, lambda end: change(end, advantages_at(end, still, rewritten)))
-            gain = moved.change / moved.width
-        return masked_sums(torch.stack([predicted, gain]), still.mask).unbind()
+        return predicted_sums(self.recipe, recipe, self.loop.value, still, share, weights)
 
     def _observe(
         self,

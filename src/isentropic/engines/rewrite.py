@@ -12,11 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..entropy.prediction import Weights, change_of
 from ..recipes import Recipe, knob_range, with_knob
 from ..recipes.apply import per_token, select, shape, token_weights, weighted
-from ..types import TokenBatch, TokenFacts
+from ..types import TokenBatch, TokenFacts, TokenStats
+from .loop import masked_sums
 
 CLIP_KNOBS = ("clip_low", "clip_high")
 
@@ -86,6 +89,39 @@ def across_knob(recipe: Recipe, value: float, quantity: Callable[[Recipe], Tenso
     above, below = span.clip(value + step), span.clip(value - step)
     up, down = (quantity(with_knob(recipe, x)) for x in (above, below))
     return Difference(up - down, above - below)
+
+
+def predicted_sums(
+    recipe: Recipe,
+    now: Recipe,
+    value: float | None,
+    batch: TokenBatch,
+    share: Tensor,
+    weights: Callable[[Recipe], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Σ of the predicted entropy change, without moments, per unit of learning rate, and of its derivative by the knob.
+
+    Args:
+        recipe: with the knob under control.
+        now: the same with its knob in force.
+        value: of the knob; None if nothing is under control.
+        batch: without gradients; ``entropy`` is there.
+        share: ``[b t]`` the derivative of the engine's reduction by the loss of each token.
+        weights: of a recipe, ``[b t]`` how its objective pulls at each log-probability.
+    """
+    assert batch.entropy is not None
+    rows = TokenStats(batch.logp, batch.entropy)
+
+    def change(of: Recipe) -> Tensor:
+        return change_of(Weights(share * weights(of), share * of.entropy_coef), rows)
+
+    predicted = change(now)
+    gain = torch.zeros_like(predicted)
+    if value is not None:
+        moved = across_knob(recipe, value, change)
+        gain = moved.change / moved.width
+    predicted_sum, gain_sum = masked_sums(torch.stack([predicted, gain]), batch.mask).unbind()
+    return predicted_sum, gain_sum
 
 
 def lower_width(recipe: Recipe) -> float:

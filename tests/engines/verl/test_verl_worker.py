@@ -112,6 +112,22 @@ def test_a_resumed_worker_ends_where_the_uninterrupted_one_does(alone, model, tm
     assert strip == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out / "run")]
 
 
+def test_an_automatic_target_is_told_of_the_groups_and_resumes(model, tmp_path):
+    held = {**HELD, "target": "auto:success:failing=5%:memory=2:rate=0.1"}
+    straight = run(model, tmp_path / "a", policy_loss={**held, "folder": str(tmp_path / "run")}, groups=True)[0]
+    read = rows(tmp_path / "run")
+    for row in read:
+        assert sum(row[f"group/{name}_frac"] for name in ("failed", "mixed", "solved")) == pytest.approx(1.0)
+    assert read[-1]["entropy/target_why"].split(":")[0].split()[0] in ("raised", "lowered", "held")
+    assert len({row["entropy/target"] for row in read}) > 1
+    half = {**held, "folder": str(tmp_path / "half")}
+    run(model, tmp_path / "b", policy_loss=half, groups=True, batches=1, save=str(tmp_path / "saved"))
+    resumed = run(
+        model, tmp_path / "c", policy_loss=half, groups=True, batches=1, first=1, resume=str(tmp_path / "saved")
+    )[0]
+    assert resumed["state"] == straight["state"]
+
+
 def test_every_recipe_trains(model, tmp_path):
     """One worker, all recipes after another; those that read whole rows and old entropies also on packed rows."""
     from isentropic.recipes import RECIPES

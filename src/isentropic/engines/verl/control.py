@@ -11,26 +11,24 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...entropy.prediction import Weights, change_of
 from ...losses.reduce import sum_dtype
 from ...recipes import Recipe
 from ...recipes.apply import finite, per_token, token_weights
 from ...runs.record import CHECKPOINT_FILE, Record, write_json
-from ...types import EntropyReading, GroupFacts, TokenBatch, TokenStats
+from ...types import EntropyReading, GroupFacts, TokenBatch
 from ..groups import group_sums
 from ..loop import (
     ControlLoop,
     EntropyReadingError,
     OffPolicySums,
     TokenSums,
-    masked_sums,
     off_policy_row,
     off_policy_sums,
     saved_in,
     stop_unsaved,
     token_sums,
 )
-from ..rewrite import Rewritten, across_knob, rewrite
+from ..rewrite import Rewritten, predicted_sums, rewrite
 from .compat import Engine, Keys, actor_config, answer_lengths, answer_limit, answers_of, in_layout_of, with_config
 from .loss import add_penalty, check_fields, native_config, native_mode, normaliser, read_batch, sampler_logp
 from .rows import Logits, rows_of
@@ -202,19 +200,12 @@ class Control:
         weights, facts = rewritten.advantages, rewritten.facts
         if facts is None:
             weights, facts = token_weights(recipe, still, rewritten.factors)
-        share, rows = normaliser(batch.mask, config), TokenStats(still.logp, _present(still.entropy))
 
-        def change(of: Recipe, by_token: torch.Tensor) -> torch.Tensor:
-            return change_of(Weights(share * by_token, share * of.entropy_coef), rows)
+        def weights_of(end: Recipe) -> torch.Tensor:
+            return weights if end is recipe else token_weights(end, still, rewritten.factors)[0]
 
-        predicted, value = change(recipe, weights), self.loop.value
-        gain = torch.zeros_like(predicted)
-        if value is not None:
-            moved = across_knob(
-                self.recipe, value, lambda end: change(end, token_weights(end, still, rewritten.factors)[0])
-            )
-            gain = moved.change / moved.width
-        sums = masked_sums(torch.stack([predicted, gain]), batch.mask).unbind()
+        share = normaliser(batch.mask, config)
+        sums = predicted_sums(self.recipe, recipe, self.loop.value, still, share, weights_of)
         out = None if rewritten.factors is None else rewritten.factors == 0
         # The weights of a batch's first step are those that sampled it, whatever verl takes for the old log-probs.
         sampled = batch if self.age else batch._replace(logp_old=None)
