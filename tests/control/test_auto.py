@@ -184,6 +184,39 @@ def test_a_target_settles_at_the_end_of_each_task():
     assert levels("auto:settle=50%", 4, 4) == pytest.approx([0.6, 0.6, 0.42, 0.24])
 
 
+def test_settling_takes_its_share_of_the_learning_that_is_left():
+    """Rates 10, 9, ..., 1, 0: 55 in all. 20 % of it is 11, which is left from the sixth reading on: 4 + 3 + 2 + 1."""
+    target = parse_target("1.0:settle=20%:settle_to=50%", steps=11)
+    state, seen = target.init(), []
+    for rate in range(10, -1, -1):
+        state = target.update(state, 1.0, 10.0, rate=float(rate))
+        seen.append(target.level(state))
+    assert seen[:5] == [1.0] * 5
+    assert seen[5:] == pytest.approx([1 - 0.5 * (1 - left / 11) for left in (10, 6, 3, 1, 0, 0)])
+
+
+def test_the_learning_of_a_task_does_not_count_in_the_next_one():
+    target = parse_target("1.0:settle=20%:settle_to=50%", steps=(10, 20))
+    state, seen = target.init(), []
+    for i in range(20):
+        state = target.update(state, 1.0, 10.0, rate=100.0 if i < 10 else 1.0)
+        seen.append(target.level(state))
+    assert seen[10:] == pytest.approx(seen[:10])
+
+
+def test_a_run_that_is_resumed_with_more_steps_settles_at_its_new_end():
+    short, long = (parse_target("1.0:settle=20%:settle_to=50%", steps=steps) for steps in (10, 20))
+    state = short.init()
+    for _ in range(10):
+        state = short.update(state, 1.0, 10.0)
+    assert short.level(state) == pytest.approx(0.5)
+    seen = []
+    for _ in range(10):
+        state = long.update(state, 1.0, 10.0)
+        seen.append(long.level(state))
+    assert seen == pytest.approx([1.0] * 6 + [0.875, 0.75, 0.625, 0.5])
+
+
 def test_a_band_that_leaves_entropy_alone_still_lets_it_down():
     target = parse_target("band:0.5:1.5:settle=50%", steps=4)
     state = target.init()
@@ -266,6 +299,14 @@ def test_a_thermostat_hands_the_groups_to_its_target():
     assert made.level(untold) == pytest.approx(1.2)
     assert made.level(told) == pytest.approx(1.2 * math.exp(-0.05))
     assert made.why(told) == "lowered: a nat costs 0.90 of reward and is worth 0.3"
+
+
+def test_a_thermostat_hands_the_learning_rate_to_its_target():
+    made = thermostat(parse_controller("pi", Range(0.0, -1.0, 1.0)), parse_target("1.0:settle=20%", steps=11))
+    state = made.init()
+    for rate in range(10, 3, -1):
+        state = made.update(state, EntropyReading(100.0, 100.0, rate=float(rate)))
+    assert made.level(state) == pytest.approx(1 - 0.6 * (1 - 6 / 11))
 
 
 @pytest.mark.parametrize("knob", ["zeta", "beta", "clip_high", "entropy_coef", "boost"])

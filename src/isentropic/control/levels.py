@@ -34,6 +34,7 @@ class Target(NamedTuple):
         hold: whether the knob must not move although a reading came in.
         reads_groups: whether ``update`` takes the group facts.
         why: the reason for the current level, as text; None if it does not depend on the run.
+        reads_rate: whether ``update`` takes ``rate=``, the learning rate of the reading or None.
     """
 
     init: Callable[[], Any]
@@ -42,6 +43,7 @@ class Target(NamedTuple):
     hold: Callable[[Any], bool]
     reads_groups: bool = False
     why: Callable[[Any], str] | None = None
+    reads_rate: bool = False
 
 
 class Level(NamedTuple):

@@ -138,24 +138,41 @@ class Settled(NamedTuple):
     Attributes:
         inner: state of the target itself.
         readings: number of readings so far.
+        rate: learning rate of the last reading of this task; 0 before the first one.
+        spent: Σ of the learning rates of this task so far.
+        left: Σ of those that are still to come, by the schedule as it goes.
+        window: what was left of them when the level began to fall; 0 before.
     """
 
     inner: Any
     readings: int = 0
+    rate: float = 0.0
+    spent: float = 0.0
+    left: float = 0.0
+    window: float = 0.0
+
+    @property
+    def progress(self) -> float:
+        """How far the level has fallen, from 0 to 1."""
+        return min(max(1 - self.left / self.window, 0.0), 1.0) if self.window else 0.0
 
 
 def settle(target: Target, ends: Sequence[int], share: float = 0.1, to: float = 0.4) -> Target:
     """Let the level of a target down toward the end of the run, or of each task of a sequence.
 
-    ``H* · (1 − (1 − to)·p)``, p from 0 to 1 over the last ``share`` of the task's optimizer steps
+    ``H* · (1 − (1 − to)·p)``, p from 0 to 1 over the last ``share`` of the task's learning
 
     It is for policies that are sampled at temperature 1, where every nat that was held counts as error: entropy is held
     while it serves learning, and let down before the policy is used.
 
+    Learning is the sum of the learning rates, since what a knob can move in a step is proportional to its rate. At a
+    constant rate a tenth of it is the last tenth of the steps; if the rate falls linearly to 0, it is the last third
+    (√0.1). The rates to come follow from those of the last two readings, on a straight line that ends at 0.
+
     Args:
         target: whose level is let down.
         ends: optimizer steps done at the end of each task, in order; of a single task, the steps of the run.
-        share: of a task's steps, over which the level falls.
+        share: of a task's learning, over which the level falls.
         to: the level at the end of a task, as a share of the target's own.
 
     Raises:
@@ -168,35 +185,51 @@ def settle(target: Target, ends: Sequence[int], share: float = 0.1, to: float = 
         ...     s = t.update(s, 1.0, 1.0); seen.append(t.level(s))
         >>> seen[-4:]
         [1.0, 1.0, 0.75, 0.5]
+
+    [ours]
     """
     for name, value in (("settle", share), ("settle_to", to)):
         if not 0 < value <= 1:
             raise ValueError(f"{name} must lie in (0, 1], got {value:g}; write {name}=10%")
-    spans = [(end - share * (end - start), end) for start, end in zip((0, *ends), ends, strict=False)]
 
-    def progress(state: Settled) -> float:
-        for begin, end in spans:
-            if begin < state.readings <= end:
-                return (state.readings - begin) / (end - begin)
-        return 0.0
-
-    def update(state: Settled, entropy: float, tokens: float, *groups: Any) -> Settled:
-        return Settled(target.update(state.inner, entropy, tokens, *groups), state.readings + 1)
+    def update(state: Settled, entropy: float, tokens: float, *groups: Any, rate: float | None = None) -> Settled:
+        told = {"rate": rate} if target.reads_rate else {}
+        inner = target.update(state.inner, entropy, tokens, *groups, **told)
+        if state.readings in ends:
+            state = Settled(inner, state.readings)
+        readings, rate = state.readings + 1, 1.0 if rate is None else rate
+        end = next((end for end in ends if end >= readings), None)
+        if end is None:
+            return Settled(inner, readings)
+        left, spent = _to_come(rate, state.rate - rate, end - readings), state.spent + rate
+        total = spent + left
+        window = state.window if left <= state.window else 0.0  # a run may be resumed with more steps
+        if left <= share * total * (1 + 1e-9):  # rounding must not move the step at which the level begins to fall
+            window = window or share * total
+        return Settled(inner, readings, rate, spent, left, window)
 
     def level(state: Settled) -> float | None:
         nats = target.level(state.inner)
-        return None if nats is None else nats * (1 - (1 - to) * progress(state))
+        return None if nats is None else nats * (1 - (1 - to) * state.progress)
 
     def hold(state: Settled) -> bool:
         # A band that leaves entropy alone still lets it down.
-        return target.hold(state.inner) and (progress(state) == 0 or target.level(state.inner) is None)
+        return target.hold(state.inner) and (state.progress == 0 or target.level(state.inner) is None)
 
     def why(state: Settled) -> str:
-        if progress(state):
-            return f"let down: {progress(state):.0%} of the way, at the end of the task"
+        if state.progress:
+            return f"let down: {state.progress:.0%} of the way, at the end of the task"
         return "" if target.why is None else target.why(state.inner)
 
-    return Target(lambda: Settled(target.init()), update, level, hold, target.reads_groups, why)
+    return Target(lambda: Settled(target.init()), update, level, hold, target.reads_groups, why, reads_rate=True)
+
+
+def _to_come(rate: float, fall: float, steps: int) -> float:
+    """Σ of the learning rates of the next ``steps``, each ``fall`` below the one before and none below 0."""
+    fall = max(fall, 0.0)
+    if fall * steps > rate:
+        steps = int(rate / fall)
+    return rate * steps - fall * steps * (steps + 1) / 2
 
 
 TARGETS: dict[str, str] = {
@@ -207,7 +240,7 @@ TARGETS: dict[str, str] = {
     "band:LOW:HIGH": "leave it alone between two NATS or SHARE%, steer back to the middle when it leaves",
     "auto": f"found from the run, by the rule {DEFAULT_RULE}; options follow, as in auto:floor=20%",
     **{f"auto:{name}": what for name, (_, what) in AUTO.items()},
-    "...:settle=10%": "any of these, let down over the last tenth of each task's steps, to settle_to=40% of it",
+    "...:settle=10%": "any of these, let down over the last tenth of each task's learning, to settle_to=40% of it",
 }
 
 

@@ -116,7 +116,8 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
         if reading.problem():
             return state._replace(refused=state.refused + 1)
         groups = (reading.groups,) if target.reads_groups else ()
-        heard = target.update(state.target, reading.mean, reading.count, *groups)
+        rate = {"rate": reading.rate} if target.reads_rate else {}
+        heard = target.update(state.target, reading.mean, reading.count, *groups, **rate)
         state = _added(state, reading)._replace(target=heard)
         if not (act if every is None else state.waited >= every):
             return state
