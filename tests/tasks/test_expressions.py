@@ -452,3 +452,27 @@ def test_a_rate_that_is_given_is_never_left_out(rate):
     with pytest.raises(ValueError, match=r"must be a share from 0\.002 to 0\.5"):
         load_task(f"expr:rate={rate}")
     assert load_task("expr:rate=2e-2").name == load_task("expr:rate=0.02").name != "expr"
+
+
+def test_solved_examples_come_first():
+    task = load_task("expr:need=no-plus:shots=4")
+    examples, _, asked = task.heldout()[0]["prompt"].rpartition("\n")
+    assert asked == "target 11, digit 1:"
+    assert len(examples.split("\n")) == 4
+    for line in examples.split("\n"):
+        target, _, answer = line.removeprefix("target ").partition(", digit ")[0], *line.partition(": ")[1:]
+        assert independent_value(answer) == int(target)
+        assert int(target) not in HELD_OUT
+    # All tasks of the family have the same prompts, so that a policy of one can be evaluated on the others.
+    assert load_task("expr:shots=4").heldout()[0] == task.heldout()[0]
+
+
+def test_a_few_shot_answer_is_its_first_line_without_spaces():
+    task = load_task("expr:need=no-plus:shots=4")
+    answers = [" 9*8-3-4\ntarget 1", "9 * 8 -3- 4", "9*8-3+4", "\n9*8-3-4"]
+    assert task.reward(answers, target=[65, 65, 73, 65], digit=[5] * 4) == [1.0, 1.0, 0.0, 0.0]
+    assert task.normalise(answers[0]) == task.normalise(answers[1]) == "9*8-3-4"
+    assert task.cut(answers[0]) == " 9*8-3-4"
+    row = task.train(0)[0]
+    assert task.verify(task.gold(row), row["target"], row["digit"])
+    assert pickle.loads(pickle.dumps(task)).heldout() == task.heldout()

@@ -5,7 +5,7 @@ name make the task harder, or easier, by a chosen amount: `expr:need=last,produc
 operand is the digit and which has a product, `expr:within=1` accepts a value that is off by one, and `expr:rate=0.02`
 chooses among such tasks by the share of right answers that the tiny model gives before training. All of them have the
 same prompts and held-out targets, so a policy trained on one can be evaluated on the others: diversity lost on the
-first shows as lost pass@k on the second.
+first shows as lost pass@k on the second. `expr:shots=8` puts solved examples before each prompt, for pretrained models.
 
 With k = 4 there are 177,147 expressions; 113,208 of them have a value from 0 to 99, between 72 and 3,467 a target. To
 the verifier a policy that knows one answer a target is as good as one that knows them all; counting distinct answers
@@ -14,6 +14,7 @@ distinguishes them.
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from math import log, nan
@@ -32,6 +33,8 @@ MAX_OPERANDS = 5
 # 37 is coprime to 100, so i -> 37 i + 11 permutes the targets; the first 20 are evenly spread, each last digit twice.
 HELD_OUT = tuple((37 * i + 11) % TARGETS for i in range(20))
 MAX_WITHIN = 10
+MAX_SHOTS = 32
+SHOTS_SEED = 20260101
 
 
 class Property(NamedTuple):
@@ -282,7 +285,56 @@ def _unchanged(text: str) -> str:
     return text
 
 
-def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 0, name: str | None = None) -> Task:
+def _first_line(completion: str) -> str:
+    """The answer to a few-shot prompt: a pretrained model puts spaces where it likes."""
+    return "".join(completion.partition("\n")[0].split())
+
+
+def _line(target: int, digit: int) -> str:
+    return f"target {target}, digit {digit}:"
+
+
+def _solved(shots: int, operands: int) -> str:
+    """Solved examples, a line each, whose targets are not held out."""
+    values, texts = enumerate_expressions(operands)
+    order = random.Random(SHOTS_SEED)
+    candidates = np.flatnonzero(~np.isin(values, HELD_OUT)).tolist()
+    shown = order.sample(candidates, min(shots, len(candidates)))
+    return "".join(f"{_line(int(values[i]), order.randint(1, 9))} {bytes(texts[i]).decode()}\n" for i in shown)
+
+
+def _asked(rows: Callable[..., list[dict[str, Any]]], examples: str, *args: Any) -> list[dict[str, Any]]:
+    return [{**row, "prompt": examples + _line(row["target"], row["digit"])} for row in rows(*args)]
+
+
+def _verify_line(judge: Callable[..., bool], completion: str, target: int, digit: int) -> bool:
+    return judge(_first_line(completion), target, digit)
+
+
+def _few_shot(task: Task, shots: int, operands: int) -> Task:
+    """A task of the family, asked by solved examples.
+
+    The examples have the right value, and whatever properties chance gave them: all tasks of the family have the same
+    prompts.
+    """
+    examples = _solved(shots, operands)
+    return replace(
+        task,
+        name=f"{task.name}:shots={shots}",
+        description=f"{task.description} {shots} solved examples come first.",
+        train=partial(_asked, task.train, examples),
+        heldout=partial(_asked, task.heldout, examples),
+        verify=partial(_verify_line, task.verify),
+        normalise=_first_line,
+        # A token a character, perhaps a space before each, and the end of the line.
+        max_completion_length=4 * operands,
+        stop="\n",
+    )
+
+
+def expressions(
+    operands: int = 4, *, need: tuple[str, ...] = (), within: int = 0, shots: int = 0, name: str | None = None
+) -> Task:
     """Return a task of the family.
 
     Only prompts that have an answer are asked. Twenty targets are held out, the same for all tasks and for every k; the
@@ -296,6 +348,7 @@ def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 
         operands: k, from 1 to 5.
         need: names among `PROPERTIES`, which every right answer must have.
         within: how far the value may be from the target, from 0 to 10.
+        shots: solved examples before each prompt, from 0 to 32, for a pretrained model.
         name: of the task; by default the name that `load` reads, with the properties in the order of `PROPERTIES`.
 
     Raises:
@@ -312,6 +365,8 @@ def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 
         raise ValueError(f"operands must be from 1 to {MAX_OPERANDS}, got {operands}; 4 is the built-in task")
     if not 0 <= within <= MAX_WITHIN:
         raise ValueError(f"within must be from 0 to {MAX_WITHIN}, got {within}; 0 asks for the exact value")
+    if not 0 <= shots <= MAX_SHOTS:
+        raise ValueError(f"shots must be from 0 to {MAX_SHOTS}, got {shots}; 8 are enough for a small model")
     for one in need:
         choose("need", one, PROPERTIES)
     need = tuple(one for one in PROPERTIES if one in need)
@@ -320,7 +375,7 @@ def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 
         raise ValueError(f"need: got {','.join(need)}, which no expression of {operands} digits has; leave one out")
     value = f"that has the given value, give or take {within}" if within else "that has the given value"
     asked = f", with: {'; '.join(PROPERTIES[one].meaning for one in need)}" if need else ""
-    return Task(
+    task = Task(
         name=name or _name(operands, need, within),
         description=f"Write an expression of {operands} digits 1-9 with + - * {value}{asked}.",
         train=partial(_train, **variant),
@@ -331,6 +386,7 @@ def expressions(operands: int = 4, *, need: tuple[str, ...] = (), within: int = 
         max_completion_length=2 * operands,
         gold=partial(_gold, **variant),
     )
+    return _few_shot(task, shots, operands) if shots else task
 
 
 def load(rest: str, name: str) -> Task:
@@ -338,7 +394,7 @@ def load(rest: str, name: str) -> Task:
 
     Args:
         rest: the name after `expr:`. The options are `need`, names among `PROPERTIES` with commas between them;
-            `within`; `operands`; and `rate`, in place of `need` and `within`: the rung whose rate is nearest.
+            `within`; `operands`; `shots`; and `rate`, in place of `need` and `within`: the rung whose rate is nearest.
         name: the whole name, for messages.
 
     Raises:
@@ -349,11 +405,11 @@ def load(rest: str, name: str) -> Task:
         ('expr:need=last,product', 'Write an expression of 3 digits 1-9 with + - * that has the given value, with: odd \
 digits alone.')
     """
-    values = options_of(name, rest, {"need": "", "within": 0, "operands": 4, "rate": ""})
+    values = options_of(name, rest, {"need": "", "within": 0, "operands": 4, "shots": 0, "rate": ""})
     rate = values.pop("rate")
     try:
         if rate:
-            if values["need"] or values["within"] or values["operands"] != 4:
+            if values["need"] or values["within"] or values["shots"] or values["operands"] != 4:
                 raise ValueError("rate chooses need and within for 4 operands; leave them out, or leave rate out")
             rung = nearest_rung(rate)
             return expressions(need=rung.need, within=rung.within)
