@@ -35,6 +35,7 @@ class TokenBatch(NamedTuple):
         group_reward: ``[b]`` mean reward of the samples of its prompt.
         group_distinct: ``[b]`` distinct right answers among the samples of its prompt, as a share of the right ones;
             NaN if none is right.
+        group_repeats: ``[b]`` the chance that two of these right answers are the same; NaN if fewer than two are right.
     """
 
     logp: Tensor
@@ -48,6 +49,7 @@ class TokenBatch(NamedTuple):
     group_rate: Tensor | None = None
     group_reward: Tensor | None = None
     group_distinct: Tensor | None = None
+    group_repeats: Tensor | None = None
 
 
 class TokenFacts(NamedTuple):
@@ -100,6 +102,8 @@ class GroupFacts(NamedTuple):
         reward: Σ of the rewards.
         right, distinct: completions whose group has a right answer, and Σ over them of the share of distinct answers
             among the right ones.
+        paired, repeats: completions whose group has two right answers or more, and Σ over them of the chance that two
+            of these are the same.
         pull: Σ (reward − mean of the group)·L over the tokens of groups that are neither failed nor solved.
         spread: Σ L² over the same tokens, nats².
         failing_entropy, failing_tokens: Σ (1 − ρ)·H and Σ (1 − ρ) over all tokens, ρ the success rate of the group.
@@ -113,6 +117,8 @@ class GroupFacts(NamedTuple):
     reward: Any = 0.0
     right: Any = 0.0
     distinct: Any = 0.0
+    paired: Any = 0.0
+    repeats: Any = 0.0
     pull: Any = 0.0
     spread: Any = 0.0
     failing_entropy: Any = 0.0

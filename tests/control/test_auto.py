@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from isentropic.control.auto import AUTO, auto, failing, fit, parse_auto, price, success
+from isentropic.control.auto import AUTO, auto, failing, fit, parse_auto, price, success, variety
 from isentropic.control.controllers import Range, parse_controller
 from isentropic.control.targets import parse_target
 from isentropic.control.thermostat import thermostat, to_json
@@ -142,6 +142,44 @@ def test_failing_groups_alone_make_the_error():
     assert target.why(state) == "held: 0% of tokens, by the failure of their groups, are held"
 
 
+def test_variety_by_hand():
+    """Two right answers are the same once in e²: 2 nats over ten tokens an answer, doubled, 0.4 nats of a start at 2.0.
+
+    With 40 % right, the level goes towards 0.4·20 % + 0.6·60 %, from 60 % on by the whole rate.
+    """
+    target = auto(variety(), rate=0.1)
+    facts = MIXED._replace(paired=5.0, repeats=5 * math.exp(-2))
+    state = walk(target, facts, 1)
+    assert (state.shown, state.beside) == pytest.approx((math.exp(-2), 0.4 * 0.2 + 0.6 * 0.6))
+    assert target.level(state) == pytest.approx(2.0 * 0.6 * math.exp(-0.1))
+    assert (
+        target.why(state)
+        == "lowered: two right answers are the same with a chance of 0.14, which asks for 44% of the start"
+    )
+    # Near the level that is asked for, the move is ten times the logarithm of what is missing.
+    near = target.update(state._replace(share=0.45), 2.0, 100.0, facts)
+    assert near.move == pytest.approx(10 * math.log(0.44 / 0.45))
+
+
+def test_variety_of_answers_that_never_repeat_and_that_always_do():
+    target = auto(variety(slack=1.0), rate=0.1)
+    assert walk(target, MIXED._replace(paired=5.0), 1).move == 1.0
+    # All right and always the same: nothing is left to hold.
+    state = walk(target, MIXED._replace(paired=10.0, repeats=10.0, rate=10.0, failed=0.0, solved=10.0), 50)
+    assert (state.beside, target.level(state)) == pytest.approx((0.0, 0.6))
+    assert target.why(state).startswith("held at its floor: two right answers are the same with a chance of 1.00")
+    assert target.why(walk(target, MIXED, 1)) == "held: no group has two right answers yet"
+
+
+def test_variety_is_remembered_as_ratios_of_sums():
+    target = auto(variety(memory=2.0))
+    state = walk(
+        target, [MIXED._replace(paired=4.0, repeats=1.0), MIXED._replace(paired=6.0, repeats=2.0, rate=8.0)], 2
+    )
+    assert state.shown == pytest.approx(2.5 / 8.0)
+    assert state.c / state.d == pytest.approx((2.0 + 8.0) / (5.0 + 10.0))
+
+
 @pytest.mark.parametrize("rule", AUTO)
 def test_a_level_stays_within_floor_and_ceiling_and_without_groups_where_it_is(rule):
     target = parse_auto(f"auto:{rule}:floor=50%:ceiling=90%:start=80%:rate=0.5")
@@ -233,7 +271,7 @@ def test_a_band_that_leaves_entropy_alone_still_lets_it_down():
     [
         (
             "auto:prise",
-            r"rule of an automatic target must be one of failing, fit, price, success; got 'prise' \(did you",
+            r"rule of an automatic target must be one of failing, fit, price, success, variety; got 'prise' \(did you",
         ),
         (
             "auto:price:worht=1",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from isentropic.engines.groups import group_row, group_sums
-from isentropic.losses.advantages import group_distinct, group_rate, group_reward
+from isentropic.losses.advantages import group_distinct, group_rate, group_repeats, group_reward
 from isentropic.types import EntropyReading, GroupFacts, TokenBatch
 
 REWARDS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
@@ -27,6 +27,7 @@ def batch(seed=0):
         group_rate=group_rate(REWARDS),
         group_reward=group_reward(REWARDS),
         group_distinct=group_distinct(REWARDS, ANSWERS),
+        group_repeats=group_repeats(REWARDS, ANSWERS),
     )
 
 
@@ -37,6 +38,8 @@ def test_by_hand():
     assert [float(x) for x in counts] == pytest.approx([9.0, 3.0, 3.0, 3.0, 5.0, 5.0, 6.0])
     # One of two right answers is distinct in the first group, two of three in the last.
     assert float(facts.distinct) == pytest.approx(3 * 1 / 2 + 3 * 2 / 3)
+    # The only pair of the first group is equal, and one of three pairs of the last.
+    assert (float(facts.paired), float(facts.repeats)) == pytest.approx((6.0, 3 * 1 + 3 * 1 / 3))
     centred = (one.logp + one.entropy)[:3, :3].double()
     gain = torch.tensor([1 / 3, -2 / 3, 1 / 3], dtype=torch.float64)[:, None]
     assert float(facts.pull) == pytest.approx(float((gain * centred).sum()), rel=1e-6)
@@ -96,7 +99,7 @@ def test_an_answer_that_is_not_scored_belongs_to_no_group():
 
 def test_nothing_is_known_without_rewards():
     facts = group_sums(batch()._replace(reward=None), held_out=(1.0, 2.0))
-    assert [float(x) for x in facts] == [0.0] * 11 + [1.0, 2.0]
+    assert [float(x) for x in facts] == [0.0] * 13 + [1.0, 2.0]
     assert group_row(GroupFacts(*map(float, facts)), 9.0) == {}
     assert group_row(None, 9.0) == {}
 

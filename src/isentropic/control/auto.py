@@ -250,11 +250,65 @@ def failing(level: float = 0.6) -> Rule:
     return Rule(step, ("{0:.0%} of tokens, by the failure of their groups, are held",), places=True)
 
 
+def variety(explore: float = 0.6, slack: float = 2.0, memory: float = 20.0) -> Rule:
+    """Rule 5, by the variety of right answers: hold what they can carry, and enough to find those that are missing.
+
+    Let q be the chance of a right answer and S the entropy of whole answers, which is T·H at T tokens an answer. By the
+    chain rule,
+
+        S = h(q) + q·S_right + (1 − q)·S_wrong.
+
+    As q goes to 1, S goes to S_right, which is at most the logarithm of the number of right answers. A level above
+    S_right/T can then be kept by wrong answers alone (Fano's inequality). While answers are wrong, entropy is what
+    finds the right ones. Hence the level that a policy moves towards, with the success rate q of its groups,
+
+        H* = q·slack·(−log c)/T + (1 − q)·h,   h = ``explore`` of the initial entropy.
+
+    c is the chance that two right answers to a prompt are the same; the share of equal ones among the pairs of a group
+    estimates it without bias. ``−log c`` is the collision entropy, which is below Shannon's S_right: ``slack`` makes up
+    for that. It also keeps the rule from following its own fall, since S_right falls more slowly than H does. A move is
+    smaller than ``rate`` within a tenth of H*.
+
+    Args:
+        explore: share of the initial entropy at which a policy that has no right answer is held.
+        slack: what right answers are given, over their collision entropy.
+        memory: readings over which sums are remembered.
+
+    [derived: the bound; ours: the rule]
+    """
+
+    def step(state: AutoState, entropy: float, tokens: float, groups: GroupFacts) -> AutoState:
+        keep = _keep(memory)
+        state = state._replace(
+            a=keep * state.a + groups.repeats,
+            b=keep * state.b + groups.paired,
+            c=keep * state.c + groups.rate,
+            d=keep * state.d + groups.completions,
+        )
+        if not state.b > 0:
+            return state._replace(move=0.0, cause=1)
+        initial, rate = state.sum / state.count, state.c / state.d
+        same = min(max(state.a / state.b, 1e-9), 1.0)
+        carried = slack * -math.log(same) * groups.completions / (tokens * initial)
+        goal = rate * carried + (1 - rate) * explore
+        move = min(max(10 * math.log(max(goal, 1e-9) / state.share), -1.0), 1.0)
+        return state._replace(move=move, cause=0, shown=same, beside=goal)
+
+    return Rule(
+        step,
+        (
+            "two right answers are the same with a chance of {0:.2f}, which asks for {1:.0%} of the start",
+            "no group has two right answers yet",
+        ),
+    )
+
+
 # Each rule by its name: the function, whose arguments are its options, and what it does.
 AUTO: dict[str, tuple[Callable[..., Rule], str]] = {
     "price": (price, "where one nat costs the reward that it is worth"),
     "success": (success, "up while groups fail altogether, slowly down while mixed groups turn right"),
     "fit": (fit, "down while the fitted curve of reward against entropy says that it pays"),
+    "variety": (variety, "what the variety of right answers can carry, and enough to find those that are missing"),
     "failing": (failing, "held over groups that fail, left alone over groups that are solved"),
 }
 DEFAULT_RULE = "price"

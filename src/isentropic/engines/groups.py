@@ -18,7 +18,7 @@ def group_sums(
 
     Args:
         batch: ``logp``, ``mask`` and ``entropy``, ``[b t]``, without gradients; ``reward``, ``group_rate``,
-            ``group_reward`` and ``group_distinct``, ``[b]``, as far as they are known.
+            ``group_reward``, ``group_distinct`` and ``group_repeats``, ``[b]``, as far as they are known.
         held_out: right answers and answers of an evaluation that no step has counted yet.
         weight: ``[b]`` how much each answer counts; None is 1.
 
@@ -41,9 +41,11 @@ def group_sums(
     # An answer that is masked whole, as rows that fill a batch up are, belongs to no group.
     known = inside.any(1) & reward.isfinite()
     failed, solved = known & (rate <= 0), known & (rate >= 1)
-    distinct = torch.full_like(rate, torch.nan) if batch.group_distinct is None else batch.group_distinct.to(kind)
-    right = known & distinct.isfinite()
-    by_answer = [known, failed, solved, rate * known, _where(known, reward), right, _where(right, distinct)]
+    by_answer = [known, failed, solved, rate * known, _where(known, reward)]
+    for of_right in (batch.group_distinct, batch.group_repeats):
+        share = torch.full_like(rate, torch.nan) if of_right is None else of_right.to(kind)
+        counted = known & share.isfinite()
+        by_answer += [counted, _where(counted, share)]
     mean = reward if batch.group_reward is None else batch.group_reward.to(kind)
     centred = (batch.logp + batch.entropy).to(kind)
     usable = inside & centred.isfinite() & known[:, None]
@@ -83,6 +85,8 @@ def group_row(facts: GroupFacts | None, tokens: float) -> dict[str, float]:
     row = {f"group/{name}_frac": getattr(facts, name) / n for name in ("failed", "mixed", "solved")}
     if facts.right:
         row["group/distinct_frac"] = facts.distinct / facts.right
+    if facts.paired:
+        row["group/repeats_frac"] = facts.repeats / facts.paired
     if facts.spread:
         row["price/nat"] = facts.pull / facts.spread * tokens / n
     if facts.failing_tokens:

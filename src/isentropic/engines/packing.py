@@ -11,7 +11,7 @@ from torch import Tensor
 from ..control.names import choose
 
 Values = Tensor | Sequence[Tensor]
-OF_SEQUENCES = ("reward", "group_rate", "group_reward", "group_distinct")
+OF_SEQUENCES = ("reward", "group_rate", "group_reward", "group_distinct", "group_repeats")
 
 
 def sequence_ids(positions: Tensor) -> Tensor:

@@ -70,6 +70,30 @@ def group_distinct(rewards: Float[Tensor, "p g"], answers: Int[Tensor, "p g"]) -
     return share.to(rewards.dtype).expand(rewards.shape).flatten()
 
 
+def group_repeats(rewards: Float[Tensor, "p g"], answers: Int[Tensor, "p g"]) -> Float[Tensor, " b"]:
+    """The chance that two right answers of a group are the same, repeated for every sample.
+
+    ``equal pairs of right answers / pairs of right answers``, an unbiased estimate of ``Σ_a π(a | right)²``
+
+    Args:
+        rewards: [p g] rewards; an answer is right if its reward is above 0.
+        answers: [p g] a number for each answer, equal for equal answers, for example a hash.
+
+    Returns:
+        [b] shares in [0, 1]; NaN for a group with fewer than two right answers.
+
+    [derived]
+
+    >>> group_repeats(torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]), torch.tensor([[7, 7, 8, 9]] * 2))
+    tensor([0.3333, 0.3333, 0.3333, 0.3333,    nan,    nan,    nan,    nan])
+    """
+    right = rewards > 0
+    pairs = (right[:, :, None] & right[:, None, :]).tril(-1)
+    equal = pairs & (answers[:, :, None] == answers[:, None, :])
+    share = equal.sum((1, 2)) / pairs.sum((1, 2))
+    return share.to(rewards.dtype)[:, None].expand(rewards.shape).flatten()
+
+
 def informative_groups(rewards: Float[Tensor, "p g"]) -> Bool[Tensor, " p"]:
     """Mark the groups with two different scorable rewards: the groups that dynamic sampling keeps.
 

@@ -63,6 +63,8 @@ before the slash is its group.
 ``group/solved_frac``         share of completions whose group has no wrong answer
 ``group/distinct_frac``       distinct right answers as a share of the right answers, mean over completions whose group
                               has one
+``group/repeats_frac``        chance that two right answers to a prompt are the same, mean over completions whose group
+                              has two right ones
 ``price/nat``                 reward per completion that one nat per token costs: Σ(R − mean of the group)·L / ΣL² over
                               mixed groups, L = log π + H, times tokens per completion
 **reward, length, episode**   of the latest generated batch; verl: of the step's completions

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import recipes
 from ...entropy.statistics import token_entropy
-from ...losses.advantages import group_distinct, group_rate, group_reward
+from ...losses.advantages import group_distinct, group_rate, group_repeats, group_reward
 from ...recipes import Recipe
 from .states import Tree, answers, reach
 
@@ -30,6 +30,7 @@ class Batch(NamedTuple):
         group_rate: ``[b]`` share of right answers in the group of each.
         group_reward: ``[b]`` mean reward of the group of each.
         group_distinct: ``[b]`` distinct right answers of the group of each, as a share of its right ones.
+        group_repeats: ``[b]`` the chance that two of these right answers are the same.
     """
 
     rows: Tensor
@@ -42,6 +43,7 @@ class Batch(NamedTuple):
     group_rate: Tensor | None = None
     group_reward: Tensor | None = None
     group_distinct: Tensor | None = None
+    group_repeats: Tensor | None = None
 
 
 def _check_recipe(recipe: Recipe) -> None:
@@ -155,6 +157,6 @@ def draw(
     rows, ids = rows[chosen], ids[chosen]
     entropy = token_entropy(logits, chunk=len(logits))[rows]
     logp, rate = logits.log_softmax(-1)[rows, ids], group_rate(sampled)
-    of_group = group_reward(sampled), group_distinct(sampled, drawn)
+    of_group = group_reward(sampled), group_distinct(sampled, drawn), group_repeats(sampled, drawn)
     adv = recipes.advantages(recipe, sampled, logp.mean(1).view_as(sampled))
     return Batch(rows, ids, logp, adv, torch.ones_like(adv), entropy, sampled.flatten(), rate, *of_group)

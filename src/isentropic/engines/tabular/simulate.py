@@ -56,7 +56,8 @@ def _predict(recipe: Recipe, batch: Batch, run: Pass, knob: float | None, share:
 def _groups(batch: Batch, run: Pass) -> GroupFacts:
     """The group facts of a minibatch; for a group that was cut, its whole rate."""
     mask = torch.ones_like(run.stats.logp)
-    of_group = {name: getattr(batch, name) for name in ("reward", "group_rate", "group_reward", "group_distinct")}
+    names = ("reward", "group_rate", "group_reward", "group_distinct", "group_repeats")
+    of_group = {name: getattr(batch, name) for name in names}
     tokens = TokenBatch(run.stats.logp, None, batch.adv, mask, run.stats.entropy, **of_group)
     sums = group_sums(tokens, weight=batch.weight)
     return GroupFacts(*map(float, sums))

@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from ...losses.advantages import group_distinct, group_rate, group_reward, informative_groups, overlong_penalty
+from ...losses.advantages import (
+    group_distinct,
+    group_rate,
+    group_repeats,
+    group_reward,
+    informative_groups,
+    overlong_penalty,
+)
 from ...recipes.apply import advantages
 from .compat import Trainer, scores_old_logps
 from .explain import completion_groups
@@ -124,7 +131,9 @@ class GeneratedBatches:
         output["group_rate"] = group_rate(groups)[local]
         output["group_reward"] = group_reward(groups)[local]
         assert self._answers is not None
-        output["group_distinct"] = group_distinct(groups, self._answers.view_as(groups))[local]
+        answers = self._answers.view_as(groups)
+        output["group_distinct"] = group_distinct(groups, answers)[local]
+        output["group_repeats"] = group_repeats(groups, answers)[local]
         named = getattr(trainer.args, "recipe", None) is not None
         if named and (recipe.baseline not in _NATIVE_BASELINES or recipe.overlong_buffer):
             output["advantages"] = advantages(recipe, groups, self._logp_mean(output, groups)).to(rewards.dtype)[local]

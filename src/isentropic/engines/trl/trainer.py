@@ -277,6 +277,7 @@ class EntropyControlMixin(TrainerHooks):
             group_rate=inputs.get("group_rate"),
             group_reward=inputs.get("group_reward"),
             group_distinct=inputs.get("group_distinct"),
+            group_repeats=inputs.get("group_repeats"),
         )
         rows = self._rows.take(logp.shape[1]) if self._rows else None
         ratio = native_ratio(trainer, batch)
