@@ -23,7 +23,7 @@ EXPERIMENTS = {
     "pays": ["pays-base", "pays-hard", "pays-sequence", "pays-long"],
     "which": ["choice-long", "which-hard", "which-sequence", "rates"],
     "target": ["choice", "choice-sequence"],
-    "auto": ["auto-tune", "auto-tune-sequence", "auto-score", "auto-score-sequence"],
+    "auto": ["auto-tune", "auto-tune-sequence", "auto-score", "auto-reversal", "auto-score-sequence"],
     "sequence": ["pays-sequence", "pays-alone", "which-sequence"],
     "smollm2": ["smollm2"],
 }
@@ -291,7 +291,8 @@ def auto(grids, plt):
         for task in dict.fromkeys(x["task"] for x in lines)
     ]
     sections.append(("second task of the tuning", grids[1].lines(), None))
-    last = grids[3].lines()
+    sections.append(("reversal: second task", grids[3].lines(), None))
+    last = grids[4].lines()
     names = dict.fromkeys(row["task"] for x in last for row in x["evaluations"])
     sections += [(f"reversal-3: {task}", last, task) for task in names]
     sections = [section for section in sections if len({x["cell"] for x in section[1]}) > 1]

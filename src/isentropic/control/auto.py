@@ -303,13 +303,30 @@ def variety(explore: float = 0.6, slack: float = 2.0, memory: float = 20.0) -> R
     )
 
 
-# Each rule by its name: the function, whose arguments are its options, and what it does.
-AUTO: dict[str, tuple[Callable[..., Rule], str]] = {
-    "price": (price, "where one nat costs the reward that it is worth"),
-    "success": (success, "up while groups fail altogether, slowly down while mixed groups turn right"),
-    "fit": (fit, "down while the fitted curve of reward against entropy says that it pays"),
-    "variety": (variety, "what the variety of right answers can carry, and enough to find those that are missing"),
-    "failing": (failing, "held over groups that fail, left alone over groups that are solved"),
+class Kind(NamedTuple):
+    """What a rule's name stands for.
+
+    Attributes:
+        make: the rule; its arguments are options of the name.
+        what: it does, in words.
+        usual: options of :func:`auto` that differ from its defaults under this rule.
+    """
+
+    make: Callable[..., Rule]
+    what: str
+    usual: dict[str, float] = {}  # noqa: RUF012  (never changed)
+
+
+AUTO: dict[str, Kind] = {
+    "price": Kind(price, "where one nat costs the reward that it is worth"),
+    "success": Kind(success, "up while groups fail altogether, slowly down while mixed groups turn right"),
+    "fit": Kind(fit, "down while the fitted curve of reward against entropy says that it pays"),
+    "variety": Kind(
+        variety,
+        "what the variety of right answers can carry, and enough to find those that are missing",
+        {"ceiling": 0.6, "rate": 0.005},
+    ),
+    "failing": Kind(failing, "held over groups that fail, left alone over groups that are solved"),
 }
 DEFAULT_RULE = "price"
 
@@ -401,7 +418,7 @@ def parse_auto(text: str, first: int = 1) -> Target:
     _, *parts = text.strip().split(":")
     name = parts.pop(0) if parts and "=" not in parts[0] else DEFAULT_RULE
     choose("rule of an automatic target", name, AUTO)
-    make = AUTO[name][0]
+    make, _, usual = AUTO[name]
     of_rule = list(signature(make).parameters)
     own = ["start", "floor", "ceiling", "rate"]
     options: dict[str, float] = {}
@@ -418,7 +435,7 @@ def parse_auto(text: str, first: int = 1) -> Target:
                 f"target option {key} must be >= {least:g}, got {options[key]:g}; leave it out for its usual value"
             )
     rule = make(**{key: value for key, value in options.items() if key in of_rule})
-    return auto(rule, **{key: value for key, value in options.items() if key in own}, first=first)
+    return auto(rule, **{**usual, **{key: value for key, value in options.items() if key in own}}, first=first)
 
 
 def _number(key: str, text: str) -> float:

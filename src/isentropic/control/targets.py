@@ -239,7 +239,7 @@ TARGETS: dict[str, str] = {
     "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another; at TO in the last of the steps or of the run",
     "band:LOW:HIGH": "leave it alone between two NATS or SHARE%, steer back to the middle when it leaves",
     "auto": f"found from the run, by the rule {DEFAULT_RULE}; options follow, as in auto:floor=20%",
-    **{f"auto:{name}": what for name, (_, what) in AUTO.items()},
+    **{f"auto:{name}": kind.what for name, kind in AUTO.items()},
     "...:settle=10%": "any of these, let down over the last tenth of each task's learning, to settle_to=40% of it",
 }
 

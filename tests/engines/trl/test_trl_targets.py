@@ -43,6 +43,7 @@ def test_a_run_is_told_of_its_groups_and_says_why_its_target_moved(whole):
         shares = [row[f"group/{name}_frac"] for name in ("failed", "mixed", "solved")]
         assert sum(shares) == pytest.approx(1.0)
         assert 0 < row["group/distinct_frac"] <= 1
+        assert 0 <= row["group/repeats_frac"] < 1
     # All completions of a batch, over its steps: their mean reward is TRL's, and so is the share of equal groups.
     batch = rows[:2]
     equal = sum(row["group/failed_frac"] + row["group/solved_frac"] for row in batch) / len(batch)
