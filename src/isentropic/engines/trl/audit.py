@@ -149,7 +149,9 @@ def _generated(trainer: Trainer, prompts: list[Any], tokens: int) -> AuditBatch:
         torch.cat([output["prompt_ids"], ids], 1),
         torch.cat([output["prompt_mask"], mask], 1),
         mask if tools is None else mask * tools,
-        _tokens_made(trainer, ids, native=bool(seen)) if tools is None else mask * tools,
+        _tokens_made(trainer, ids, bool(seen), output.get("sampling_per_token_logps"))
+        if tools is None
+        else mask * tools,
         output.get("old_per_token_logps"),
         logp_sampler,
         kept,
@@ -165,17 +167,18 @@ def _stand_in(completions: list[Any], **columns: Any) -> list[float]:
     return [float(i % 2) for i in range(len(completions))]
 
 
-def _tokens_made(trainer: Trainer, ids: torch.Tensor, native: bool) -> torch.Tensor:
+def _tokens_made(trainer: Trainer, ids: torch.Tensor, native: bool, logp: torch.Tensor | None) -> torch.Tensor:
     """What the sampler made, read from the tokens alone: up to the first end of text.
 
     Without one, the native sampler has filled the row, and may have drawn the padding token; another one may have
-    stopped on a string, and what follows is padding.
+    stopped on a string, and what follows is padding. TRL pads a sampler's log-probs by 0, which a drawn token lacks.
     """
     ends = torch.isin(ids, torch.tensor(trainer.eos_token_ids, device=ids.device))
     padding = ids == tokenizer_of(trainer).pad_token_id
     trailing = padding.flip(1).long().cumprod(1).flip(1).bool()
     ended = ends.any(1, keepdim=True)
-    unended = torch.ones_like(padding) if native else ~trailing
+    drawn = torch.zeros_like(padding) if logp is None else logp != 0
+    unended = torch.ones_like(padding) if native else ~trailing | drawn
     sampled = torch.where(ended, ends.long().cumsum(1) - ends.long() == 0, unended)
     if trainer.mask_truncated_completions:
         sampled = sampled & ended

@@ -1,46 +1,134 @@
 """Every private name of TRL that this package touches, and nothing else: what a new version of TRL can break.
 
 TRL's own steps are overridden only here, and each is given to a method with our own name, which gets TRL's own as
-its first argument. ``tests/engines/trl/test_compat.py`` has a contract test for each name.
+its first argument. ``CONTRACT`` lists the names, and ``tests/engines/trl/test_compat.py`` tests each of them. A version
+of TRL newer than the tested ones is let in with a warning if it keeps the contract.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-SUPPORTED = (1, 16)
+logger = logging.getLogger("isentropic")
+# The versions that the tests run with, `make test-versions`.
+OLDEST, NEWEST = (1, 15), (1, 16)
 
 
-def _require_trl() -> None:
+def _require_trl() -> bool:
+    """Refuse a missing TRL and one that is too old.
+
+    Returns:
+        Whether it is newer than the tested ones.
+
+    Raises:
+        ImportError: what is needed, and what was found.
+    """
     try:
         got = version("trl")
     except PackageNotFoundError:
         raise ImportError(
             "isentropic.engines.trl needs trl, which is not installed; pip install 'isentropic[trl]'"
         ) from None
-    if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
+    found = tuple(int(part) for part in got.split(".")[:2])
+    if found < OLDEST:
         raise ImportError(
-            f"isentropic.engines.trl wraps private methods of trl {SUPPORTED[0]}.{SUPPORTED[1]}, got trl {got}; "
-            "pip install 'isentropic[trl]' brings the supported one"
+            f"isentropic.engines.trl wraps private methods of trl {OLDEST[0]}.{OLDEST[1]} and newer, got trl {got}; "
+            "pip install 'isentropic[trl]' brings a supported one"
         )
+    return found > NEWEST
 
 
-_require_trl()
+_NEWER = _require_trl()
 
-from trl import GRPOConfig, GRPOTrainer  # noqa: E402  (after the version check, whose message is the better one)
-from trl.models import unwrap_model_for_generation  # noqa: E402
+from trl import GRPOConfig, GRPOTrainer, models  # noqa: E402  (after the version check, whose message is better)
 from trl.trainer import utils  # noqa: E402
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "Trainer", "TrainerHooks"]
 
 LOG_PROB_FUNCTION = "_ChunkedLogProbFunction"
+# Each private name that is touched: the parameters that it takes, and the names that its code has to use. After "..."
+# come those that are passed by name; any others must have defaults. A name without parameters only has to be there.
+CONTRACT = {
+    "GRPOTrainer._tag_names": ("", ""),
+    "GRPOTrainer.__init__": ("", "_metrics, _logs, _step, _dist, _tokenizer"),
+    "GRPOTrainer._prepare_inputs": ("", "_generate_and_score_completions"),
+    "GRPOTrainer._generate_and_score_completions": (
+        "self, inputs",
+        "_calculate_rewards, _get_per_token_logps_and_entropies",
+    ),
+    "GRPOTrainer._calculate_rewards": ("self, inputs, prompts, completions, completion_ids_list", ""),
+    "GRPOTrainer.compute_loss": ("self, model, inputs, ...", "_compute_loss"),
+    "GRPOTrainer._compute_loss": (
+        "self, model, inputs",
+        "_get_per_token_logps_and_entropies, epsilon_low, epsilon_high",
+    ),
+    "GRPOTrainer._get_per_token_logps_and_entropies": (
+        "self, model, input_ids, attention_mask, logits_to_keep, ..., compute_entropy",
+        "",
+    ),
+    "GRPOTrainer._save_checkpoint": ("self, model, trial", ""),
+    "GRPOTrainer._get_output_dir": ("self, trial, ...", ""),
+    "GRPOTrainer._load_from_checkpoint": ("self, resume_from_checkpoint, ...", ""),
+    "GRPOTrainer._load_optimizer_and_scheduler": ("self, checkpoint", ""),
+    "models.unwrap_model_for_generation": ("model, accelerator, ..., gather_deepspeed3_params", ""),
+    f"utils.{LOG_PROB_FUNCTION}.forward": (
+        "ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs",
+        "",
+    ),
+}
+
+
+def _accepts(function: Any, takes: str) -> bool:
+    """Whether a function can be called with the parameters of a line of the contract, and by TRL with no others."""
+    parameters = inspect.signature(function).parameters
+    first, more, named = takes.partition("...")
+    first, named = ([name for name in part.split(", ") if name] for part in (first, named))
+    rest = [p for p in list(parameters.values())[len(first) :] if p.name not in named]
+    optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in rest)
+    fits = list(parameters)[: len(first)] == first and parameters.keys() >= {*named}
+    return fits and (optional if more else not rest)
+
+
+def breach(name: str) -> str | None:
+    """How the installed TRL breaks a line of the contract: what it is, and what is expected; None if it keeps it."""
+    takes, uses = CONTRACT[name]
+    owner, _, path = name.partition(".")
+    try:
+        value = attrgetter(path)({"GRPOTrainer": GRPOTrainer, "models": models, "utils": utils}[owner])
+    except AttributeError:
+        # A head that cannot be replaced is left as it is; TRL 1.15 has none without Triton.
+        return None if LOG_PROB_FUNCTION in path else f"{name} is missing"
+    if takes and not _accepts(value, takes):
+        return f"{name} takes ({', '.join(inspect.signature(value).parameters)}), expected ({takes})"
+    used = inspect.unwrap(value).__code__.co_names if uses else ()
+    missing = [part for part in uses.split(", ") if part and part not in used]
+    return f"{name} uses no {', '.join(missing)}, expected it to" if missing else None
+
+
+def _check_contract() -> None:
+    """Warn of a TRL that is newer than the tested ones.
+
+    Raises:
+        ImportError: it breaks the contract: the names, what they are, what is expected.
+    """
+    tested = f"isentropic.engines.trl is tested up to trl {NEWEST[0]}.{NEWEST[1]}, got trl {version('trl')}"
+    remedy = f"pip install 'trl<{NEWEST[0]}.{NEWEST[1] + 1}'"
+    if found := [text for name in CONTRACT if (text := breach(name))]:
+        raise ImportError(f"{tested}, in which {'; '.join(found)}; {remedy}")
+    logger.warning("%s, which keeps the names and parameters that it wraps; if training fails, %s", tested, remedy)
+
+
+if _NEWER:
+    _check_contract()
 
 if TYPE_CHECKING:
     from ...recipes import Recipe
@@ -212,11 +300,12 @@ def log_prob_function(stand_in: Any) -> Iterator[Any]:
 @contextmanager
 def generating(trainer: Any) -> Iterator[Any]:
     """The bare model, as TRL has it while it generates."""
-    bare = unwrap_model_for_generation(
-        trainer.model_wrapped,
-        trainer.accelerator,
-        gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
-        gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+    unwrap, args = models.unwrap_model_for_generation, trainer.args
+    # TRL 1.15 does not take it.
+    name = "gradient_checkpointing_kwargs"
+    more = {name: args.gradient_checkpointing_kwargs} if name in inspect.signature(unwrap).parameters else {}
+    bare = unwrap(
+        trainer.model_wrapped, trainer.accelerator, gather_deepspeed3_params=args.ds3_gather_for_generation, **more
     )
     with bare as model, trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
         yield model
@@ -237,17 +326,18 @@ def apply_settings(trainer: Any) -> None:
     trainer.model.add_model_tags(trainer._tag_names)
 
 
-# Steps of TRL in which ours are called, and what an override has to call for that.
-_STEPS = {
-    "compute_loss": ("compute_loss", "_compute_loss"),
-    "_compute_loss": ("_compute_loss",),
-    "_generate_and_score_completions": ("_generate_and_score_completions", "_calculate_rewards"),
+# Steps of TRL in which ours are called, and the ones that an override may call in place of TRL's own.
+_STEPS: dict[str, set[str]] = {
+    "compute_loss": {"_compute_loss"},
+    "_compute_loss": set(),
+    "_prepare_inputs": {"_generate_and_score_completions"},
+    "_generate_and_score_completions": {"_calculate_rewards"},
 }
 # A loss of its own can be watched, but need not take advantages per token.
-_WATCHED = {**_STEPS, "_compute_loss": ("_compute_loss", "_get_per_token_logps_and_entropies")}
+_WATCHED = {**_STEPS, "_compute_loss": {"_get_per_token_logps_and_entropies"}}
 
 
-def bypassed(kind: type, watched: bool) -> tuple[str, str] | None:
+def bypassed(kind: type, watched: bool) -> str | None:
     """A step that a GRPOTrainer subclass replaces without a call by which ours would be reached.
 
     Args:
@@ -255,15 +345,34 @@ def bypassed(kind: type, watched: bool) -> tuple[str, str] | None:
         watched: whether entropy is only monitored.
 
     Returns:
-        The method, as ``Class.method``, and what the class has to call; None if there is no such step.
+        The method, as ``Class.method``; None if there is no such step.
     """
     for owner in kind.__mro__[: kind.__mro__.index(GRPOTrainer)]:
-        functions = [inspect.unwrap(getattr(value, "__func__", value)) for value in vars(owner).values()]
-        called = {name for f in functions if hasattr(f, "__code__") for name in f.__code__.co_names}
-        for step, reaches in (_WATCHED if watched else _STEPS).items():
-            if step in vars(owner) and not called & set(reaches):
-                return f"{owner.__name__}.{step}", f"super().{reaches[0]}"
-    return None
+        unwrapped = [inspect.unwrap(getattr(value, "__func__", value)) for value in vars(owner).values()]
+        functions = [f for f in unwrapped if hasattr(f, "__code__")]
+        called = {name for f in functions for name in f.__code__.co_names}
+        above = {name for f in functions if _names_a_base(f, owner) for name in f.__code__.co_names}
+        for step, others in (_WATCHED if watched else _STEPS).items():
+            reached = called & others or step in above
+            if step in vars(owner) and (not reached or _takes_more(owner, step)):
+                return f"{owner.__module__.partition('.')[0]}'s {owner.__name__}.{step}"
+    # A package may have put its own class in the place of TRL's.
+    replaced = [step for step in _STEPS if breach(f"GRPOTrainer.{step}")]
+    return f"{GRPOTrainer.__name__}.{replaced[0]}" if replaced else None
+
+
+def _names_a_base(function: Any, owner: type) -> bool:
+    """Whether a method may call what its class derives from: by ``super``, or by a base's name."""
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    bases = [value for value in named if isinstance(value, type) and value in owner.__mro__[1:]]
+    return bool(bases) or "super" in function.__code__.co_names
+
+
+def _takes_more(owner: type, step: str) -> bool:
+    """Whether an override needs more arguments than TRL's own, and so is called in another way."""
+    parameters = inspect.signature(getattr(owner, step)).parameters.values()
+    needed = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(needed) > len(inspect.signature(getattr(GRPOTrainer, step)).parameters)
 
 
 def replaced_steps(trainer: Any) -> list[str]:

@@ -301,12 +301,12 @@ def refuse_bypass(kind: type, recipe: Recipe) -> None:
     Raises:
         ValueError: the method, and what it has to call.
     """
-    found = bypassed(kind, watched=recipe.knob is None and recipe.plain)
-    if found is not None:
-        step, needed = found
-        watch = ", or only monitor, by controller='none'" if step.endswith("._compute_loss") else ""
+    watched = recipe.knob is None and recipe.plain
+    if step := bypassed(kind, watched):
+        watch = "" if watched or bypassed(kind, watched=True) else ", or only monitor, by controller='none'"
         raise ValueError(
-            f"{step} replaces TRL's own, which entropy control works in, and never calls it: call {needed} in it{watch}"
+            f"{step} replaces TRL's own, which entropy control works in, and never calls it: call "
+            f"super().{step.rpartition('.')[2]} in it, or train with TRL's GRPOTrainer{watch}"
         )
 
 
