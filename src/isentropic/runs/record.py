@@ -27,7 +27,7 @@ before the slash is its group.
 
 ============================  ==========================================================================================
 **entropy**                   nats per generated token; a nat is 1.44 bits
-``entropy/mean``              exact, at the sampling temperature; over the whole step and all ranks
+``entropy/mean``              of the trained policy, exact, at the sampling temperature; over the whole step and all ranks
 ``entropy/tokens``            number of tokens that were read
 ``entropy/target``            target H* in force; null while the first entropy is measured, or without a target
 ``entropy/error``             (H − H*)/H*
@@ -47,7 +47,7 @@ before the slash is its group.
 ``ratio/outside_frac``        share of tokens whose ratio is outside the clip, whatever the sign of A
 ``ratio/ess_frac``            effective sample size of the N tokens as a share, (Σr)²/(N·Σr²); 1 if all ratios are alike
 ``policy/age``                optimizer steps between the weights that sampled and those that are updated, mean over
-                              tokens; verl: since the batch reached the actor
+                              tokens; verl: since the batch reached the actor, if its data has no versions of weights
 ``mismatch/kl``               KL of the sampler μ from the trainer π, nats per sampled token, at the weights that
                               sampled: mean of e^d − 1 − d with d = log π − log μ; absent if the engine does not know
                               both

@@ -3,8 +3,11 @@
 import contextlib
 import os
 import types
+from importlib.util import find_spec
 
 import torch
+import transformers.modeling_flash_attention_utils as packing
+import verl.utils.attention_utils
 import verl.utils.distributed
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
@@ -89,3 +92,7 @@ def process_group(timeout_second=None, backend=None):
 
 
 verl.utils.distributed.initialize_global_process_group_ray = process_group
+if find_spec("flash_attn") is None and not hasattr(verl.utils.attention_utils, "_fallback_unpad_input"):
+    # verl 0.9.0 unpads by flash-attn alone, which only has wheels for CUDA.
+    functions = (packing._index_first_axis, packing._pad_input, None, packing._unpad_input)
+    verl.utils.attention_utils._get_attention_functions = lambda: functions

@@ -36,6 +36,9 @@ DIFFER = {
 }
 
 
+FLAGS = ["+isentropic=isentropic", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1"]
+
+
 def run_script(tmp_path, **variables):
     """The script with a python that prints its arguments."""
     stub = tmp_path / "python"
@@ -152,3 +155,29 @@ def test_main_ppo_itself_composes(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "_target_: isentropic.engines.verl.engine.PolicyLoss" in done.stdout
     assert "target: 60%" in done.stdout
+
+
+@pytest.mark.parametrize(("name", "prompts"), [("one_step_off", 1024), ("fully_async", 0)])
+def test_verls_asynchronous_recipes_take_the_flag_and_train_by_the_wrapped_worker(name, prompts, monkeypatch):
+    """Composed and built, not run: they need a GPU to send weights by nccl."""
+    import verl
+    from hydra import compose, initialize_config_dir
+    from verl.experimental.separation.engine_workers import DetachActorWorker
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.engine_workers import ActorRolloutRefWorker
+
+    from isentropic.engines.verl.engine import PolicyLoss
+
+    package = Path(verl.__file__).parent
+    monkeypatch.chdir(package.parent)  # their search path is relative
+    with initialize_config_dir(str(package / f"experimental/{name}_policy/config"), version_base=None):
+        config = compose(f"{name}_ppo_trainer", overrides=[*FLAGS, f"data.train_batch_size={prompts}"])
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert isinstance(actor.policy_loss, PolicyLoss)
+    assert actor.policy_loss.checked(actor).knob == "zeta"
+    # verl's fully asynchronous trainer takes prompts one by one, and how many make a batch is not told.
+    assert actor.policy_loss.updates(actor) == (4 if prompts else None)
+    assert issubclass(DetachActorWorker, ActorRolloutRefWorker)
+    assert DetachActorWorker.update_weights is ActorRolloutRefWorker.update_weights
+    assert DetachActorWorker.update_weights.__module__ == ActorRolloutRefWorker.__module__
+    assert hasattr(DetachActorWorker.update_weights, "__wrapped__")

@@ -145,6 +145,26 @@ def test_a_component_from_a_file_sees_the_groups_of_the_batch(held):
         assert sum(rewards) / 128 == pytest.approx(mean) == pytest.approx(sum(rates) / 128)
 
 
+def test_a_trainer_that_samples_ahead_is_read_and_controlled_and_says_how_old_its_samples_are(home, tmp_path):
+    """The batch that is trained on was sampled while the one before was: one version, UPDATES optimizer steps."""
+    from isentropic.recipes import compose
+
+    flags = ["trainer.v1.trainer_mode=colocate_async", "algorithm.rollout_correction.rollout_is=token"]
+    run(home, tmp_path, "+isentropic=adapo", *flags, "trainer.total_training_steps=3")
+    read, logged = rows(tmp_path), [entry["data"] for entry in lines(tmp_path / "verl.jsonl")]
+    assert [row["policy/age"] for row in read] == [0, 1, 2, 3, 2, 3]
+    for turn, data in enumerate(logged):
+        staleness = data["training/off_policy/trajectory_staleness/mean"]
+        assert staleness == (turn > 0)
+        assert data["actor/policy/age"] == UPDATES * staleness + 0.5
+        # The sampler's log-probs are those of older weights: what verl calls rollout_corr is our mismatch.
+        assert data["actor/mismatch/kl"] == pytest.approx(data["rollout_corr/k3_kl"], rel=0.02, abs=1e-6)
+        assert data["actor/entropy/mean"] == pytest.approx(data["actor/entropy"], rel=0.1)
+        assert (data["actor/mismatch/kl"] > 1e-3) == (turn > 0)
+    assert replayed(compose("adapo"), read) == sidecar(tmp_path, 3)["state"]
+    assert len({row["knob/value"] for row in read}) > 1
+
+
 def test_a_killed_worker_ends_the_run_and_its_checkpoint_resumes(home, tmp_path):
     from isentropic.recipes import compose
 

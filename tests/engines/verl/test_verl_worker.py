@@ -118,6 +118,7 @@ def test_an_automatic_target_is_told_of_the_groups_and_resumes(model, tmp_path):
     read = rows(tmp_path / "run")
     for row in read:
         assert sum(row[f"group/{name}_frac"] for name in ("failed", "mixed", "solved")) == pytest.approx(1.0)
+        assert 0 <= row["group/repeats_frac"] <= 1
     assert read[-1]["entropy/target_why"].split(":")[0].split()[0] in ("raised", "lowered", "held")
     assert len({row["entropy/target"] for row in read}) > 1
     half = {**held, "folder": str(tmp_path / "half")}

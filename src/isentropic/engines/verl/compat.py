@@ -1,33 +1,117 @@
 """Every private or version-dependent name of verl that this package touches: what a new version of verl can break.
 
 verl's own steps are overridden only here, and each calls a method with our own name; a step that it may replace
-comes as its first argument. ``tests/engines/verl/test_verl_compat.py`` has a contract test for each name.
+comes as its first argument. ``CONTRACT`` lists the names; it is checked at import, and by
+``tests/engines/verl/test_verl_compat.py``, which also tests what each of them does.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 import os
+import re
 from collections.abc import Callable
 from functools import partial, wraps
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
-SUPPORTED = (0, 9)
+logger = logging.getLogger("isentropic")
+# The versions that the tests run with, `make test-verl` and `make test-verl-versions`.
+OLDEST, NEWEST = (0, 9, 0), (0, 9, 1)
+
+_FSDP = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
+# Each name that is touched, and the parameters that it takes. After "..." come those that are passed by name, and then
+# there may be others; without it, any others must have defaults. A name without parameters only has to be there.
+CONTRACT = {
+    "verl.trainer.ppo.core_algos:agg_loss": (
+        "loss_mat, loss_mask, loss_agg_mode, ..., dp_size, batch_num_tokens, global_batch_size, loss_scale_factor"
+    ),
+    "verl.trainer.ppo.core_algos:get_policy_loss_fn": "name",
+    "verl.trainer.ppo.core_algos:register_adv_est": "name_or_enum",
+    "verl.trainer.ppo.core_algos:register_policy_loss": "name",
+    "verl.trainer.ppo.core_algos:compute_policy_loss_vanilla": (
+        "..., old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights"
+    ),
+    "verl.utils.tensordict_utils:TensorDict": "",
+    "verl.utils.tensordict_utils:get_non_tensor_data": "data, key, ..., default",
+    "verl.utils.tensordict_utils:assign_non_tensor": "tensor_dict",
+    "verl.utils.device:get_device_name": "",
+    "verl.utils.device:get_vendor": "",
+    "verl.workers.config:PolicyLossConfig": "..., loss_mode",
+    "verl.workers.config:ActorConfig": (
+        "..., strategy, ppo_mini_batch_size, ppo_epochs, policy_loss, optim, clip_ratio_low, clip_ratio_high, "
+        "loss_agg_mode, loss_scale_factor, entropy_coeff, global_batch_info"
+    ),
+    "verl.workers.engine:EngineRegistry._engines": "",
+    "verl.workers.engine:EngineRegistry.get_engine_cls": "model_type, backend",
+    "verl.workers.engine:EngineRegistry.register": "model_type, backend, device, vendor",
+    f"{_FSDP}.train_batch": "self, data, loss_function",
+    f"{_FSDP}.prepare_model_outputs": "self, output, output_args, micro_batch, ...",
+    f"{_FSDP}.save_checkpoint": "self, local_path, hdfs_path, global_step, ...",
+    f"{_FSDP}.load_checkpoint": "self, local_path, ...",
+    f"{_FSDP}.get_data_parallel_group": "self",
+    f"{_FSDP}.get_data_parallel_size": "self",
+    f"{_FSDP}.is_mp_src_rank_with_outputs": "self",
+    "verl.workers.engine_workers:TrainingWorker.train_mini_batch": "self, data, ...",
+    "verl.workers.engine_workers:ActorRolloutRefWorker.update_weights": "self, global_steps, ...",
+    "verl.workers.utils.losses:ppo_loss": "config, model_output, data, dp_group",
+    "verl.workers.utils.padding:no_padding_2_padding": "tensor, data",
+    "verl.workers.utils.padding:response_to_nested": "tensor, response_mask",
+}
+
+
+def _accepts(function: Any, takes: str) -> bool:
+    """Whether a function has the parameters of a line of the contract, and needs no others."""
+    parameters = inspect.signature(function).parameters
+    first, more, named = ([part for part in x.split(", ") if part] for x in takes.partition("..."))
+    rest = [p for p in list(parameters.values())[len(first) :] if p.name not in named]
+    optional = all(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in rest)
+    return list(parameters)[: len(first)] == first and parameters.keys() >= {*named} and (optional or bool(more))
+
+
+def breach(name: str) -> str | None:
+    """How the installed verl breaks a line of the contract: what it is, what is expected; None if it keeps it."""
+    module, _, path = name.partition(":")
+    try:
+        found = attrgetter(path)(import_module(module))
+    except (ImportError, AttributeError) as error:
+        return f"{name} is missing ({error})"
+    takes = CONTRACT[name]
+    if not takes or _accepts(found, takes):
+        return None
+    return f"{name} takes ({', '.join(inspect.signature(found).parameters)}), expected ({takes})"
 
 
 def _require_verl() -> None:
+    """Refuse a verl that is older than the tested ones; let in a newer one, with a warning, if it keeps the contract.
+
+    Raises:
+        ModuleNotFoundError: there is none.
+        ImportError: what is needed, what was found, and what to install.
+    """
     try:
         got = version("verl")
     except PackageNotFoundError:
         raise ModuleNotFoundError(
             "isentropic.engines.verl needs verl, which is not installed; pip install 'isentropic[verl]'", name="verl"
         ) from None
-    if tuple(int(part) for part in got.split(".")[:2]) != SUPPORTED:
-        raise ImportError(
-            f"isentropic.engines.verl wraps the engine of verl {SUPPORTED[0]}.{SUPPORTED[1]}, got verl {got}; "
-            "pip install 'isentropic[verl]' brings the supported one"
-        )
+    found = tuple(map(int, re.findall(r"\d+", got)[:3]))
+    oldest, newest = (".".join(map(str, x)) for x in (OLDEST, NEWEST))
+    tested, remedy = f"isentropic.engines.verl is tested with verl {oldest} to {newest}", f"pip install verl=={newest}"
+    if found < OLDEST:
+        raise ImportError(f"{tested}, got verl {got}, which is older; {remedy}")
+    if found <= NEWEST:
+        return
+    if broken := [text for name in CONTRACT if (text := breach(name))]:
+        raise ImportError(f"{tested}, got verl {got}, in which {'; '.join(broken)}; {remedy}")
+    logger.warning(
+        "%s, got verl %s, which keeps the names and parameters that it wraps; if training fails, %s",
+        *(tested, got, remedy),
+    )
 
 
 _require_verl()
@@ -43,7 +127,7 @@ from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.device import get_device_name, get_vendor  # noqa: E402
 from verl.workers.config import PolicyLossConfig  # noqa: E402
 from verl.workers.engine import BaseEngine, EngineRegistry  # noqa: E402
-from verl.workers.engine_workers import TrainingWorker  # noqa: E402
+from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker  # noqa: E402
 from verl.workers.utils.padding import no_padding_2_padding, response_to_nested  # noqa: E402
 
 __all__ = ["PolicyLossConfig", "get_policy_loss_fn", "register_adv_est", "register_policy_loss"]
@@ -59,8 +143,10 @@ class Keys:
     ENTROPY = "entropy"  # of the output, and of the data: that of sampling time
     LOGP_OLD = "old_log_probs"
     LOGP_SAMPLER = "rollout_log_probs"
+    CORRECTION = "rollout_is_weights"
     ADV = "advantages"
-    MASK = "response_mask"
+    MASK = "response_mask"  # of the tokens that are trained on
+    GENERATED = "loss_mask"  # of all that the policy generated, if verl's rejection took some out of the other
     ANSWERS = "responses"
     IDS = "input_ids"
     GROUP = "uid"
@@ -71,6 +157,8 @@ class Keys:
     GROUP_RATE = "isentropic_group_rate"
     GROUP_REWARD = "isentropic_group_reward"
     GROUP_DISTINCT = "isentropic_group_distinct"
+    GROUP_REPEATS = "isentropic_group_repeats"
+    LEAD = "isentropic_lead"
 
 
 class Engine(Protocol):
@@ -93,7 +181,10 @@ _Base = BaseEngine if TYPE_CHECKING else object
 
 
 class EngineHooks(_Base):
-    """verl's steps under our own names, before an engine. A subclass overrides the first five methods."""
+    """verl's steps under our own names, before an engine. A subclass overrides the first six methods."""
+
+    def weights_sent(self, version: int) -> None:
+        """The sampler has got the weights as they are, under this number."""
 
     def batch_generated(self, data: Any, loss_function: Any) -> None:
         """This rank's whole share of a generated batch is about to be trained on."""
@@ -146,6 +237,7 @@ def install(hooks: type[EngineHooks]) -> None:
         wrapped = type(f"Isentropic{base.__name__}", (hooks, base), {"__module__": hooks.__module__})
         EngineRegistry.register(MODEL_TYPE, backend, device, vendor)(wrapped)
     _announce_batches()
+    _announce_weights()
 
 
 def _announce_batches() -> None:
@@ -160,6 +252,20 @@ def _announce_batches() -> None:
         return native(self, data, *args, **kwargs)
 
     TrainingWorker.train_mini_batch = train_mini_batch
+
+
+def _announce_weights() -> None:
+    """Have a worker tell its engine of each version of the weights that goes to the sampler."""
+    native = ActorRolloutRefWorker.update_weights
+
+    @wraps(native)
+    async def update_weights(self: Any, global_steps: Any = None, *args: Any, **kwargs: Any) -> Any:
+        engine = getattr(getattr(self, "actor", None), "engine", None)
+        if isinstance(engine, EngineHooks) and global_steps is not None:
+            engine.weights_sent(global_steps)
+        return await native(self, global_steps, *args, **kwargs)
+
+    ActorRolloutRefWorker.update_weights = update_weights
 
 
 # Configs.
@@ -223,6 +329,18 @@ def groups_of(data: Any) -> list[str] | None:
         return None
     names = data.get(Keys.GROUP).tolist()
     return [str(name) for name in names]
+
+
+def versions_of(data: Any) -> list[int | None] | None:
+    """The version of the weights that sampled the last token of each answer; None if the data does not say."""
+    name, fields = "max_global_steps", "extra_fields"
+    if holds(data, name):
+        versions = data.get(name).tolist()
+    elif holds(data, fields):
+        versions = [known.get(name) if isinstance(known, dict) else None for known in data.get(fields).tolist()]
+    else:
+        return None
+    return versions if any(version is not None for version in versions) else None
 
 
 def answers_of(values: torch.Tensor, data: Any) -> torch.Tensor:

@@ -29,8 +29,28 @@ from ..loop import (
     token_sums,
 )
 from ..rewrite import Rewritten, predicted_sums, rewrite
-from .compat import Engine, Keys, actor_config, answer_lengths, answer_limit, answers_of, in_layout_of, with_config
-from .loss import add_penalty, check_fields, native_config, native_mode, normaliser, read_batch, sampler_logp
+from .compat import (
+    Engine,
+    Keys,
+    actor_config,
+    answer_lengths,
+    answer_limit,
+    answers_of,
+    holds,
+    in_layout_of,
+    with_config,
+)
+from .loss import (
+    add_penalty,
+    check_fields,
+    correction,
+    generated_mask,
+    native_config,
+    native_mode,
+    normaliser,
+    read_batch,
+    sampler_logp,
+)
 from .rows import Logits, rows_of
 
 logger = logging.getLogger("isentropic")
@@ -195,23 +215,32 @@ class Control:
     ) -> None:
         """Add one micro-batch to the sums of its optimizer step, without a synchronisation.
 
-        The prediction is of the recipe's objective alone, without the moments of the rows.
+        Entropy is the trainer's, over all tokens that the policy generated; verl's correction for the sampler weighs
+        the loss, and with it the prediction. This is of the recipe's objective alone, without the moments of the rows.
         """
         weights, facts = rewritten.advantages, rewritten.facts
         if facts is None:
             weights, facts = token_weights(recipe, still, rewritten.factors)
+        corrected = correction(data, batch.mask.shape[1])
 
         def weights_of(end: Recipe) -> torch.Tensor:
-            return weights if end is recipe else token_weights(end, still, rewritten.factors)[0]
+            by_token = weights if end is recipe else token_weights(end, still, rewritten.factors)[0]
+            return by_token if corrected is None else by_token * corrected
 
         share = normaliser(batch.mask, config)
         sums = predicted_sums(self.recipe, recipe, self.loop.value, still, share, weights_of)
-        out = None if rewritten.factors is None else rewritten.factors == 0
-        # The weights of a batch's first step are those that sampled it, whatever verl takes for the old log-probs.
+        out = [x == 0 for x in (rewritten.factors, corrected) if x is not None]
+        mask = generated_mask(data, batch.mask)
+        batch, still = batch._replace(mask=mask), still._replace(mask=mask)
+        # A batch's first step has the weights that verl calls the old ones, whatever it takes for their log-probs.
         sampled = batch if self.age else batch._replace(logp_old=None)
-        off_policy = off_policy_sums(sampled, facts, self.age, out, sampler_logp(data, batch.mask.shape[1]))
-        groups = group_sums(still)
-        self.loop.observe(StepSums(token_sums(batch, facts), off_policy, answer_sums(batch, data), groups, *sums))
+        sampler = sampler_logp(data, mask.shape[1])
+        off_policy = off_policy_sums(sampled, facts, self.age, torch.stack(out).any(0) if out else None, sampler)
+        if holds(data, Keys.LEAD):
+            lead = (data[Keys.LEAD] * mask.bool().sum(1)).sum(dtype=off_policy.age.dtype)
+            off_policy = off_policy._replace(age=off_policy.age + lead)
+        answers = answer_sums(batch, data)
+        self.loop.observe(StepSums(token_sums(batch, facts), off_policy, answers, group_sums(still), *sums))
 
     # The optimizer step.
 

@@ -27,7 +27,7 @@ from .compat import (
     temperature_of,
 )
 from .control import Control
-from .groups import attach_groups
+from .groups import attach_groups, attach_lead
 from .settings import check_actor, resolve
 
 
@@ -65,7 +65,7 @@ class PolicyLoss(PolicyLossConfig):
 
     def updates(self, actor: Any) -> int | None:
         """Optimizer steps that reuse one generated batch, if verl's batch size is known."""
-        if self.batch_size is None:
+        if not self.batch_size:  # verl's fully asynchronous trainer has 0 there
             return None
         return max(1, self.batch_size // actor.ppo_mini_batch_size) * actor.ppo_epochs
 
@@ -96,6 +96,7 @@ class EntropyControl(EngineHooks):
 
     control: Control | None = None
     _resumed: str | None = None
+    _sent: dict[int, int] | None = None  # optimizer steps done when each version of the weights was sent; -1 unknown
 
     def _control_of(self, loss_function: Any) -> Control | None:
         config, settings = _settings_of(loss_function)
@@ -112,9 +113,17 @@ class EntropyControl(EngineHooks):
             self.control = control
         return self.control
 
+    def weights_sent(self, version: int) -> None:
+        self._sent = {**(self._sent or {}), version: -1 if self.control is None else self.control.step}
+
     def batch_generated(self, data: Any, loss_function: Any) -> None:
-        if _settings_of(loss_function)[1] is not None:
-            attach_groups(self, data)
+        control = self._control_of(loss_function)
+        if control is None:
+            return
+        attach_groups(self, data)
+        # What was sent before the first batch were the weights that training starts from.
+        self._sent = {version: control.step if at < 0 else at for version, at in (self._sent or {}).items()}
+        attach_lead(data, control.step, self._sent)
 
     def one_step(self, native: Any, data: Any, loss_function: Any) -> Any:
         control = self._control_of(loss_function)

@@ -1,7 +1,7 @@
-"""What a sample's group knows: its reward, and how well the samples of its prompt did.
+"""What a sample takes along through verl's cuts: what its group knows, and how far its weights are behind.
 
 verl cuts a generated batch over ranks, mini-batches and micro-batches, and groups with it. Here they are put together
-once, before the cut, and every sample takes its figures along.
+once, before the cut: the reward of each sample, how well the samples of its prompt did, and its lead.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...losses.advantages import group_distinct, group_rate, group_reward
-from .compat import Engine, Keys, answer_hashes, groups_of, holds, padded
+from ...losses.advantages import group_distinct, group_rate, group_repeats, group_reward
+from .compat import Engine, Keys, answer_hashes, groups_of, holds, padded, versions_of
 
 
 class OfGroup(NamedTuple):
-    """What is known of a group: its rate, its mean reward, and the share of distinct answers among its right ones."""
+    """What is known of a group: its rate, its mean reward, the share of distinct answers among its right ones, and the
+    chance that two of these are the same.
+    """
 
     rate: float
     mean: float
     distinct: float
+    repeats: float
 
 
 def by_group(samples: Iterable[tuple[Hashable, float, int]]) -> dict[Hashable, OfGroup]:
@@ -32,7 +35,7 @@ def by_group(samples: Iterable[tuple[Hashable, float, int]]) -> dict[Hashable, O
 
     Example:
         >>> by_group([("a", 1.0, 7), ("b", 0.0, 7), ("a", 0.0, 8), ("a", 1.0, 7), ("a", 0.0, 9)])["a"]
-        OfGroup(rate=0.5, mean=0.5, distinct=0.5)
+        OfGroup(rate=0.5, mean=0.5, distinct=0.5, repeats=1.0)
     """
     members: dict[Hashable, list[tuple[float, int]]] = {}
     for group, reward, answer in samples:
@@ -42,7 +45,8 @@ def by_group(samples: Iterable[tuple[Hashable, float, int]]) -> dict[Hashable, O
     table = [[*pairs, *[(math.nan, 0)] * (size - len(pairs))] for pairs in members.values()]
     rewards = torch.tensor([[reward for reward, _ in pairs] for pairs in table])
     answers = torch.tensor([[answer for _, answer in pairs] for pairs in table])
-    columns = group_rate(rewards), group_reward(rewards), group_distinct(rewards, answers)
+    of_right = group_distinct(rewards, answers), group_repeats(rewards, answers)
+    columns = group_rate(rewards), group_reward(rewards), *of_right
     rows = zip(*(column.view(-1, size)[:, 0].tolist() for column in columns), strict=True)
     return {name: OfGroup(*row) for name, row in zip(members, rows, strict=True)}
 
@@ -63,4 +67,27 @@ def attach_groups(engine: Engine, data: Any) -> None:
     known = by_group(sample for share in shares for sample in share)
     columns = torch.tensor([known[name] for name in names], device=reward.device).unbind(1)
     data[Keys.REWARD] = reward
-    data[Keys.GROUP_RATE], data[Keys.GROUP_REWARD], data[Keys.GROUP_DISTINCT] = columns
+    keys = Keys.GROUP_RATE, Keys.GROUP_REWARD, Keys.GROUP_DISTINCT, Keys.GROUP_REPEATS
+    for key, column in zip(keys, columns, strict=True):
+        data[key] = column
+
+
+def attach_lead(data: Any, step: int, sent: dict[int, int]) -> None:
+    """Attach the optimizer steps between the weights that sampled each answer and those of now, ``[b]``, in fp32.
+
+    It is 0 if the trainer samples with the newest weights. Nothing is attached if the data holds no versions.
+
+    Args:
+        data: this rank's share of a generated batch.
+        step: optimizer steps done.
+        sent: those done when each version of the weights went to the sampler.
+    """
+    versions = versions_of(data)
+    if versions is None or not sent:
+        return
+    # A version from before a resume is not known: it is as old as the oldest that is, or older.
+    oldest = min(sent.values())
+    numbers = {version for version in versions if version is not None}
+    known = {n: max((at for version, at in sent.items() if version <= n), default=oldest) for n in numbers}
+    leads = [0.0 if version is None else float(step - known[version]) for version in versions]
+    data[Keys.LEAD] = torch.tensor(leads, device=data[Keys.ADV].device)

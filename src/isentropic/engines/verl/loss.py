@@ -81,6 +81,7 @@ def read_batch(output: dict[str, Any], data: Any) -> TokenBatch:
                 ("group_rate", Keys.GROUP_RATE),
                 ("group_reward", Keys.GROUP_REWARD),
                 ("group_distinct", Keys.GROUP_DISTINCT),
+                ("group_repeats", Keys.GROUP_REPEATS),
             )
         },
     )
@@ -89,6 +90,16 @@ def read_batch(output: dict[str, Any], data: Any) -> TokenBatch:
 def sampler_logp(data: Any, length: int) -> torch.Tensor | None:
     """The sampler's log-probabilities of so many tokens per answer, ``[b t]``, if verl's data holds them."""
     return aligned(data[Keys.LOGP_SAMPLER], length).float() if holds(data, Keys.LOGP_SAMPLER) else None
+
+
+def generated_mask(data: Any, mask: torch.Tensor) -> torch.Tensor:
+    """``[b t]`` the tokens that the policy generated: ``mask``, with those that verl's rejection took out of it."""
+    return aligned(data[Keys.GENERATED], mask.shape[1]) if holds(data, Keys.GENERATED) else mask
+
+
+def correction(data: Any, length: int) -> torch.Tensor | None:
+    """verl's weights against the sampler's policy, ``[b t]``, by which its losses are multiplied, if it has some."""
+    return aligned(data[Keys.CORRECTION], length).float() if holds(data, Keys.CORRECTION) else None
 
 
 def check_fields(recipe: Recipe, batch: TokenBatch) -> None:
