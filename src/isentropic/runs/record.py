@@ -27,7 +27,7 @@ before the slash is its group.
 
 ============================  ==========================================================================================
 **entropy**                   nats per generated token; a nat is 1.44 bits
-``entropy/mean``              of the trained policy, exact, at the sampling temperature; over the whole step and all ranks
+``entropy/mean``              of the trained policy, exact, at the sampling temperature; over the step and all ranks
 ``entropy/tokens``            number of tokens that were read
 ``entropy/target``            target H* in force; null while the first entropy is measured, or without a target
 ``entropy/error``             (H − H*)/H*
