@@ -328,7 +328,7 @@ AUTO: dict[str, Kind] = {
     ),
     "failing": Kind(failing, "held over groups that fail, left alone over groups that are solved"),
 }
-DEFAULT_RULE = "price"
+DEFAULT_RULE = "variety"
 
 
 def auto(

@@ -379,6 +379,8 @@ def test_groups_are_put_together_over_ranks_by_one_call(monkeypatch, key, jagged
     distinct = data[Keys.GROUP_DISTINCT].tolist()
     assert distinct[0] == distinct[2] == pytest.approx(2 / 3)
     assert math.isnan(distinct[1])
+    # One of their three pairs.
+    assert data[Keys.GROUP_REPEATS].tolist()[0] == pytest.approx(1 / 3)
     assert engine.calls == 1
 
 
@@ -437,6 +439,15 @@ def test_nothing_is_attached_if_the_data_does_not_say(monkeypatch, missing):
     assert not compat.holds(data, Keys.REWARD)
     assert not compat.holds(data, Keys.GROUP_RATE)
     assert engine.calls == 0
+
+
+def test_answers_that_are_not_known_are_not_taken_for_equal_ones(monkeypatch):
+    data = batch(["a", "a", "a"], [1.0, 1.0, 0.0])
+    del data[Keys.ANSWERS]
+    groups.attach_groups(Ranks(monkeypatch, []), data)
+    assert data[Keys.GROUP_RATE].tolist() == pytest.approx([2 / 3] * 3)
+    assert not compat.holds(data, Keys.GROUP_DISTINCT)
+    assert not compat.holds(data, Keys.GROUP_REPEATS)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -67,8 +67,8 @@ def attach_groups(engine: Engine, data: Any) -> None:
     known = by_group(sample for share in shares for sample in share)
     columns = torch.tensor([known[name] for name in names], device=reward.device).unbind(1)
     data[Keys.REWARD] = reward
-    keys = Keys.GROUP_RATE, Keys.GROUP_REWARD, Keys.GROUP_DISTINCT, Keys.GROUP_REPEATS
-    for key, column in zip(keys, columns, strict=True):
+    of_answers = (Keys.GROUP_DISTINCT, Keys.GROUP_REPEATS) if holds(data, Keys.ANSWERS) else ()
+    for key, column in zip((Keys.GROUP_RATE, Keys.GROUP_REWARD, *of_answers), columns, strict=False):
         data[key] = column
 
 
