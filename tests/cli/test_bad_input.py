@@ -30,7 +30,7 @@ BAD = {
         "--set recipe.nosuch=1",
         "--set nosuch=1",
         "--target auto:prise",
-        "--target auto:worth=x",
+        "--target auto:slack=x",
         "--target auto:floor=200%",
         "--target 60%:settle=5",
         "--steps -1",

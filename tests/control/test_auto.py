@@ -194,7 +194,7 @@ def test_a_level_stays_within_floor_and_ceiling_and_without_groups_where_it_is(r
 
 
 def test_the_level_is_of_the_measured_start():
-    target = parse_target("auto:start=100%", first=2)
+    target = parse_target("auto:price:start=100%", first=2)
     state = target.update(target.init(), 1.0, 10.0, MIXED)
     assert (target.level(state), target.hold(state)) == (None, True)
     state = target.update(state, 2.0, 30.0, MIXED)
@@ -282,7 +282,7 @@ def test_a_band_that_leaves_entropy_alone_still_lets_it_down():
         ("auto:price:worth=1:worth=2", r"option worth is given twice"),
         ("auto:price:worth=-1", r"target option worth must be >= 0, got -1"),
         ("auto:fit:memory=1", r"memory must be >= 2, got 1"),
-        ("auto:floor=90%:start=50%", r"0 < floor <= start <= ceiling, got 0.9, 0.5 and 1"),
+        ("auto:floor=90%:start=50%", r"0 < floor <= start <= ceiling, got 0.9, 0.5 and 0.6"),
         ("auto:rate=2", r"rate of an automatic target must lie in \(0, 1\] per reading, got 2"),
         ("60%:settle=200%", r"settle must lie in \(0, 1\], got 2"),
         ("60%:settle=3", r"settle must be a share, got '3'; write settle=10%"),
