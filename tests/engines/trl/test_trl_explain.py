@@ -1,5 +1,6 @@
 """What the TRL engine says of why entropy moves, against the model's own logits and finite differences."""
 
+import functools
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -270,6 +271,7 @@ def test_an_explanation_is_of_the_advantages_that_the_loss_read(tmp_path, monkey
     seen, read = [], []
     native, attribute = GRPOTrainer._compute_loss, explain.attribute
 
+    @functools.wraps(native)
     def compute_loss(self, model, inputs):
         loss = native(self, model, inputs)
         read.append(inputs["advantages"].detach().clone())
