@@ -283,6 +283,10 @@ def test_a_band_that_leaves_entropy_alone_still_lets_it_down():
         ("auto:price:worth=-1", r"target option worth must be >= 0, got -1"),
         ("auto:fit:memory=1", r"memory must be >= 2, got 1"),
         ("auto:floor=90%:start=50%", r"0 < floor <= start <= ceiling, got 0.9, 0.5 and 0.6"),
+        (
+            "auto:explore=80%",
+            r"explore .* must be at most its ceiling, 60%, got 80%; lower explore, or raise ceiling",
+        ),
         ("auto:rate=2", r"rate of an automatic target must lie in \(0, 1\] per reading, got 2"),
         ("60%:settle=200%", r"settle must lie in \(0, 1\], got 2"),
         ("60%:settle=3", r"settle must be a share, got '3'; write settle=10%"),

@@ -419,6 +419,8 @@ def test_expr_digit_is_expr_with_a_needed_digit():
         ("expr:within=11", "within must be from 0 to 10, got 11"),
         ("expr:within=-1", "within: got -1, must be an integer"),
         ("expr:within=true", "within: got True, must be an integer"),
+        ("expr:shots=33", "shots must be from 0 to 32, got 33; 8 are enough"),
+        ("expr:shots=x", "shots: got 'x', must be an integer"),
         ("expr:operands=6", "operands must be from 1 to 5, got 6"),
         ("expr:nead=last", r"unknown option 'nead' \(did you mean need\?\)"),
         ("expr:last", "got 'last', must be OPTION=VALUE"),
@@ -428,7 +430,7 @@ def test_expr_digit_is_expr_with_a_needed_digit():
         ),
         *(
             (f"expr:rate=0.02:{more}", "rate chooses need and within.*leave them out")
-            for more in ("need=last", "within=1", "operands=3")
+            for more in ("need=last", "within=1", "operands=3", "shots=4")
         ),
     ],
 )

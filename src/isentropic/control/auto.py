@@ -59,11 +59,13 @@ class Rule(NamedTuple):
         step: from a state and a reading to a state with the move and what the rule remembers.
         reasons: formats of ``shown`` and ``beside``, by ``cause``.
         places: whether the rule sets the share itself, in place of a move.
+        explore: share of the initial entropy that the rule may ask for whatever the run shows.
     """
 
     step: Step
     reasons: tuple[str, ...]
     places: bool = False
+    explore: float = 0.0
 
 
 def _keep(memory: float) -> float:
@@ -266,7 +268,7 @@ def variety(explore: float = 0.6, slack: float = 2.0, memory: float = 20.0) -> R
 
     c is the chance that two right answers to a prompt are the same; the share of equal ones among the pairs of a group
     estimates it without bias. ``−log c`` is the collision entropy, which is below Shannon's S_right: ``slack`` makes up
-    for that. It also keeps the rule from following its own fall, since S_right falls more slowly than H does. A move is
+    for that. It also keeps the rule from following its own fall, where S_right falls more slowly than H. A move is
     smaller than ``rate`` within a tenth of H*.
 
     Args:
@@ -300,6 +302,7 @@ def variety(explore: float = 0.6, slack: float = 2.0, memory: float = 20.0) -> R
             "two right answers are the same with a chance of {0:.2f}, which asks for {1:.0%} of the start",
             "no group has two right answers yet",
         ),
+        explore=explore,
     )
 
 
@@ -363,6 +366,11 @@ def auto(
         raise ValueError(
             f"an automatic target needs 0 < floor <= start <= ceiling, got {floor:g}, {start:g} and {ceiling:g}; "
             "give shares such as floor=30%:start=60%"
+        )
+    if rule.explore > ceiling:
+        raise ValueError(
+            f"explore of an automatic target must be at most its ceiling, {ceiling:.0%}, got {rule.explore:.0%}; lower "
+            "explore, or raise ceiling"
         )
     if not 0 < rate <= 1:
         raise ValueError(f"rate of an automatic target must lie in (0, 1] per reading, got {rate:g}; 0.002 is usual")
