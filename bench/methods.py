@@ -1,10 +1,10 @@
-"""When does control pay, which method, what target, and what of the next task? On the embedded task; one on SmolLM2.
+"""When does control pay, which method, what target, and what of the next task? On the embedded task.
 
-    python bench/methods.py pays|which|target|auto|sequence|smollm2 [--seeds 0 1] [--jobs 2] [--only-table]
+    python bench/methods.py pays|which|target|auto|sequence [--seeds 0 1] [--jobs 2] [--only-table]
 
 `isentropic compare` runs the missing runs of the experiment's grids in bench/grids/; a finished run is a line of
-docs/results/pays.jsonl.gz, or smollm2.jsonl.gz, and never runs again. Then the table and the figure are made from those
-lines, of as many seeds as there are. What is compared, and how, was written down before: docs/results/protocol.md.
+docs/results/pays.jsonl.gz, and never runs again. Then the table and the figure are made from those lines, of as many
+seeds as there are. What is compared, and how, was written down before: docs/results/protocol.md.
 """
 
 import argparse
@@ -19,14 +19,6 @@ from results import ONE_THREAD, ROOT, pyplot, rows, save, save_figure, table
 
 os.environ |= ONE_THREAD
 GRIDS = ROOT / "bench" / "grids"
-EXPERIMENTS = {
-    "pays": ["pays-base", "pays-hard", "pays-sequence", "pays-long"],
-    "which": ["choice-long", "which-hard", "which-sequence", "rates"],
-    "target": ["choice", "choice-sequence"],
-    "auto": ["auto-tune", "auto-tune-sequence", "auto-score", "auto-reversal", "auto-score-sequence"],
-    "sequence": ["pays-sequence", "pays-alone", "which-sequence"],
-    "smollm2": ["smollm2"],
-}
 BASELINE, DEFAULT = "grpo", "isentropic"
 MARGIN = 0.02  # how far below GRPO's best pass@1 the answers are counted
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
@@ -398,52 +390,9 @@ def sequence(grids, plt):
     return figure, "\n\n".join(filter(None, parts))
 
 
-def by_cell(lines):
-    cells = {}
-    for line in lines:
-        cells.setdefault(line["cell"], []).append(line)
-    return cells
-
-
-def span(values):
-    return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
-
-
-def smollm2(grids, plt):
-    """Entropy and reward along the run, means over five steps and the seeds; scores before and after."""
-    cells = by_cell(grids[0].lines())
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
-    before = [line["start"] for lines in cells.values() for line in lines]
-    keys = [key for key in ("pass@1", "pass@8") if key in before[0]]
-    for place, key in enumerate(keys):
-        value = statistics.mean(start[key] for start in before)
-        right.plot([place - 0.3, place + 0.3], [value, value], color=GREY, lw=1, label=None if place else "before")
-    for at, (colour, (name, lines)) in enumerate(zip(COLOURS, cells.items(), strict=False)):
-        for axis, key in ((left, "entropy"), (middle, "reward")):
-            runs = [line["curve"][key] for line in lines]
-            values = [statistics.mean(step) for step in zip(*runs, strict=True)]
-            windows = [values[i : i + 5] for i in range(0, len(values), 5)]
-            steps = lines[0]["curve"]["step"][2::5]
-            axis.plot(steps, [statistics.mean(w) for w in windows], "o-", color=colour, ms=3, lw=1.2, label=name)
-        for place, key in enumerate(keys):
-            values = [line["figures"][key] for line in lines]
-            right.plot([place + 0.1 * (at - 2)] * len(values), values, "o", color=colour, ms=5)
-    left.set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="nats per token", ylim=(0, None))
-    middle.set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
-    right.set(title="Held-out, before and after", ylabel="pass@k", ylim=(0, 1))
-    right.set_xticks(range(len(keys)), keys)
-    left.legend(frameon=False, fontsize=6.5)
-    right.legend(frameon=False, fontsize=6.5)
-    scores = (*keys, "distinct")
-    seeds = {line["seed"] for lines in cells.values() for line in lines}
-    scored = [["before", str(len(seeds)), *(span([start[key] for start in before]) for key in scores)]]
-    for name, lines in cells.items():
-        scored.append([name, str(len(lines)), *(span([line["figures"][key] for line in lines]) for key in scores)])
-    return figure, table(["recipe", "seeds", *scores], scored)
-
-
-def report(name, grids):
-    figure, text = globals()[name](grids, pyplot(8))
+def report(name, draw, grids):
+    """Save the figure and the table of an experiment, with what a reader needs to make them again."""
+    figure, text = draw(grids, pyplot(8))
     save_figure(figure, f"{name}.svg")
     lines = [line for grid in grids for line in grid.lines()]
     sets = sorted({json.dumps(line["versions"], sort_keys=True) for line in lines})
@@ -471,9 +420,15 @@ def origins(lines):
     return "; ".join(filter(None, [text, f"{unknown} lines without a record of their origin" if unknown else ""]))
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=list(EXPERIMENTS))
+def main(about, experiments):
+    """The command line of experiments.
+
+    Args:
+        about: one line of help.
+        experiments: by name, what draws one, (grids, pyplot) -> (figure, text), and the names of its grids.
+    """
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("experiment", choices=list(experiments))
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--jobs", type=int)
     parser.add_argument("--only-table", action="store_true")
@@ -482,14 +437,24 @@ def main():
 
     os.chdir(ROOT)
     flags = {"seeds": options.seeds, "jobs": options.jobs}
-    grids = [load_grid(str(GRIDS / f"{name}.toml"), dict(flags)) for name in EXPERIMENTS[options.experiment]]
+    draw, names = experiments[options.experiment]
+    grids = [load_grid(str(GRIDS / f"{name}.toml"), dict(flags)) for name in names]
     if not options.only_table:
         for grid in grids:
             run(grid, say=lambda text: print(text, flush=True))
             # Lines that were added one by one compress better together.
             save(grid.results.resolve(), rows(grid.results.resolve()))
-    report(options.experiment, grids)
+    report(options.experiment, draw, grids)
+
+
+EXPERIMENTS = {
+    "pays": (pays, ["pays-base", "pays-hard", "pays-sequence", "pays-long"]),
+    "which": (which, ["choice-long", "which-hard", "which-sequence", "rates"]),
+    "target": (target, ["choice", "choice-sequence"]),
+    "auto": (auto, ["auto-tune", "auto-tune-sequence", "auto-score", "auto-reversal", "auto-score-sequence"]),
+    "sequence": (sequence, ["pays-sequence", "pays-alone", "which-sequence"]),
+}
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__.splitlines()[0], EXPERIMENTS)
