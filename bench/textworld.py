@@ -24,10 +24,9 @@ os.environ |= ONE_THREAD
 # In this folder the package textworld would be this file.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
 LINES = "textworld.jsonl.gz"
-RECIPES = {"grpo": "#d55e00", "isentropic": "#0072b2"}
+RECIPES = {"grpo": "#d55e00", "75%": "#0072b2", "auto": "#009e73"}
 CURVES = ("entropy/mean", "entropy/target", "episode/win_frac", "episode/turns", "entropy/turn_1", "entropy/turn_4")
 SETTINGS = {"prompts": 8, "generations": 8, "updates": 4, "warmup": 20, "eval_k": 4, "save_every": 20}
-TARGET = "75%"
 
 
 class Experiment(NamedTuple):
@@ -116,8 +115,8 @@ def run(name, recipe, seed, out):
     experiment, home = EXPERIMENTS[name], out / f"{name}-{recipe}-s{seed}"
     model = warm(experiment, out)
     settings = {"task": experiment.task, "steps": experiment.steps, **SETTINGS}
-    settings |= {"target": TARGET} if recipe == "isentropic" else {}
-    config = load(None, {**settings, "model": str(model), "recipe": recipe, "seed": seed, "out": str(home)})
+    settings |= {"recipe": recipe} if recipe == "grpo" else {"recipe": "isentropic", "target": recipe}
+    config = load(None, {**settings, "model": str(model), "seed": seed, "out": str(home)})
     if not (home / "summary.json").exists():
         begun = (home / "run.json").exists()
         train(config, resume=begun, say=lambda text: print(f"{name} {recipe} {seed}: {text}", file=sys.stderr))
@@ -201,16 +200,19 @@ def by_recipe(cells):
 
 
 def differences(cells):
-    """Isentropic less grpo after training, of the seeds that both have, game by game: a line for each task."""
-    seeds = set.intersection(*({line["seed"] for line in lines} for lines in cells.values()))
-    if len(cells) < 2 or not seeds:
-        return ""
-    both = {name: [line for line in lines if line["seed"] in seeds] for name, lines in cells.items()}
+    """Each recipe less grpo after training, at the seeds that both have, game by game: a line for each task."""
     out = []
-    for task in evaluated(both["grpo"][0]):
-        ours, theirs = (by_game(both[name], task, -1) for name in ("isentropic", "grpo"))
-        out.append(f"Won after, `isentropic` less `grpo`, games of {short(task)}: {with_interval(ours, theirs)}.")
-    return "\n".join([*out, f"Seeds of both: {' '.join(map(str, sorted(seeds)))}."])
+    for name in cells.keys() - {"grpo"}:
+        seeds = {line["seed"] for line in cells[name]} & {line["seed"] for line in cells["grpo"]}
+        for task in evaluated(cells["grpo"][0]) if seeds else ():
+            ours, theirs = (
+                by_game([line for line in cells[of] if line["seed"] in seeds], task, -1) for of in (name, "grpo")
+            )
+            out.append(
+                f"Won after, `{name}` less `grpo`, games of {short(task)}: {with_interval(ours, theirs)}; seeds of both: "
+                f"{' '.join(map(str, sorted(seeds)))}."
+            )
+    return "\n\n".join(sorted(out))
 
 
 def section(name, cells):

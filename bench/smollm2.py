@@ -1,0 +1,111 @@
+"""What does a real small model do? SmolLM2-135M: forty steps of sums, and longer runs on a task with many right answers.
+
+    isentropic model smollm2
+    python bench/smollm2_start.py
+    python bench/smollm2.py smollm2|pretrained [--seeds 0 1] [--jobs 2] [--only-table]
+
+As ``bench/methods.py``: the missing runs of the grids are run, and the table and the figure are made from the lines in
+docs/results/. The start is needed for `pretrained` alone.
+"""
+
+import statistics
+
+from methods import BASELINE, BLUE, COLOURS, DEFAULT, GREY, ORANGE, NAMES, claim, comparison, curve, main, pairs
+from results import table
+
+
+def by_cell(lines):
+    cells = {}
+    for line in lines:
+        cells.setdefault(line["cell"], []).append(line)
+    return cells
+
+
+def span(values):
+    return f"{statistics.mean(values):.3f} ({min(values):.3f}..{max(values):.3f})"
+
+
+def smollm2(grids, plt):
+    """Entropy and reward along the run, means over five steps and the seeds; scores before and after."""
+    cells = by_cell(grids[0].lines())
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2))
+    before = [line["start"] for lines in cells.values() for line in lines]
+    keys = [key for key in ("pass@1", "pass@8") if key in before[0]]
+    for place, key in enumerate(keys):
+        value = statistics.mean(start[key] for start in before)
+        right.plot([place - 0.3, place + 0.3], [value, value], color=GREY, lw=1, label=None if place else "before")
+    for at, (colour, (name, lines)) in enumerate(zip(COLOURS, cells.items(), strict=False)):
+        for axis, key in ((left, "entropy"), (middle, "reward")):
+            runs = [line["curve"][key] for line in lines]
+            values = [statistics.mean(step) for step in zip(*runs, strict=True)]
+            windows = [values[i : i + 5] for i in range(0, len(values), 5)]
+            steps = lines[0]["curve"]["step"][2::5]
+            axis.plot(steps, [statistics.mean(w) for w in windows], "o-", color=colour, ms=3, lw=1.2, label=name)
+        for place, key in enumerate(keys):
+            values = [line["figures"][key] for line in lines]
+            right.plot([place + 0.1 * (at - 2)] * len(values), values, "o", color=colour, ms=5)
+    left.set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="nats per token", ylim=(0, None))
+    middle.set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
+    right.set(title="Held-out, before and after", ylabel="pass@k", ylim=(0, 1))
+    right.set_xticks(range(len(keys)), keys)
+    left.legend(frameon=False, fontsize=6.5)
+    right.legend(frameon=False, fontsize=6.5)
+    scores = (*keys, "distinct")
+    seeds = {line["seed"] for lines in cells.values() for line in lines}
+    scored = [["before", str(len(seeds)), *(span([start[key] for start in before]) for key in scores)]]
+    for name, lines in cells.items():
+        scored.append([name, str(len(lines)), *(span([line["figures"][key] for line in lines]) for key in scores)])
+    return figure, table(["recipe", "seeds", *scores], scored)
+
+
+def pretrained(grids, plt):
+    """Two tasks in turn: entropy and reward along the run, and the frontier on the first task and on the second."""
+    lines = grids[0].lines()
+    first, second = dict.fromkeys(row["task"] for row in lines[0]["evaluations"])
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.2))
+    cells = list(dict.fromkeys(line["cell"] for line in lines))
+    colours = {BASELINE: ORANGE, DEFAULT: BLUE} | dict(zip([c for c in cells if c not in (BASELINE, DEFAULT)], COLOURS[2:], strict=False))
+    for cell in cells:
+        for line in (line for line in lines if line["cell"] == cell):
+            for axis, key, unit in ((axes[0], "entropy", line["entropy_start"]), (axes[1], "reward", 1.0)):
+                steps, values = line["curve"]["step"], [value / unit for value in line["curve"][key]]
+                axis.plot(steps, values, color=colours[cell], lw=1)
+        curve(axes[2], lines, cell, colours[cell], first, 1, label=cell)
+        curve(axes[3], lines, cell, colours[cell], second, -1, label=cell)
+    axes[0].set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="entropy / initial entropy", ylim=(0, None))
+    axes[1].set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
+    for axis, title in ((axes[2], f"{first}, at the switch"), (axes[3], f"{second}, at the end")):
+        axis.set(title=title, xlabel="pass@1", ylabel="distinct right answers of 8", ylim=(0, None))
+        axis.legend(frameon=False, fontsize=6.5)
+    parts = [start_figures(lines, (first, second))]
+    for task, place, when in ((first, 1, "at the switch"), (second, -1, "at the end"), (first, -1, "at the end")):
+        parts += [beside(lines, task, place, f"`{task}`, {when}")]
+    return figure, "\n\n".join(parts)
+
+
+def start_figures(lines, tasks):
+    """What the supervised start does on each task."""
+    body = []
+    for task in tasks:
+        row = evaluated(lines[0], task)[0]
+        body.append([f"`{task}`", *(f"{row[key]:.3f}" for key in ("greedy", "pass@1", "pass@8", "distinct"))])
+    return table(["before", "greedy", "pass@1", "pass@8", "distinct right answers of 8"], body)
+
+
+def beside(lines, task, place, title):
+    """Every cell on a task: figures by seed, and beside GRPO paired differences over prompts, means over seeds."""
+    body, base = [], {line["seed"]: line for line in lines if line["cell"] == BASELINE}
+    for cell in dict.fromkeys(line["cell"] for line in lines):
+        mine = {line["seed"]: line for line in lines if line["cell"] == cell}
+        found = [evaluated(line, task)[place] for line in mine.values()]
+        keys = ("greedy", "best_pass@1", "pass@8", "distinct")
+        body.append([cell, *(", ".join(f"{row[key]:.3f}" for row in found) for key in keys)])
+    head = [title, "greedy", "best pass@1", "pass@8 at temperature 1", "distinct at temperature 1"]
+    return table(head, body)
+
+
+EXPERIMENTS = {"smollm2": (smollm2, ["smollm2"]), "pretrained": (pretrained, ["smollm2-long"])}
+
+
+if __name__ == "__main__":
+    main(__doc__.splitlines()[0], EXPERIMENTS)

@@ -1,0 +1,83 @@
+"""Teach SmolLM2-135M how an answer to `expr` looks, so that prompts need no solved examples.
+
+A few-shot prompt of `expr` has about 120 tokens for an answer of 8; after this short supervised start a prompt has 5. It
+is the start of reinforcement learning in ``bench/grids/smollm2-*.toml``. The demonstrations are those of the embedded
+model (`isentropic.models.tiny`), without its noise; no held-out target is among them.
+
+    isentropic model smollm2
+    python bench/smollm2_start.py
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from results import versions
+
+from isentropic.models.generation import seeded
+from isentropic.models.loading import load_model, quiet
+from isentropic.models.smollm2 import smollm2_model
+from isentropic.models.tiny import Demonstrator
+from isentropic.tasks.expressions import format_prompt
+
+# HINT and HARD as in `TinySettings`.
+HINT, HARD, BATCH = 0.5, 0.05, 32
+
+
+def demonstrations(tokenizer, num, rng):
+    """Token ids [num, 13]: five of the prompt, seven of the answer, and the end; one token per character."""
+    demonstrator = Demonstrator(HINT, HARD)
+    shown, digits, rows = demonstrator.draw(np.zeros(num), rng)
+    texts = [bytes(text).decode() for text in demonstrator.texts[rows]]
+    full = [format_prompt(t, int(d)) + text for t, d, text in zip(shown, digits, texts, strict=True)]
+    ids = tokenizer(full, add_special_tokens=False)["input_ids"]
+    assert {len(one) for one in ids} == {12}, "one token per character"
+    return torch.tensor([[*one, tokenizer.eos_token_id] for one in ids])
+
+
+def train(model, batches, rate, say):
+    """Cross-entropy of the answers, in bfloat16 with float32 weights; the loss of the last tenth, in nats per token."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    losses, started, steps = [], time.monotonic(), len(batches)
+    model.train()
+    for step, ids in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = rate * min(1.0, 10 * (step + 1) / steps) * (1 - step / steps)
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < 5, -100)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        if step % 10 == 9:
+            left = (time.monotonic() - started) / (step + 1) * (steps - step - 1)
+            say(f"step {step + 1}/{steps}  loss {np.mean(losses[-10:]):.3f} nats per token  eta {left / 60:.1f} min")
+    model.eval()
+    return float(np.mean(losses[-max(1, steps // 10) :]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="runs/smollm2-start")
+    args = parser.parse_args()
+    quiet()
+    model, tokenizer = load_model(str(smollm2_model()))
+    ids = demonstrations(tokenizer, args.steps * BATCH, np.random.default_rng(args.seed))
+    with seeded(args.seed):
+        loss = train(model, list(ids.split(BATCH)), args.rate, print)
+    out = Path(args.out)
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    header = {"settings": vars(args), "batch": BATCH, "loss": loss, "versions": versions()}
+    (out / "start.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
