@@ -19,7 +19,7 @@ from results import ONE_THREAD, ROOT, pyplot, rows, save, save_figure, table
 
 os.environ |= ONE_THREAD
 GRIDS = ROOT / "bench" / "grids"
-BASELINE, DEFAULT = "grpo", "isentropic"
+BASELINE, DEFAULT = "grpo", "60%"
 MARGIN = 0.02  # how far below GRPO's best pass@1 the answers are counted
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 COLOURS = (
@@ -322,15 +322,15 @@ def auto(grids, plt):
 
 
 def share_of(cell):
-    """The constant target of a cell, as a share; the default's is 60 %."""
-    return 0.6 if cell == DEFAULT else float(cell.removesuffix("%")) / 100
+    """The constant target of a cell, as a share."""
+    return float(cell.removesuffix("%")) / 100
 
 
 def best_constant(lines, task):
     """The constant target with the most distinct answers, of those as accurate as GRPO; see the protocol."""
     scored, num = [], 0
     for cell in dict.fromkeys(x["cell"] for x in lines):
-        found = pairs(lines, cell, task=task) if cell == DEFAULT or cell[:-1].isdigit() else {}
+        found = pairs(lines, cell, task=task) if cell[:-1].isdigit() else {}
         num += bool(found)
         if found and min(claim(found, f).difference for f in ("greedy", "best")) >= -MARGIN:
             scored.append((claim(found, "distinct").ours, cell))
@@ -359,13 +359,13 @@ def sequence(grids, plt):
     """The second task after the first, beside the second task alone."""
     after, alone, others = (grid.lines() for grid in grids)
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2))
-    first = {"grpo": 800, "isentropic": 800}
+    first = 800
     for cell, colour in ((BASELINE, ORANGE), (DEFAULT, BLUE)):
         for line in (x for x in after if x["cell"] == cell):
             steps = line["curve"]["step"]
-            kept = [i for i, step in enumerate(steps) if step > first[cell]]
+            kept = [i for i, step in enumerate(steps) if step > first]
             axes[0].plot(
-                [steps[i] - first[cell] for i in kept], [line["curve"]["reward"][i] for i in kept], color=colour, lw=0.9
+                [steps[i] - first for i in kept], [line["curve"]["reward"][i] for i in kept], color=colour, lw=0.9
             )
         curve(axes[1], after, cell, colour, label=f"{cell}, after the first task")
         curve(axes[2], alone, cell, colour, label=f"{cell}, alone")
