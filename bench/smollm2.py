@@ -10,7 +10,7 @@ docs/results/. The start is needed for `pretrained` alone.
 
 import statistics
 
-from methods import BASELINE, BLUE, COLOURS, DEFAULT, GREY, ORANGE, NAMES, claim, comparison, curve, main, pairs
+from methods import BASELINE, COLOURS, GREY, curve, evaluated, main
 from results import table
 
 
@@ -63,45 +63,72 @@ def pretrained(grids, plt):
     lines = grids[0].lines()
     first, second = dict.fromkeys(row["task"] for row in lines[0]["evaluations"])
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2))
-    cells = list(dict.fromkeys(line["cell"] for line in lines))
-    colours = {BASELINE: ORANGE, DEFAULT: BLUE} | dict(zip([c for c in cells if c not in (BASELINE, DEFAULT)], COLOURS[2:], strict=False))
-    for cell in cells:
+    for colour, cell in zip(COLOURS, dict.fromkeys(line["cell"] for line in lines), strict=False):
         for line in (line for line in lines if line["cell"] == cell):
             for axis, key, unit in ((axes[0], "entropy", line["entropy_start"]), (axes[1], "reward", 1.0)):
-                steps, values = line["curve"]["step"], [value / unit for value in line["curve"][key]]
-                axis.plot(steps, values, color=colours[cell], lw=1)
-        curve(axes[2], lines, cell, colours[cell], first, 1, label=cell)
-        curve(axes[3], lines, cell, colours[cell], second, -1, label=cell)
+                axis.plot(line["curve"]["step"], [value / unit for value in line["curve"][key]], color=colour, lw=1)
+        curve(axes[2], lines, cell, colour, first, 1, label=cell)
+        curve(axes[3], lines, cell, colour, second, -1, label=cell)
     axes[0].set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="entropy / initial entropy", ylim=(0, None))
     axes[1].set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
     for axis, title in ((axes[2], f"{first}, at the switch"), (axes[3], f"{second}, at the end")):
         axis.set(title=title, xlabel="pass@1", ylabel="distinct right answers of 8", ylim=(0, None))
         axis.legend(frameon=False, fontsize=6.5)
-    parts = [start_figures(lines, (first, second))]
-    for task, place, when in ((first, 1, "at the switch"), (second, -1, "at the end"), (first, -1, "at the end")):
-        parts += [beside(lines, task, place, f"`{task}`, {when}")]
+    parts = [by_seed(lines, first, 0, "before"), by_seed(lines, second, 0, "before")]
+    parts += [by_seed(lines, first, 1, "at the switch"), by_seed(lines, second, -1, "at the end")]
+    parts += [by_seed(lines, first, -1, "at the end"), over_prompts(lines, (second, first))]
     return figure, "\n\n".join(parts)
 
 
-def start_figures(lines, tasks):
-    """What the supervised start does on each task."""
+def by_seed(lines, task, place, when):
+    """The figures of every cell at an evaluation of a task, by seed; before training those of the start alone."""
+    cells = by_cell(lines if when != "before" else lines[:1])
+    keys = {"greedy": "greedy", "best_pass@1": "best pass@1", "pass@8": "pass@8", "distinct": "distinct of 8"}
+    body = []
+    for name, of_cell in cells.items():
+        found = [evaluated(line, task)[place] for line in sorted(of_cell, key=lambda line: line["seed"])]
+        figures = [", ".join(f"{row[key]:.3f}" for row in found) for key in keys]
+        body.append(["the start" if when == "before" else name, *figures])
+    return table([f"`{task}`, {when}, by seed", *keys.values()], body)
+
+
+def over_prompts(lines, tasks):
+    """Differences to GRPO at the end, means over the seeds that both have, with intervals over the prompts."""
     body = []
     for task in tasks:
-        row = evaluated(lines[0], task)[0]
-        body.append([f"`{task}`", *(f"{row[key]:.3f}" for key in ("greedy", "pass@1", "pass@8", "distinct"))])
-    return table(["before", "greedy", "pass@1", "pass@8", "distinct right answers of 8"], body)
+        base = {line["seed"]: line for line in lines if line["cell"] == BASELINE}
+        for name, of_cell in by_cell(lines).items():
+            mine = {line["seed"]: line for line in of_cell}
+            seeds = sorted(base.keys() & mine.keys())
+            if name != BASELINE and seeds:
+                body.append([f"`{task}`: {name}", " ".join(map(str, seeds))])
+                body[-1] += [
+                    difference([shares(mine[s], task, key) for s in seeds], [shares(base[s], task, key) for s in seeds])
+                    for key in ("greedy", "0.3", "1", "found")
+                ]
+    heads = ["greedy", "pass@1 at 0.3", "pass@1 at 1", "pass@8 at 1"]
+    return table([f"less {BASELINE}, at the end", "seeds", *heads], body)
 
 
-def beside(lines, task, place, title):
-    """Every cell on a task: figures by seed, and beside GRPO paired differences over prompts, means over seeds."""
-    body, base = [], {line["seed"]: line for line in lines if line["cell"] == BASELINE}
-    for cell in dict.fromkeys(line["cell"] for line in lines):
-        mine = {line["seed"]: line for line in lines if line["cell"] == cell}
-        found = [evaluated(line, task)[place] for line in mine.values()]
-        keys = ("greedy", "best_pass@1", "pass@8", "distinct")
-        body.append([cell, *(", ".join(f"{row[key]:.3f}" for row in found) for key in keys)])
-    head = [title, "greedy", "best pass@1", "pass@8 at temperature 1", "distinct at temperature 1"]
-    return table(head, body)
+def shares(line, task, key):
+    """By prompt: right greedy answers, right samples at a temperature, or whether a sample at 1 is right."""
+    from isentropic.experiments.lines import unpacked
+
+    row = evaluated(line, task)[-1]
+    if key == "greedy":
+        return unpacked(row["counts"]["greedy"])
+    right = unpacked(row["counts"]["1" if key == "found" else key][0])
+    return [float(n > 0) for n in right] if key == "found" else [n / row["k"] for n in right]
+
+
+def difference(ours, theirs):
+    """Means over seeds, prompt by prompt, and the paired interval of their difference."""
+    from isentropic.runs.statistics import paired_interval
+
+    ours, theirs = ([statistics.mean(prompt) for prompt in zip(*runs, strict=True)] for runs in (ours, theirs))
+    low, high = paired_interval(ours, theirs)
+    text = f"{statistics.mean(ours) - statistics.mean(theirs):+.3f} ({low:+.3f}..{high:+.3f})"
+    return f"**{text}**" if low > 0 or high < 0 else text
 
 
 EXPERIMENTS = {"smollm2": (smollm2, ["smollm2"]), "pretrained": (pretrained, ["smollm2-long"])}

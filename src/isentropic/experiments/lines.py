@@ -129,14 +129,24 @@ def _packed(counts: Sequence[int]) -> str:
     return "".join(_COUNT[n] for n in counts)
 
 
+def unpacked(text: str) -> list[int]:
+    """The counts by prompt of a line's evaluation.
+
+    Example:
+        >>> unpacked("0fz")
+        [0, 15, 35]
+    """
+    return [_COUNT.index(c) for c in text]
+
+
 def last_row(line: dict[str, Any]) -> dict[str, Any]:
     """The last evaluation of a line as the row that it was, as far as the line holds it."""
     temperature = line["settings"].get("temperature", RunConfig.temperature)
     row = {"temperature": temperature, **(line.get("evaluations") or [{}])[-1]}
-    counts = {t: [_COUNT.index(c) for c in packed[0]] for t, packed in row.get("counts", {}).items() if t != "greedy"}
+    counts = {t: unpacked(packed[0]) for t, packed in row.get("counts", {}).items() if t != "greedy"}
     if own := counts.get(f"{temperature:g}"):
         row |= {"num_correct": own, "num_samples": [row["k"]] * len(own)}
-        row["greedy_correct"] = [_COUNT.index(c) for c in row["counts"].get("greedy", "")]
+        row["greedy_correct"] = unpacked(row["counts"].get("greedy", ""))
         row["at"] = {t: {**row.get("at", {})[t], "num_correct": counts[t]} for t in row.get("at", {}) if t in counts}
     return row
 
