@@ -94,7 +94,7 @@ def evaluation(model="m", cold=(2, 2, 1, 1), greedy=(1, 1, 1, 0), majority=0.75)
 def test_the_table_of_a_model():
     lines = evaluation_table([evaluation()]).splitlines()
     assert lines[0].startswith("task expr, 4 prompts, 2 samples each")
-    assert lines[2] == "m  (float32, 12.5% truncated at temperature 1, 100tokens per second)"
+    assert lines[2] == "m  (float32, 12.5% truncated at temperature 1, 100 tokens per second)"
     by_temperature = {line.split()[0]: line.split() for line in lines[4:8]}
     assert by_temperature["1"][1] == "0.500"
     assert by_temperature["1"][-3:] == ["1.000", "1.25", "0.750"]

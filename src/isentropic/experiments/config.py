@@ -124,7 +124,7 @@ class RunConfig:
     stop_above: float | None = _setting(
         None,
         "control",
-        "stop with a checkpoint if entropy stays above its target times this factor; 0 never [3 with a knob]",
+        "stop with a checkpoint if entropy stays above this factor times its target or start; 0 never [3 with a knob]",
         low=0.0,
     )
 

@@ -26,7 +26,7 @@ class Progress:
         every: seconds between two lines.
 
     Attributes:
-        speed:tokens per second.
+        speed: tokens per second.
     """
 
     def __init__(self, title: str, say: Callable[[str], None], every: float = 20.0):
@@ -133,7 +133,7 @@ def _by_temperature(row: dict[str, Any]) -> list[str]:
     low, high = sorted(best.temperatures)
     chosen = f"{low:g}" if low == high else f"{low:g} and {high:g}"
     about = f"{row['dtype']}, {row['truncated_frac']:.1%} truncated at temperature {row['temperature']:g}"
-    about += f", {row['tokens_per_second']:.0f}tokens per second"
+    about += f", {row['tokens_per_second']:.0f} tokens per second"
     note = f"  at {chosen}: chosen on one half of the prompts, scored on the other"
     return [f"{_model_name(row)}  ({about})", *lines, last + note]
 
