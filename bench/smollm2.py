@@ -1,4 +1,4 @@
-"""What does a real small model do? SmolLM2-135M: forty steps of sums, and longer runs on a task with many right answers.
+"""What does a real small model do? SmolLM2-135M: forty steps of sums; two tasks with many right answers in turn.
 
     isentropic model smollm2
     python bench/smollm2_start.py
@@ -69,7 +69,9 @@ def pretrained(grids, plt):
                 axis.plot(line["curve"]["step"], [value / unit for value in line["curve"][key]], color=colour, lw=1)
         curve(axes[2], lines, cell, colour, first, 1, label=cell)
         curve(axes[3], lines, cell, colour, second, -1, label=cell)
-    axes[0].set(title="Does entropy fall?", xlabel="optimizer steps", ylabel="entropy / initial entropy", ylim=(0, None))
+    axes[0].set(
+        title="Does entropy fall?", xlabel="optimizer steps", ylabel="entropy / initial entropy", ylim=(0, None)
+    )
     axes[1].set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
     for axis, title in ((axes[2], f"{first}, at the switch"), (axes[3], f"{second}, at the end")):
         axis.set(title=title, xlabel="pass@1", ylabel="distinct right answers of 8", ylim=(0, None))
