@@ -1,7 +1,7 @@
 """Teach SmolLM2-135M how an answer to `expr` looks, so that prompts need no solved examples.
 
-A few-shot prompt of `expr` has about 120 tokens for an answer of 8; after this short supervised start a prompt has 5. It
-is the start of reinforcement learning in ``bench/grids/smollm2-*.toml``. The demonstrations are those of the embedded
+A few-shot prompt of `expr` has about 120 tokens for an answer of 8; after this short supervised start a prompt has 5.
+Reinforcement learning starts from it in ``bench/grids/smollm2-long.toml``. The demonstrations are those of the embedded
 model (`isentropic.models.tiny`), without its noise; no held-out target is among them.
 
     isentropic model smollm2

@@ -209,8 +209,8 @@ def differences(cells):
                 by_game([line for line in cells[of] if line["seed"] in seeds], task, -1) for of in (name, "grpo")
             )
             out.append(
-                f"Won after, `{name}` less `grpo`, games of {short(task)}: {with_interval(ours, theirs)}; seeds of both: "
-                f"{' '.join(map(str, sorted(seeds)))}."
+                f"Won after, `{name}` less `grpo`, games of {short(task)}: {with_interval(ours, theirs)}; "
+                f"seeds of both: {' '.join(map(str, sorted(seeds)))}."
             )
     return "\n\n".join(sorted(out))
 
