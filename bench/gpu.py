@@ -5,10 +5,14 @@ Triton where it is installed), each dtype and each kind of head, against float64
 TRL's head, torch's and logits. ``step``: TRL's trainer and a controlled one take turns, on a model of SmolLM2-135M's
 size. ``run``: the default recipe on the embedded task.
 
+A fifth part runs if it is named, and takes longer: ``pretrained``, SmolLM2-135M over two tasks, 300 and 150 steps,
+three seeds of GRPO, the default and `auto`, after `isentropic model smollm2`. It continues after a stop.
+
 Without a GPU, or with ``--small``, sizes are small and the figures say nothing about a GPU.
 
     python bench/gpu.py > gpu.md
     python bench/gpu.py --only correct head
+    python bench/gpu.py --only pretrained
 """
 
 import argparse
@@ -25,7 +29,7 @@ from pathlib import Path
 import head as peers
 import overhead
 import torch
-from results import made, table, versions
+from results import ROOT, made, table, versions
 
 from isentropic.entropy.kernels import fused_logp, fused_policy_loss, ops, token_stats
 from isentropic.losses.reduce import SumCount
@@ -244,10 +248,28 @@ def run(options):
     return []
 
 
+def pretrained(options):
+    """Run the grid of the pretrained model on this device; its supervised start is made if it is missing."""
+    if not (ROOT / "runs" / "smollm2-start" / "config.json").exists():
+        subprocess.run([sys.executable, "smollm2_start.py"], cwd=ROOT / "bench", check=True)
+    sizes, seeds = {"steps": 300, "then_steps": 150}, ["0", "1", "2"]
+    if options.small:
+        sizes, seeds = {"steps": 2, "then_steps": 2, "eval_k": 2, "eval_rows": 4, "save_every": 0}, ["0"]
+    out = f"runs/gpu-pretrained{'-small' if options.small else ''}"
+    command = ["compare", "bench/grids/smollm2-long.toml", "--recipes", "grpo", "60%", "auto", "--seeds", *seeds]
+    command += ["--set", f"device={options.device}", *(f"{key}={value}" for key, value in sizes.items())]
+    command += ["--jobs", "1", "--out", out, "--results", f"{out}/results.jsonl", "--markdown"]
+    done = subprocess.run(
+        [sys.executable, "-m", "isentropic.cli", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False
+    )
+    print(f"\n## SmolLM2-135M over two tasks, on {options.device}\n\n{done.stdout}")
+    return [f"compare ended with exit code {done.returncode}"] if done.returncode else []
+
+
 def main():
-    parts = {"correct": correct, "head": head, "step": step, "run": run}
+    parts = {"correct": correct, "head": head, "step": step, "run": run, "pretrained": pretrained}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", choices=parts, default=list(parts))
+    parser.add_argument("--only", nargs="+", choices=parts, default=[name for name in parts if name != "pretrained"])
     parser.add_argument("--small", action="store_true", help="small sizes; always without a GPU")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
