@@ -10,7 +10,7 @@ docs/results/. The start is needed for `pretrained` alone.
 
 import statistics
 
-from methods import BASELINE, COLOURS, GREY, curve, evaluated, main
+from methods import BASELINE, BLUE, COLOURS, DEFAULT, GREY, ORANGE, curve, evaluated, main
 from results import table
 
 
@@ -63,7 +63,9 @@ def pretrained(grids, plt):
     lines = grids[0].lines()
     first, second = dict.fromkeys(row["task"] for row in lines[0]["evaluations"])
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2))
-    for colour, cell in zip(COLOURS, dict.fromkeys(line["cell"] for line in lines), strict=False):
+    others = [cell for cell in dict.fromkeys(line["cell"] for line in lines) if cell not in (BASELINE, DEFAULT)]
+    colours = {BASELINE: ORANGE, DEFAULT: BLUE} | dict(zip(others, COLOURS[2:], strict=False))
+    for cell, colour in colours.items():
         for line in (line for line in lines if line["cell"] == cell):
             for axis, key, unit in ((axes[0], "entropy", line["entropy_start"]), (axes[1], "reward", 1.0)):
                 axis.plot(line["curve"]["step"], [value / unit for value in line["curve"][key]], color=colour, lw=1)
