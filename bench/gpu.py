@@ -251,7 +251,9 @@ def run(options):
 def pretrained(options):
     """Run the grid of the pretrained model on this device; its supervised start is made if it is missing."""
     if not (ROOT / "runs" / "smollm2-start" / "config.json").exists():
-        subprocess.run([sys.executable, "smollm2_start.py"], cwd=ROOT / "bench", check=True)
+        start = subprocess.run([sys.executable, "bench/smollm2_start.py"], cwd=ROOT, check=False)
+        if start.returncode:
+            return [f"smollm2_start.py ended with exit code {start.returncode}"]
     sizes, seeds = {"steps": 300, "then_steps": 150}, ["0", "1", "2"]
     if options.small:
         sizes, seeds = {"steps": 2, "then_steps": 2, "eval_k": 2, "eval_rows": 4, "save_every": 0}, ["0"]

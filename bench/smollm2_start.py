@@ -14,14 +14,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from results import versions
-
-from isentropic.models.generation import seeded
-from isentropic.models.loading import load_model, quiet
-from isentropic.models.smollm2 import smollm2_model
-from isentropic.models.tiny import Demonstrator
-from isentropic.tasks.expressions import format_prompt
+from results import ROOT, versions
 
 # HINT and HARD as in `TinySettings`.
 HINT, HARD, BATCH = 0.5, 0.05, 32
@@ -29,6 +22,11 @@ HINT, HARD, BATCH = 0.5, 0.05, 32
 
 def demonstrations(tokenizer, num, rng):
     """Token ids [num, 13]: five of the prompt, seven of the answer, and the end; one token per character."""
+    import torch
+
+    from isentropic.models.tiny import Demonstrator
+    from isentropic.tasks.expressions import format_prompt
+
     demonstrator = Demonstrator(HINT, HARD)
     shown, digits, rows = demonstrator.draw(np.zeros(num), rng)
     texts = [bytes(text).decode() for text in demonstrator.texts[rows]]
@@ -40,6 +38,8 @@ def demonstrations(tokenizer, num, rng):
 
 def train(model, batches, rate, say):
     """Cross-entropy of the answers, in bfloat16 with float32 weights; the loss of the last tenth, in nats per token."""
+    import torch
+
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     losses, started, steps = [], time.monotonic(), len(batches)
     model.train()
@@ -63,20 +63,33 @@ def train(model, batches, rate, say):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="runs/smollm2-start")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "smollm2-start")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be >= 1, got {args.steps}; 200 is the start of the committed runs")
+    if not args.rate > 0:
+        parser.error(f"--rate must be > 0, got {args.rate}; 3e-4 is that of the committed runs")
+    from isentropic.models.smollm2 import smollm2_model
+
+    try:
+        home = smollm2_model()
+    except ValueError as error:
+        parser.error(str(error))
+    from isentropic.models.generation import seeded
+    from isentropic.models.loading import load_model, quiet
+
     quiet()
-    model, tokenizer = load_model(str(smollm2_model()))
+    model, tokenizer = load_model(str(home))
     ids = demonstrations(tokenizer, args.steps * BATCH, np.random.default_rng(args.seed))
     with seeded(args.seed):
         loss = train(model, list(ids.split(BATCH)), args.rate, print)
-    out = Path(args.out)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    header = {"settings": vars(args), "batch": BATCH, "loss": loss, "versions": versions()}
-    (out / "start.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    settings = {"steps": args.steps, "rate": args.rate, "seed": args.seed, "batch": BATCH}
+    header = {"settings": settings, "loss": loss, "versions": versions("python", "torch", "transformers")}
+    (args.out / "start.json").write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -104,10 +104,16 @@ def warm(experiment, out):
     home = out / experiment.start
     if not (home / "warmup.json").exists():
         make([load_task(name) for name in tasks_of(experiment.shown)], home, WarmUp(**experiment.warm_up), num=4)
-    if not warmed_up(experiment):
-        figures = json.loads((home / "warmup.json").read_text())["figures"]
+    figures, known = json.loads((home / "warmup.json").read_text())["figures"], warmed_up(experiment)
+    if not known:
         about = {"start": experiment.start, "task": experiment.shown, "settings": experiment.warm_up}
         add({"cell": "warm-up", **about, "figures": figures})
+    elif abs(figures["loss"] - known["figures"]["loss"]) > 1e-6:
+        raise SystemExit(
+            f"{home} must be the start of the finished runs, with a loss of {known['figures']['loss']:.6f}, got one of "
+            f"{figures['loss']:.6f}: runs from two starts cannot be compared; bring back that directory, or add an "
+            "experiment with a start of another name"
+        )
     return home
 
 
