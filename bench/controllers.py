@@ -99,7 +99,7 @@ def collect(home, seeds):
     from isentropic.recipes import compose, knob_range
     from isentropic.runs.record import Record
 
-    span, by_controller = knob_range(compose("isentropic")), {}
+    span, by_controller = knob_range(compose("isentropic", target="75%")), {}
     for controller in CONTROLLERS:
         for seed in seeds:
             record = Record(home / f"{controller}-s{seed}")

@@ -19,7 +19,8 @@ from results import ONE_THREAD, ROOT, pyplot, rows, save, save_figure, table
 
 os.environ |= ONE_THREAD
 GRIDS = ROOT / "bench" / "grids"
-BASELINE, DEFAULT = "grpo", "60%"
+BASELINE, DEFAULT = "grpo", "auto"
+CONSTANT = "60%"  # the best constant target
 MARGIN = 0.02  # how far below GRPO's best pass@1 the answers are counted
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#777777"
 COLOURS = (
@@ -174,14 +175,18 @@ def pays(grids, plt):
     """The frontier of the default and of GRPO, a panel a setting, and the table of claims."""
     sections = settings_of(grids)
     drawn = [s for s in sections if any(x["cell"] == DEFAULT for x in s[1]) and "first task" not in s[0]]
-    figure, axes = plt.subplots(1, max(len(drawn), 1), figsize=(2.5 * max(len(drawn), 1), 3.0), squeeze=False)
-    for axis, (title, lines, task, place) in zip(axes[0], drawn, strict=False):
+    columns = -(-len(drawn) // 2) or 1
+    figure, axes = plt.subplots(2, columns, figsize=(2.7 * columns, 5.4), squeeze=False)
+    for axis, (title, lines, task, place) in zip(axes.flat, drawn, strict=False):
         curve(axis, lines, BASELINE, ORANGE, task, place, "plain GRPO")
         curve(axis, lines, DEFAULT, BLUE, task, place, "held by the default")
         axis.set(title=title.replace("`", "").replace(", ", ",\n"), xlabel="pass@1", ylim=(0, None))
-    axes[0][0].set_ylabel("distinct right answers of 16")
+    for axis in list(axes.flat)[len(drawn) :]:
+        axis.set_axis_off()
+    for row in axes:
+        row[0].set_ylabel("distinct right answers of 16")
     axes[0][0].legend(frameon=False, fontsize=7)
-    parts = [comparison(sections, DEFAULT)]
+    parts = [comparison(sections, DEFAULT), comparison(sections, CONSTANT), comparison(sections, DEFAULT, CONSTANT)]
     best = [(f"{title}, at the best step", *rest) for title, *rest in sections if "2,400" in title]
     parts.append(stopped_early(best[0][1]) if best else "")
     parts.append("At temperature 1, which is how the runs were compared before:\n\n" + at_one(sections))
@@ -191,7 +196,7 @@ def pays(grids, plt):
 def stopped_early(lines):
     """The long runs at the step that was best on one half of the prompts, scored on the other."""
     body = []
-    for name in (BASELINE, DEFAULT):
+    for name in (BASELINE, DEFAULT, CONSTANT):
         mine = [x for x in lines if x["cell"] == name and x.get("best")]
         if mine:
             values = [mean([x["best"][key] for x in mine]) for key in ("step", "greedy", "accuracy", "distinct")]
@@ -297,7 +302,7 @@ def auto(grids, plt):
         cells = list(dict.fromkeys(x["cell"] for x in lines if x["cell"] != BASELINE))
         for cell in cells:
             colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
-            if cell.startswith("auto") or cell == "settled":
+            if cell.startswith("auto") or "settled" in cell:
                 trace(axis, lines, cell, colour)
         if best is not None:
             axis.axhline(share_of(best), color=GREY, ls="--", lw=1, label="the task's best constant target")
@@ -341,7 +346,7 @@ def beside_best(title, lines, best, cells, task):
     """Each automatic target beside the best constant one, at the seeds that both have."""
     body = []
     for cell in cells:
-        found = pairs(lines, cell, best, task) if cell.startswith("auto") or cell == "settled" else {}
+        found = pairs(lines, cell, best, task) if cell.startswith("auto") or "settled" in cell else {}
         if found:
             body.append([cell, str(len(found)), *(written(claim(found, f), f) for f in (*NAMES, "at_1"))])
     heads = [f"{name}: it / {best}" for name in (*NAMES.values(), "pass@1 at temperature 1")]

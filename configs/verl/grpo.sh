@@ -11,7 +11,7 @@
 #
 # More variables, with these defaults; verl's own flags go behind the command.
 #
-#   RECIPE, TARGET   isentropic, 60%
+#   RECIPE, TARGET   isentropic, auto
 #   DATA             $HOME/data/gsm8k: train.parquet and test.parquet, by verl's examples/data_preprocess/gsm8k.py
 #   BATCH            prompts a generated batch, four optimizer steps each: 128 on one GPU, 512 on one node, 1024 on more
 #   LR               1e-6; 1e-5 with LoRA
@@ -49,7 +49,7 @@ if [ -n "${CHECKPOINTS:-}" ]; then set -- "trainer.default_local_dir=$CHECKPOINT
 
 exec python -m verl.trainer.main_ppo \
   "+isentropic=${RECIPE:-isentropic}" \
-  "actor_rollout_ref.actor.policy_loss.target=${TARGET:-60%}" \
+  "actor_rollout_ref.actor.policy_loss.target=${TARGET:-auto}" \
   actor_rollout_ref.rollout.calculate_log_probs=True \
   "data.train_files=$DATA/train.parquet" "data.val_files=$DATA/test.parquet" \
   "data.train_batch_size=$BATCH" data.max_prompt_length=512 data.max_response_length=1024 \

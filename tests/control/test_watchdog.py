@@ -49,6 +49,17 @@ def test_the_way_out_names_the_bound():
     assert watch([reading(2.0)] * 50, Range(0.1, 0.0, 1.0, 1e-3), value=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("knob", "rest", "end"), [(KNOB, 0.0, 1.0), (LOWERS, 0.0, -1.0), (Range(1.1, 1.0, 1.5, 1.0), 1.0, 1.5)]
+)
+def test_a_knob_that_works_one_way_rests_at_the_other_bound(knob, rest, end):
+    one_way = knob.raising()
+    assert not one_way.saturated(rest)
+    assert one_way.saturated(end)
+    assert watch([reading(2.0)] * 60, one_way, value=rest) == watch([reading(0.5)] * 60, one_way, value=rest) == []
+    assert [step for step, _ in watch([reading(0.7)] * 60, one_way, value=end)] == [50]
+
+
 def test_a_stay_ends_where_the_knob_leaves_or_nothing_is_steered():
     dog = Watchdog("zeta", KNOB)
     state = WatchdogState()

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -198,6 +199,16 @@ def test_the_row_by_hand():
     }
     assert loop.value == 0.1
     assert loop.recipe_now == with_knob(HELD, 0.1)
+
+
+@pytest.mark.parametrize(("entropy", "error"), [(8.0, -0.2), (12.0, 0.0)])
+def test_entropy_above_a_floor_is_no_error_and_the_knob_at_rest_not_at_its_bound(entropy, error):
+    loop = ControlLoop(replace(HELD, target="floor:1.0"))
+    reading = EntropyReading(sum=entropy, count=10.0)
+    loop.regulate(reading, act=True)
+    row = loop.row(TokenSums(*[1.0] * len(TokenSums._fields)), reading, loop.state)
+    assert row["entropy/error"] == pytest.approx(error)
+    assert (row["knob/value"], row["knob/saturated"]) == (0.1 if error else 0.0, 0)
 
 
 def test_the_first_refused_reading_raises():

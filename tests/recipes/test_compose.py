@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from isentropic.control.controllers import CONTROLLERS
+from isentropic.control.targets import constant, parse_level
 from isentropic.losses import reduce
 from isentropic.recipes import (
     RECIPES,
@@ -146,7 +147,7 @@ def test_on_policy_and_clip_knobs_exclude_one_another():
 
 def test_a_knob_brings_its_shaping_and_a_controller():
     made = compose("dapo", knob="zeta")
-    assert (made.shaping, made.controller, made.target, made.every) == ("repo_r", "predictive", "60%", 1)
+    assert (made.shaping, made.controller, made.target, made.every) == ("repo_r", "predictive", "auto", 1)
     assert compose("dapo", knob="beta").shaping == "repo"
     assert compose("repo-d-loop", knob="zeta").shaping == "repo_d"
     assert compose("repo-r-loop", knob="none").knob is None
@@ -154,10 +155,30 @@ def test_a_knob_brings_its_shaping_and_a_controller():
 
 def test_knob_range_follows_the_recipe():
     # 4·0.4 where the bound would be below 0: capped, whichever rule it is.
-    assert knob_range(compose("bapo", knob="clip_low")).high == knob_range(compose("mai", knob="clip_low")).high == 0.95
-    assert knob_range(compose("bapo", knob="clip_low", bounds="reciprocal")).high == 1.6
+    for name in ("bapo", "mai"):
+        assert knob_range(compose(name, knob="clip_low", target="80%")).high == 0.95
+    assert knob_range(compose("bapo", knob="clip_low", target="80%", bounds="reciprocal")).high == 1.6
     assert knob_range(compose("gspo", knob="clip_high")).start == 4e-4
     assert knob_range(compose("adapo", knob_high=0.5, knob_start=0.3))[:3] == (0.3, 0.07, 0.5)
+
+
+@pytest.mark.parametrize(
+    "target", ["auto", "auto:price", "floor:60%", constant(parse_level("60%"))._replace(one_way=True)]
+)
+def test_a_floor_leaves_the_half_of_the_range_that_raises_entropy(target):
+    def bounds(name="loop", **settings):
+        return knob_range(compose(name, target=target, **settings))[:3]
+
+    assert bounds(knob="zeta") == (0.0, 0.0, 1.0)
+    assert bounds("entropic") == (0.0, -1.0, 0.0)  # a larger α lowers entropy
+    assert bounds("dapo", knob="clip_high") == (0.28, 0.28, 1.12)  # a bound does nothing at the recipe's own
+    assert bounds("bapo", knob="clip_low") == (0.4, 0.1, 0.4)
+    assert bounds(knob="boost") == (1.0, 1.0, 1.5)
+    # Whoever gives the other bound wants it, and a knob that follows nothing may be anywhere.
+    assert bounds(knob="zeta", knob_low=-0.5) == (0.0, -0.5, 1.0)
+    assert bounds(knob="zeta", knob_start=-0.5, controller="fixed") == (-0.5, -1.0, 1.0)
+    assert knob_range(compose("loop", knob="zeta", target="auto:settle=10%")).low == -1.0  # to let entropy down
+    assert knob_range(compose("loop", knob="zeta", target="60%")).low == -1.0
 
 
 def test_grpo_is_dapo_with_equal_bounds_and_its_own_reduction():

@@ -58,7 +58,8 @@ def test_the_start_of_a_knob_is_the_recipes_own_number_or_the_knobs():
     assert knob_range(compose("repo-d-loop")).start == 1.0
     assert knob_range(compose("repo-d-loop", zeta=2.0)).start == 2.0
     assert knob_range(compose("repo-r-loop")).start == 1e-3
-    assert knob_range(RECIPES["isentropic"])[:3] == (0.0, -1.0, 1.0)
+    assert knob_range(RECIPES["isentropic"])[:3] == (0.0, 0.0, 1.0)
+    assert knob_range(compose("isentropic", target="60%"))[:3] == (0.0, -1.0, 1.0)
 
 
 def test_zeta_turns_round_at_its_smallest_step():

@@ -18,7 +18,6 @@ from isentropic.runs.statistics import (
     pass_at_k,
     probability_of_improvement,
     proportion_interval,
-    rms_relative_error,
 )
 
 
@@ -257,17 +256,6 @@ def test_mean_intervals_cover(num):
     for scales in ((1.0, 1.0, 1.0), (1.0, 3.0, 9.0)):
         tasks = rng.normal(size=(800, 3, num)) * np.array(scales)[:, None]
         assert 0.93 <= coverage([mean_interval(*x) for x in tasks], 0.0)[0] <= 0.98
-
-
-def test_rms_relative_error():
-    assert rms_relative_error([1.0, 2.0], [1.0, 2.0]) == 0.0
-    assert rms_relative_error([3.0, 1.0], 2.0) == 0.5
-    assert rms_relative_error([1.1, 1.6], [1.0, 2.0]) == pytest.approx(math.sqrt((0.01 + 0.04) / 2))
-    assert rms_relative_error(-0.5, -1.0) == 0.5
-    with pytest.raises(ValueError, match="at least one reading"):
-        rms_relative_error([], 1.0)
-    with pytest.raises(ValueError, match="targets must not be 0"):
-        rms_relative_error([1.0], 0.0)
 
 
 def test_interquartile_mean_drops_a_quarter_at_each_end():

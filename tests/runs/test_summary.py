@@ -1,5 +1,7 @@
 """The closing figures, by hand: of what they are means, and what is missing."""
 
+import math
+
 import pytest
 
 from isentropic.runs.summary import counted, scores, summary
@@ -23,13 +25,14 @@ def test_the_end_is_the_last_tenth():
 
 
 def test_error_and_share_at_a_bound_are_of_settled_steps():
-    rows = [row(t, **{"entropy/mean": 9.0, "knob/saturated": 1}) for t in range(1, 21)]
+    rows = [row(t, **{"entropy/error": 9.0, "knob/saturated": 1}) for t in range(1, 21)]
     assert summary(rows)["entropy/rms_error"] is None
     assert summary(rows)["knob/saturated"] is None
-    rows += [row(t, **{"entropy/mean": 1.1, "knob/saturated": int(t == 21)}) for t in range(21, 25)]
+    errors = enumerate([0.0, -0.2, 0.2, None], 21)
+    rows += [row(t, **{"entropy/error": error, "knob/saturated": int(t == 21)}) for t, error in errors]
     rows[-1]["entropy/target"] = None
     figures = summary(rows)
-    assert figures["entropy/rms_error"] == pytest.approx(0.1)
+    assert figures["entropy/rms_error"] == pytest.approx(math.sqrt(0.08 / 3))
     assert figures["knob/saturated"] == 0.25
     assert figures["entropy/target"] is None
 

@@ -344,6 +344,8 @@ def auto(
 ) -> Target:
     """A target that a rule moves, within a floor and a ceiling. A reading without groups moves nothing.
 
+    It works one way: what a rule finds is worth holding, and no reason to push entropy down faster than learning does.
+
     Args:
         rule: what says the move.
         start, floor, ceiling: shares of the initial entropy.
@@ -402,7 +404,7 @@ def auto(
             at = " at its ceiling" if state.share >= ceiling else " at its floor" if state.share <= floor else ""
         return f"{'held' if at else word}{at}: {rule.reasons[state.cause].format(state.shown, state.beside)}"
 
-    return Target(init, update, level, hold, True, why)
+    return Target(init, update, level, hold, True, why, one_way=True)
 
 
 def parse_auto(text: str, first: int = 1) -> Target:

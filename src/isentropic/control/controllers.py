@@ -29,6 +29,7 @@ class Range(NamedTuple):
         sign: +1 if raising the value raises entropy, −1 if it lowers it.
         rest: value at which the knob does nothing; ``None`` is 0, or the bound nearest to it, for a knob that raises
             entropy, and the upper bound for one that lowers it.
+        one_way: it may raise entropy and not lower it: one of the bounds is where the knob does nothing.
     """
 
     start: float
@@ -37,6 +38,7 @@ class Range(NamedTuple):
     least: float = 1e-4
     sign: int = 1
     rest: float | None = None
+    one_way: bool = False
 
     def check(self) -> Range:
         """Return self, or raise ``ValueError`` naming the bound that is wrong."""
@@ -47,8 +49,9 @@ class Range(NamedTuple):
             raise ValueError(f"knob low must be < high, got low={self.low}, high={self.high}; swap them or widen them")
         if not self.low <= self.start <= self.high:
             raise ValueError(f"knob start must lie in [{self.low}, {self.high}], got {self.start}; move it inside")
-        if not 0 < self.least <= self.high:
-            raise ValueError(f"knob least must lie in (0, high={self.high}], got {self.least}; it is a magnitude")
+        most = max(self.high, -self.low)
+        if not 0 < self.least <= most:
+            raise ValueError(f"knob least must lie in (0, {most}], got {self.least}; it is a magnitude")
         if self.sign not in (1, -1):
             raise ValueError(f"knob sign must be 1 or -1, got {self.sign}")
         return self
@@ -64,13 +67,32 @@ class Range(NamedTuple):
             return self.clip(self.rest)
         return self.clip(0.0) if self.sign > 0 else self.high
 
+    def raising(self) -> Range:
+        """The part of the range that raises entropy: from the value that does nothing, or the start if there is none.
+
+        Example:
+            >>> Range(-0.5, -1.0, 1.0).raising()[:3], Range(0.2, 0.05, 0.8, sign=-1).raising()[:3]
+            ((0.0, 0.0, 1.0), (0.2, 0.05, 0.2))
+        """
+        rest = self.start if self.rest is None and not self.low <= 0 <= self.high else self.neutral()
+        low, high = (rest, self.high) if self.sign > 0 else (self.low, rest)
+        return self._replace(low=low, high=high, start=min(max(self.start, low), high), one_way=True)
+
     def clip(self, value: float) -> float:
         """The nearest allowed value."""
         return min(max(value, self.low), self.high)
 
     def saturated(self, value: float) -> bool:
-        """Whether the knob is at a bound, and cannot move entropy any further in that direction."""
-        return value <= self.low or value >= self.high
+        """Whether the knob is at a bound, and cannot move entropy any further in that direction.
+
+        A knob that works one way is at rest at the other bound, and not saturated.
+
+        Example:
+            >>> Range(0.0, -1.0, 1.0).saturated(-1.0), Range(0.0, -1.0, 1.0).raising().saturated(0.0)
+            (True, False)
+        """
+        low, high = value <= self.low, value >= self.high
+        return (high if self.sign > 0 else low) if self.one_way else low or high
 
 
 class ValueState(NamedTuple):
@@ -182,6 +204,8 @@ def multiplicative(knob: Range, rate: float = 0.05) -> Controller:
     knob.check()
     if not 0 < rate < math.inf:
         raise ValueError(f"rate must be > 0 and finite, got {rate}; 0.05 means 5 % per update")
+    if not knob.least <= knob.high:
+        raise ValueError(f"multiplicative needs positive values, got a knob up to {knob.high:g}; take pi or predictive")
     low = max(knob.low, knob.least)
     knob = knob._replace(low=low, start=max(knob.start, low))
 

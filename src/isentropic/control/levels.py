@@ -35,6 +35,7 @@ class Target(NamedTuple):
         reads_groups: whether ``update`` takes the group facts.
         why: the reason for the current level, as text; None if it does not depend on the run.
         reads_rate: whether ``update`` takes ``rate=``, the learning rate of the reading or None.
+        one_way: it is a floor: the knob raises entropy to it, and does nothing while entropy is above it.
     """
 
     init: Callable[[], Any]
@@ -44,6 +45,7 @@ class Target(NamedTuple):
     reads_groups: bool = False
     why: Callable[[Any], str] | None = None
     reads_rate: bool = False
+    one_way: bool = False
 
 
 class Level(NamedTuple):

@@ -237,6 +237,7 @@ TARGETS: dict[str, str] = {
     "NATS (0.8)": "a constant, nats per token",
     "SHARE% (80%)": "a share of the initial entropy",
     "anneal:FROM:TO[:STEPS]": "linear from one NATS or SHARE% to another; at TO in the last of the steps or of the run",
+    "floor:LEVEL (floor:60%)": "raise entropy to NATS or SHARE% if it is below, and never push it down",
     "band:LOW:HIGH": "leave it alone between two NATS or SHARE%, steer back to the middle when it leaves",
     "auto": f"found from the run, by the rule {DEFAULT_RULE}; options follow, as in auto:floor=20%",
     **{f"auto:{name}": kind.what for name, kind in AUTO.items()},
@@ -312,6 +313,8 @@ def _parse_plain(text: str, first: int, steps: int | None, vocabulary: int | Non
         if over is None:
             raise ValueError(_needs_steps(text, f"pass steps, or write {text}:STEPS"))
         return anneal(parse_level(parts[0], vocabulary), parse_level(parts[1], vocabulary), over, first)
+    if kind == "floor" and len(parts) == 1:
+        return constant(parse_level(parts[0], vocabulary), first)._replace(one_way=True)
     if kind == "band" and len(parts) == 2:
         return band(parse_level(parts[0], vocabulary), parse_level(parts[1], vocabulary), first)
     if not parts and kind == "initial":

@@ -158,6 +158,8 @@ class Watchdog(NamedTuple):
 
     def _side(self, value: float) -> int:
         span = self.range
+        if span.one_way:
+            return span.sign if span.saturated(value) else 0
         # A controller that multiplies stops at the least magnitude, which is its lower bound.
         low = value <= span.low or value == span.least or (span.low >= 0 and value < span.least)
         return 1 if value >= span.high else -1 if low else 0

@@ -369,14 +369,18 @@ class ControlLoop:
         }
         if self.thermostat is None or self.state is None or before is None:
             return row
+        assert self.range is not None
         target = self.thermostat.level(self.state)
+        error = None if target is None else (reading.mean - target) / target
+        if error is not None and self.range.one_way:
+            error = min(error, 0.0)
         if why := self.thermostat.why(self.state):
             row["entropy/target_why"] = why
         return row | {
             "entropy/target": target,
-            "entropy/error": None if target is None else (reading.mean - target) / target,
+            "entropy/error": error,
             "knob/value": self._within(before.value),
-            "knob/saturated": int(knob_range(self.recipe).saturated(self._within(before.value))),
+            "knob/saturated": int(self.range.saturated(self._within(before.value))),
         }
 
     def as_dict(self) -> dict[str, Any]:

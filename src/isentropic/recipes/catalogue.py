@@ -70,7 +70,7 @@ RECIPES: dict[str, Recipe] = {
         shaping="repo_r",
         knob="zeta",
         controller="predictive",
-        target="60%",
+        target="auto",
         every=1,
     ),
     **_BASES,

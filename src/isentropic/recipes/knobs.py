@@ -8,7 +8,7 @@ from typing import Any
 
 from ..control.controllers import Controller, Range, parse_controller
 from ..control.names import choose
-from ..control.targets import parse_target
+from ..control.targets import Target, parse_target
 from ..control.thermostat import Thermostat, thermostat
 from .custom import Factory
 from .recipe import FIELD_NUMBERS, Recipe
@@ -78,7 +78,8 @@ def owner(recipe: Recipe, name: str) -> Component | None:
 def knob_range(recipe: Recipe) -> Range:
     """The range of the recipe's knob: the knob's own, with the recipe's overrides.
 
-    Any constant of a component may be a knob if the recipe gives ``knob_low`` and ``knob_high``.
+    Any constant of a component may be a knob if the recipe gives ``knob_low`` and ``knob_high``. A target that is a
+    floor leaves the part that raises entropy, unless the recipe gives the bound on the other side.
 
     Raises:
         ValueError: no knob, one that nothing reads, or bounds that exclude one another.
@@ -86,13 +87,21 @@ def knob_range(recipe: Recipe) -> Range:
     Example:
         >>> from isentropic.recipes import RECIPES
         >>> knob_range(RECIPES["adapo"])
-        Range(start=0.28, low=0.07, high=1.12, least=0.07, sign=1, rest=None)
+        Range(start=0.28, low=0.07, high=1.12, least=0.07, sign=1, rest=None, one_way=False)
     """
     span = _own_range(recipe)
     low = span.low if recipe.knob_low is None else recipe.knob_low
     high = span.high if recipe.knob_high is None else recipe.knob_high
     start = min(max(span.start, low), high) if recipe.knob_start is None else recipe.knob_start
-    return span._replace(start=start, low=low, high=high, least=min(span.least, high)).check()
+    span = span._replace(start=start, low=low, high=high, least=min(span.least, high)).check()
+    free = (recipe.knob_low if span.sign > 0 else recipe.knob_high) is None
+    return span.raising() if free and _holds_up(recipe, span) else span
+
+
+def _holds_up(recipe: Recipe, span: Range) -> bool:
+    """Whether the knob follows a target that is a floor."""
+    own = isinstance(recipe.controller, Factory)
+    return (own or parse_controller(recipe.controller, span).steers) and _target(recipe).one_way
 
 
 def _own_range(recipe: Recipe) -> Range:
@@ -174,11 +183,12 @@ def build_thermostat(
     """
     if recipe.knob is None:
         return None
-    target = recipe.target
-    return thermostat(
-        build_controller(recipe),
-        target.target(first=recipe.initial_readings, steps=steps[-1] if isinstance(steps, Sequence) else steps)
-        if isinstance(target, Factory)
-        else parse_target(target, recipe.initial_readings, steps, vocabulary),
-        recipe.every,
-    )
+    return thermostat(build_controller(recipe), _target(recipe, steps, vocabulary), recipe.every)
+
+
+def _target(recipe: Recipe, steps: int | Sequence[int] | None = 1, vocabulary: int | None = None) -> Target:
+    """The recipe's target; what kind of target it is does not depend on the steps."""
+    target, first = recipe.target, recipe.initial_readings
+    if isinstance(target, Factory):
+        return target.target(first=first, steps=steps[-1] if isinstance(steps, Sequence) else steps)
+    return parse_target(target, first, steps, vocabulary)

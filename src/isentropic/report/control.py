@@ -42,6 +42,8 @@ def hold(runs: Sequence[Run]) -> Panel | None:
     question = "Does entropy hold, and does reward rise?" if targets else "Where do entropy and reward go?"
     figure = Figure(entropy.caption, _once(targets) + entropy.traces, entropy.layout)
     note = _note(runs, bool(targets))
+    if targets and any(map(_floor, runs)):
+        note += " An automatic target or a floor is held from below: entropy above it is left alone."
     if len(runs) == 1 and (found := phase_lines(runs[0].metrics)):
         note += f" Why it moved: {'; '.join(found)}."
     return Panel("hold", question, note, [figure, *rewards])
@@ -56,6 +58,12 @@ def _note(runs: Sequence[Run], target: bool) -> str:
 
 def _first_of_groups(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run.member == 0]
+
+
+def _floor(run: Run) -> bool:
+    """Whether the run's target works one way."""
+    text = str(run.header["recipe"].get("target"))
+    return text.split(":")[0] in ("auto", "floor") and "settle=" not in text
 
 
 def _once(traces: list[Trace]) -> list[Trace]:

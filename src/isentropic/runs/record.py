@@ -30,13 +30,13 @@ before the slash is its group.
 ``entropy/mean``              of the trained policy, exact, at the sampling temperature; over the step and all ranks
 ``entropy/tokens``            number of tokens that were read
 ``entropy/target``            target H* in force; null while the first entropy is measured, or without a target
-``entropy/error``             (H − H*)/H*
+``entropy/error``             (H − H*)/H*; under a target that is a floor, 0 while H is above it
 ``entropy/refused``           readings refused in a row
 ``entropy/failing``           mean over tokens with the weight 1 − ρ, ρ the share of right answers in the token's group
 ``entropy/turn_N``            N from 1 to 8: over the tokens of an episode's turn N; the eighth holds the later ones too
 **knob**                      the number that the controller turns
 ``knob/value``                value in force during the step
-``knob/saturated``            1 if it is at a bound, else 0
+``knob/saturated``            1 if it is at a bound, else 0; under a floor, the bound at which it rests does not count
 **clip, ratio, policy**       and how far the update is from the samples
 ``clip/low_frac``             share of tokens with A<0 whose gradient the lower bound removed
 ``clip/high_frac``            share of tokens with A>0 whose gradient the upper bound removed or capped

@@ -273,32 +273,6 @@ def _t_quantile(confidence: float, freedom: float) -> float:
     return math.sqrt(freedom) * math.tan(angle)
 
 
-def rms_relative_error(values: Numbers, targets: Numbers) -> float:
-    """Measure how far a controlled quantity stays from its target.
-
-    ``√ mean(((value − target) / target)²)``
-
-    Args:
-        values: readings, of any shape.
-        targets: their targets, not 0, in the same unit; broadcast against the readings.
-
-    Returns:
-        A dimensionless share: 0.1 is ten per cent off.
-
-    Raises:
-        ValueError: no reading; a target of 0.
-
-    >>> rms_relative_error([1.3, 0.6], 1.0)  # √((0.09 + 0.16) / 2)
-    0.3535533905932738
-    """
-    values, targets = np.broadcast_arrays(np.asarray(values, np.float64), np.asarray(targets, np.float64))
-    if values.size == 0:
-        raise ValueError("values must hold at least one reading, got none; record more steps")
-    if (targets == 0).any():
-        raise ValueError("targets must not be 0, got a 0; a relative error needs a scale")
-    return float(np.sqrt(np.mean(((values - targets) / targets) ** 2)))
-
-
 def interquartile_mean(values: Numbers) -> float:
     """Average the middle half: a mean that one lucky or broken run does not move.
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from .frontier import best_step, best_temperature
 from .record import is_number
-from .statistics import rms_relative_error
 
 SETTLED = 20  # optimizer steps before the entropy error counts
 NOT_KNOWN = "–"
@@ -20,8 +20,8 @@ Row = dict[str, Any]
 def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float | None = None) -> dict[str, Any]:
     """Sum a run up in a few figures.
 
-    The end of a run is its last tenth, at least one step; the target error is
-    ``√ mean(((H − target) / target)²)`` over the steps after the first 20.
+    The end of a run is its last tenth, at least one step; the target error is the root mean square of
+    ``entropy/error`` over the steps after the first 20.
 
     Args:
         rows: of metrics.jsonl, in order of steps.
@@ -38,7 +38,7 @@ def summary(rows: Sequence[Row], evaluations: Sequence[Row] = (), seconds: float
 
     Example:
         >>> steps = range(1, 41)
-        >>> rows = [{"step": t, "entropy/mean": 1.1, "entropy/target": 1.0, "reward/mean": t / 40} for t in steps]
+        >>> rows = [{"step": t, "entropy/mean": 1.1, "entropy/error": 0.1, "reward/mean": t / 40} for t in steps]
         >>> figures = summary(rows)
         >>> figures["steps"], round(figures["entropy/rms_error"], 3), figures["reward/start"], figures["reward/end"]
         (40, 0.1, 0.025, 0.9625)
@@ -80,10 +80,9 @@ def _mean(rows: Sequence[Row], name: str) -> float | None:
 
 
 def _target_error(rows: Sequence[Row]) -> float | None:
-    """RMS relative error over the settled steps with a target; a target of 0 gives no scale and is left out."""
-    pairs = [(row.get("entropy/mean"), row.get("entropy/target")) for row in rows if row["step"] > SETTLED]
-    pairs = [(value, target) for value, target in pairs if is_number(value) and is_number(target) and target]
-    return float(rms_relative_error(*map(list, zip(*pairs, strict=True)))) if pairs else None
+    """RMS relative error over the settled steps with a target."""
+    errors = [row["entropy/error"] for row in rows if row["step"] > SETTLED and is_number(row.get("entropy/error"))]
+    return math.sqrt(math.fsum(error * error for error in errors) / len(errors)) if errors else None
 
 
 def _evaluated(evaluations: Sequence[Row]) -> dict[str, Any]:

@@ -122,6 +122,19 @@ def test_expected_gradient_on_policy_is_that_of_the_reward():
         close(lab.gradient(logits, batch, recipe), -share * slope, atol=1e-8)
 
 
+def test_expected_likeness_of_right_answers_by_hand():
+    """Three answers at 1/2, 1/4, 1/4, of which the first two are right: among the right ones 2/3 and 1/3.
+
+    Two draws are the same with 4/9 + 1/9, and hold 2 − 5/9 distinct ones; one draw alone is distinct, and has no pair.
+    """
+    logits = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64).log()
+    rewards = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    batch = lab.expected_batch(Tree(1, 3), logits, rewards, recipes.RECIPES["loop"], group=2)
+    nan = math.nan  # rows are: each answer beside a wrong one, then beside a right one
+    assert batch.group_distinct.tolist() == pytest.approx([1, 13 / 18, 1, 13 / 18, nan, 1], nan_ok=True)
+    assert batch.group_repeats.tolist() == pytest.approx([nan, 5 / 9, nan, 5 / 9, nan, nan], nan_ok=True)
+
+
 def test_a_weight_of_two_is_the_same_answer_twice():
     logits, rewards = world(seed=2)
     for name in ("grpo", "gspo", "repo-r-loop", "repo-d-loop", "entropy-bonus"):

@@ -86,7 +86,7 @@ def test_a_command_line_composes_and_its_recipe_holds(row, tmp_path):
     assert config.actor_rollout_ref.model.path == row[0]
     assert type(actor.policy_loss).__module__ == "isentropic.engines.verl.engine"
     recipe = actor.policy_loss.checked(actor)
-    assert (recipe.target, recipe.knob, recipe.controller) == ("60%", "zeta", "predictive")
+    assert (recipe.target, recipe.knob, recipe.controller) == ("auto", "zeta", "predictive")
     assert actor.policy_loss.updates(actor) == 4
     # verl's trainer writes the number of generated batches here before it starts a worker.
     assert actor.policy_loss.steps(actor) is None
@@ -154,7 +154,7 @@ def test_main_ppo_itself_composes(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=tmp_path, timeout=200)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "_target_: isentropic.engines.verl.engine.PolicyLoss" in done.stdout
-    assert "target: 60%" in done.stdout
+    assert "target: auto" in done.stdout
 
 
 @pytest.mark.parametrize(("name", "prompts"), [("one_step_off", 1024), ("fully_async", 0)])

@@ -105,8 +105,21 @@ def expected_batch(
     weight = weight.flatten() * (weight.numel() / tree.prompts)
     reward = rewards.flatten().repeat_interleave(group, 0)
     rate = (others.to(prob.dtype) + rewards.flatten()[:, None]) / group
+    alike = [x.flatten() for x in _alike(prob * rewards, others + rewards.flatten()[:, None].long())]
     # Rewards are 0 and 1: the mean of a group is its rate.
-    return Batch(rows, ids, logp, adv.flatten(), weight, entropy, reward, rate.flatten(), rate.flatten())
+    return Batch(rows, ids, logp, adv.flatten(), weight, entropy, reward, rate.flatten(), rate.flatten(), *alike)
+
+
+def _alike(prob: Tensor, num: Tensor) -> tuple[Tensor, Tensor]:
+    """Of ``num`` [p·n, g] right answers drawn with chances as ``prob`` [p, n]: the expected share that is distinct, and
+    the chance that two are the same; NaN where there are too few."""
+    share = prob / prob.sum(1, keepdim=True)
+    counts = torch.arange(num.shape[1] + 1, dtype=prob.dtype)
+    distinct = (1 - (1 - share[:, :, None]) ** counts).sum(1) / counts
+    repeats = share.square().sum(1, keepdim=True).expand_as(distinct)
+    repeats = torch.where(counts < 2, torch.nan, repeats)
+    of_prompt = torch.arange(len(num)) // prob.shape[1]
+    return distinct[of_prompt[:, None], num], repeats[of_prompt[:, None], num]
 
 
 def sampled_batch(
