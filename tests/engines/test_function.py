@@ -304,9 +304,9 @@ def policy_run(control, steps, start=None):
 
 
 def test_the_entropy_of_a_policy_is_held_at_60_percent():
-    """By the default recipe, whose target is 60 %; without its knob the same policy falls below a third of that."""
+    """By the default recipe; without its knob the same policy falls below a third of that."""
     control, free = (
-        LossControl(RECIPES["isentropic"], divided_by=256),
+        LossControl(compose("isentropic", target="60%"), divided_by=256),
         LossControl(compose("isentropic", controller="fixed")),
     )
     start = mean_entropy(Tree(8, 6, 2), random_logits(Tree(8, 6, 2), 1.0))

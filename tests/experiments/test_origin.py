@@ -26,7 +26,7 @@ TRAINED = {
     "dapo": recipes.compose("dapo"),
     "gspo": recipes.compose("gspo"),
     "cispo": recipes.compose("cispo"),
-    "isentropic": recipes.compose("isentropic"),
+    "isentropic": recipes.compose("isentropic", target="60%"),
     "entropic": recipes.compose("entropic", target="95%"),
     "adapo": recipes.compose("adapo", target="101%"),
     "repo-d-loop": recipes.compose("repo-d-loop"),

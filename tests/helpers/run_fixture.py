@@ -69,6 +69,7 @@ def metrics(rng, steps, hold, tasks, full):
             "entropy/mean": read,
             "entropy/tokens": 1024,
             "entropy/target": target if hold and step > 1 else None,
+            "entropy/error": read / target - 1 if hold and step > 1 else None,
             "knob/value": zeta if hold else None,
             "knob/saturated": int(abs(zeta) >= 0.6) if hold else None,
             "clip/low_frac": 0.02 + rng.random() * 0.01,

@@ -187,8 +187,11 @@ def values(runs):
 def test_key_numbers(tmp_path):
     record = Record(tmp_path / "run")
     record.start({}, {}, 0)
-    rows = [{"step": s, "entropy/mean": 0.9 if s > 20 else 2.0, "entropy/target": 1.0} for s in range(1, 41)]
-    record.append("metrics", *rows)
+    for step in range(1, 41):
+        mean = 0.9 if step > 20 else 2.0
+        record.append(
+            "metrics", {"step": step, "entropy/mean": mean, "entropy/target": 1.0, "entropy/error": mean - 1.0}
+        )
     figures = {"entropy, nats per token": ("0.900", "target 1.000, from 2.000")}
     figures |= {"RMS error to target": ("10.0%", "after step 20")}
     assert values(read([record.path])) == figures

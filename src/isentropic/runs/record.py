@@ -30,6 +30,7 @@ before the slash is its group.
 ``entropy/mean``              of the trained policy, exact, at the sampling temperature; over the step and all ranks
 ``entropy/tokens``            number of tokens that were read
 ``entropy/target``            target H* in force; null while the first entropy is measured, or without a target
+``entropy/target_why``        text: why a target that a rule finds is there
 ``entropy/error``             (H − H*)/H*; under a target that is a floor, 0 while H is above it
 ``entropy/refused``           readings refused in a row
 ``entropy/failing``           mean over tokens with the weight 1 − ρ, ρ the share of right answers in the token's group

@@ -93,7 +93,7 @@ def test_a_trainer_of_someone_else_keeps_its_class_its_config_and_its_tags(tmp_p
         ({"target": 0.8}, "0.8", "zeta"),
         ({"target": 1}, "1.0", "zeta"),
         ({"target": "80%"}, "80%", "zeta"),
-        ({"controller": "pi"}, "60%", "zeta"),
+        ({"controller": "pi"}, "auto", "zeta"),
         ({"recipe": compose("rloo", knob="beta", target="70%")}, "70%", "beta"),
         ({"recipe": "dapo", "target": "anneal:90%:70%"}, "anneal:90%:70%", "zeta"),
     ],
