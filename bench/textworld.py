@@ -25,7 +25,7 @@ os.environ |= ONE_THREAD
 # In this folder the package textworld would be this file.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
 LINES = "textworld.jsonl.gz"
-RECIPES = {"grpo": "#d55e00", "75%": "#0072b2", "auto": "#009e73", "auto, never lowered": "#cc79a7"}
+RECIPES = {"grpo": "#d55e00", "75%": "#0072b2", "auto": "#009e73", "auto, both ways": "#cc79a7"}
 CURVES = ("entropy/mean", "entropy/target", "episode/win_frac", "episode/turns", "entropy/turn_1", "entropy/turn_4")
 SETTINGS = {"prompts": 8, "generations": 8, "updates": 4, "warmup": 20, "eval_k": 4, "save_every": 20}
 
@@ -65,7 +65,7 @@ EXPERIMENTS = {
         COIN,
         {"steps": 400, "rows": 32},
         "from another warm start",
-        ("grpo", "auto", "auto, never lowered"),
+        ("grpo", "auto", "auto, both ways"),
     ),
     "hard": Experiment(FAR_COIN, 120, "model-two-games", BOTH, FEW_STEPS, "a coin four moves away, among dead ends"),
     "sequence": Experiment(BOTH, 80, "model-two-games", BOTH, FEW_STEPS, "a chain, then the coin among dead ends"),
@@ -133,9 +133,9 @@ def run(name, recipe, seed, out):
     experiment, home = EXPERIMENTS[name], out / f"{name}-{recipe.replace(', ', '-').replace(' ', '-')}-s{seed}"
     model = warm(experiment, out)
     settings = {"task": experiment.task, "steps": experiment.steps, **SETTINGS}
-    target, _, lowered = recipe.partition(", ")
+    target, _, both = recipe.partition(", ")
     settings |= {"recipe": recipe} if recipe == "grpo" else {"recipe": "isentropic", "target": target}
-    settings |= {"recipe_options": {"knob_low": 0.0}} if lowered else {}
+    settings |= {"recipe_options": {"knob_low": -1.0}} if both else {}
     config = load(None, {**settings, "model": str(model), "seed": seed, "out": str(home)})
     if not (home / "summary.json").exists():
         begun = (home / "run.json").exists()
