@@ -20,6 +20,16 @@ def test_the_shortest_phases_are_merged_into_those_before():
     assert len(phases(rows(*pairs), most=1)) == 1
 
 
+def test_small_moves_and_moves_in_one_direction_are_part_of_the_move_before():
+    down, up = [(1.0, "lowered: 0.1"), (0.9, "lowered: 0.2")], [(0.9, "raised: 0.1"), (0.92, "raised: 0.1")]
+    again = [(0.92, "lowered: 0.3"), (0.8, "lowered: 0.4")]
+    assert phases(rows(*down, *up, *again)) == [Phase(1, 6, 1.0, 0.8, "lowered: 0.4")]
+    back = [(0.92, "raised: 0.5"), (0.99, "raised: 0.6")]
+    assert [(p.last, p.why) for p in phases(rows(*down, *back))] == [(2, "lowered: 0.2"), (4, "raised: 0.6")]
+    held = [(0.9, "held at its floor: 0.7")] * 2
+    assert [p.last for p in phases(rows(*down, *held, *up))] == [2, 4, 6]
+
+
 def test_a_target_without_reasons_has_no_phases():
     assert phases([{"step": 1, "entropy/target": 1.0}, {"step": 2, "entropy/mean": 1.0}]) == []
     assert phase_lines([]) == []

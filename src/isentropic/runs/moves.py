@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from .record import is_number
 
+SMALL = 0.03  # share of its level by which a target moves without a phase of its own
+
 
 class Phase(NamedTuple):
     """Consecutive optimizer steps over which the target had one reason.
@@ -29,8 +31,9 @@ class Phase(NamedTuple):
 def phases(rows: Sequence[dict[str, Any]], most: int = 8) -> list[Phase]:
     """The phases of a target that finds its own level; none if it gives no reasons.
 
-    Reasons that differ in their figures alone are one. While there are more phases than ``most``, the shortest one
-    becomes part of the one before it.
+    Reasons that differ in their figures alone are one. A move by less than 3 % that follows another becomes part of it,
+    and so do two moves in the same direction. While there are more phases than ``most``, the shortest one becomes part
+    of the one before it.
 
     Args:
         rows: of metrics.jsonl, in order of steps.
@@ -49,10 +52,23 @@ def phases(rows: Sequence[dict[str, Any]], most: int = 8) -> list[Phase]:
         first, last = of_one[0], of_one[-1]
         ends = first["entropy/target"], last["entropy/target"]
         found.append(Phase(first["step"], last["step"], *ends, last["entropy/target_why"]))
+        if len(found) > 1 and (whole := _one_move(*found[-2:])):
+            found[-2:] = [whole]
     while len(found) > max(most, 1):
         at = min(range(1, len(found)), key=lambda i: found[i].last - found[i].first)
         found[at - 1 : at + 1] = [found[at - 1]._replace(last=found[at].last, end=found[at].end)]
     return found
+
+
+def _one_move(before: Phase, after: Phase) -> Phase | None:
+    """Two moves as one, if the second is small or goes on in the same direction."""
+    words = [phase.why.split(":")[0] for phase in (before, after)]
+    if not {"raised", "lowered"}.issuperset(words):
+        return None
+    whole = before._replace(last=after.last, end=after.end)
+    if words[0] == words[1]:
+        return whole._replace(why=after.why)
+    return whole if abs(after.end / after.start - 1) < SMALL else None
 
 
 def phase_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
