@@ -293,20 +293,10 @@ def auto(grids, plt):
     names = dict.fromkeys(row["task"] for x in last for row in x["evaluations"])
     sections += [(f"reversal-3: {task}", last, task) for task in names]
     sections = [section for section in sections if len({x["cell"] for x in section[1]}) > 1]
-    columns = min(len(sections) + 1, 4)
-    rows_ = -(-(len(sections) + 1) // columns)
-    figure, axes = plt.subplots(rows_, columns, figsize=(3 * columns, 2.8 * rows_), squeeze=False)
-    parts, colours = [], {}
-    for axis, (title, lines, task) in zip(axes.flat, sections, strict=False):
+    parts = []
+    for title, lines, task in sections:
         best = best_constant(lines, task)
         cells = list(dict.fromkeys(x["cell"] for x in lines if x["cell"] != BASELINE))
-        for cell in cells:
-            colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
-            if cell.startswith("auto") or "settled" in cell:
-                trace(axis, lines, cell, colour)
-        if best is not None:
-            axis.axhline(share_of(best), color=GREY, ls="--", lw=1, label="the task's best constant target")
-        axis.set(title=title, xlabel="optimizer steps", ylim=(0, 1.1))
         body = [
             [f"**{cell}**" if cell == best else cell, str(len(found)), *(written(claim(found, f), f) for f in NAMES)]
             for cell in cells
@@ -315,6 +305,25 @@ def auto(grids, plt):
         parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body))
         if best is not None:
             parts.append(beside_best(title, lines, best, cells, task))
+    # The tasks of reversal-3 are parts of the same runs.
+    return courses([s for s in sections if s[2] in (None, next(iter(names), None))], plt), "\n\n".join(
+        filter(None, parts)
+    )
+
+
+def courses(sections, plt):
+    """The course of entropy under each automatic target, a panel a task."""
+    columns = min(len(sections) + 1, 4)
+    num_rows = -(-(len(sections) + 1) // columns)
+    figure, axes = plt.subplots(num_rows, columns, figsize=(3 * columns, 2.8 * num_rows), squeeze=False)
+    colours = {DEFAULT: BLUE}
+    for axis, (title, lines, task) in zip(axes.flat, sections, strict=False):
+        for cell in sorted({x["cell"] for x in lines if x["cell"].startswith("auto")}, key=lambda c: c == DEFAULT):
+            trace(axis, lines, cell, colours.setdefault(cell, COLOURS[len(colours)]))
+        if (best := best_constant(lines, task)) is not None:
+            axis.axhline(share_of(best), color=GREY, ls="--", lw=1, label="the task's best constant target")
+        title = title.partition(": ")[0] if task else title
+        axis.set(title=title, xlabel="optimizer steps", ylim=(0, 1.1))
     for axis in list(axes.flat)[len(sections) :]:
         axis.set_axis_off()
     handles = {
@@ -323,7 +332,7 @@ def auto(grids, plt):
     axes.flat[-1].legend(handles.values(), handles, frameon=False, fontsize=7, loc="center")
     for row in axes:
         row[0].set_ylabel("entropy / initial entropy")
-    return figure, "\n\n".join(filter(None, parts))
+    return figure
 
 
 def share_of(cell):
