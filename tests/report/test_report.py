@@ -184,6 +184,24 @@ def values(runs):
     return {key.name: (about._value(key, runs[0]), key.against(runs[0])) for key in about.keys(runs)}
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"target": "auto"}, True),
+        ({"target": "floor:60%"}, True),
+        ({"target": "60%"}, False),
+        ({"target": "auto", "knob_low": -1.0}, False),
+        ({"target": "auto:settle=10%"}, False),
+    ],
+)
+def test_the_page_says_that_entropy_above_a_floor_is_left_alone(tmp_path, recipe, said):
+    record = Record(tmp_path / "run")
+    record.start({}, {"knob": "zeta", **recipe}, 0)
+    for step in range(1, 4):
+        record.append("metrics", {"step": step, "entropy/mean": 1.0, "entropy/target": 0.8})
+    assert ("entropy above it is left alone" in control.hold(read([record.path])).note) == said
+
+
 def test_key_numbers(tmp_path):
     record = Record(tmp_path / "run")
     record.start({}, {}, 0)

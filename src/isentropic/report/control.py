@@ -62,8 +62,10 @@ def _first_of_groups(runs: Sequence[Run]) -> list[Run]:
 
 def _floor(run: Run) -> bool:
     """Whether the run's target works one way."""
-    text = str(run.header["recipe"].get("target"))
-    return text.split(":")[0] in ("auto", "floor") and "settle=" not in text
+    recipe = run.header["recipe"]
+    text = str(recipe.get("target"))
+    both = "settle=" in text or recipe.get("knob_low") is not None
+    return text.split(":")[0] in ("auto", "floor") and not both
 
 
 def _once(traces: list[Trace]) -> list[Trace]:
