@@ -306,9 +306,8 @@ def auto(grids, plt):
         if best is not None:
             parts.append(beside_best(title, lines, best, cells, task))
     # The tasks of reversal-3 are parts of the same runs.
-    return courses([s for s in sections if s[2] in (None, next(iter(names), None))], plt), "\n\n".join(
-        filter(None, parts)
-    )
+    drawn = [section for section in sections if section[2] in (None, next(iter(names), None))]
+    return courses(drawn, plt), "\n\n".join(filter(None, parts))
 
 
 def courses(sections, plt):
