@@ -236,10 +236,11 @@ def which(grids, plt):
         axis.legend(frameon=False, fontsize=6)
         parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body))
     axes[0][0].set_ylabel("distinct right answers of 16")
+    parts.append(comparison([("expr:need=last,product", hard, None, -1)], "opefo", "rloo, 1e-3"))
     if rates:
         body = [[x["cell"], f"{x['figures']['reward/end']:.3f}", f"{x['figures']['greedy']:.3f}"] for x in rates]
         parts.append(table(["learning rate", "reward, end", "greedy"], body))
-    return figure, "\n\n".join(parts)
+    return figure, "\n\n".join(filter(None, parts))
 
 
 def target(grids, plt):
