@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import statistics
+from collections import Counter
 from itertools import groupby
 from math import exp, log
 from typing import NamedTuple
@@ -36,6 +37,8 @@ COLOURS = (
     "#7a4a2b",
     GREY,
     "#f781bf",
+    "#17becf",
+    "#a6d854",
 )
 
 
@@ -218,25 +221,28 @@ def at_one(sections):
 def which(grids, plt):
     """Every method on hard tasks and on the second task of a sequence, as differences to GRPO at the same seeds."""
     finalists, hard, after, rates = (grid.lines() for grid in grids)
-    sections = [
-        (task, [x for x in finalists if x["task"] == task]) for task in dict.fromkeys(x["task"] for x in finalists)
-    ]
-    sections += [("expr:need=last,product", hard), ("reversal: second task", after)]
-    sections = [(title, lines) for title, lines in sections if len({x["cell"] for x in lines}) > 1]
-    figure, axes = plt.subplots(1, max(len(sections), 1), figsize=(3 * max(len(sections), 1), 3.2), squeeze=False)
-    parts, colours = [], {}
-    for axis, (title, lines) in zip(axes[0], sections, strict=False):
-        body = []
-        for cell in dict.fromkeys(x["cell"] for x in lines):
-            colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
-            curve(axis, lines, cell, colour, label=cell)
-            if cell != BASELINE and (found := pairs(lines, cell)):
-                body.append([cell, str(len(found)), *(written(claim(found, f), f) for f in NAMES)])
+    sections = [(t, [x for x in finalists if x["task"] == t]) for t in dict.fromkeys(x["task"] for x in finalists)]
+    drawn = [("expr:need=last,product", hard), ("reversal: second task", after)]
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
+    colours = {}
+    for axis, (title, lines) in zip(axes, drawn, strict=True):
+        for cell, num in Counter(x["cell"] for x in lines).items():
+            if lines is after or num > 1:  # the cells of one seed would hide the others
+                colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
+                curve(axis, lines, cell, colour, label=cell)
         axis.set(title=title, xlabel="pass@1", ylim=(0, None))
-        axis.legend(frameon=False, fontsize=6)
-        parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body))
-    axes[0][0].set_ylabel("distinct right answers of 16")
-    parts.append(comparison([("expr:need=last,product", hard, None, -1)], "opefo", "rloo, 1e-3"))
+    axes[0].set_ylabel("distinct right answers of 16")
+    named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    axes[1].legend(named.values(), named, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    parts = []
+    for title, lines in (*sections, *drawn):
+        cells = [cell for cell in dict.fromkeys(x["cell"] for x in lines) if cell != BASELINE]
+        found = {cell: pairs(lines, cell) for cell in cells}
+        body = [
+            [cell, str(len(f)), *(written(claim(f, name), name) for name in NAMES)] for cell, f in found.items() if f
+        ]
+        parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body) if body else "")
+    parts.append(comparison([(drawn[0][0], hard, None, -1)], "opefo", "rloo, 1e-3"))
     if rates:
         body = [[x["cell"], f"{x['figures']['reward/end']:.3f}", f"{x['figures']['greedy']:.3f}"] for x in rates]
         parts.append(table(["learning rate", "reward, end", "greedy"], body))
