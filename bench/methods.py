@@ -226,8 +226,9 @@ def which(grids, plt):
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4))
     colours = {}
     for axis, (title, lines) in zip(axes, drawn, strict=True):
-        for cell, num in Counter(x["cell"] for x in lines).items():
-            if lines is after or num > 1:  # the cells of one seed would hide the others
+        seeds = Counter(x["cell"] for x in lines)
+        for cell, num in seeds.items():
+            if num > 1 or max(seeds.values()) == 1:  # the cells of one seed would hide the others
                 colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
                 curve(axis, lines, cell, colour, label=cell)
         axis.set(title=title, xlabel="pass@1", ylim=(0, None))
@@ -419,17 +420,10 @@ def report(name, draw, grids):
     packages = "; ".join(", ".join(f"{k} {v}" for k, v in json.loads(text).items()) for text in sets)
     count = f"{sum(len(grid.lines()) for grid in grids)} of {sum(len(grid.cells) for grid in grids)} runs of the grids"
     machines = sorted({line["machine"] for line in lines})
-    days = ", ".join(f"{num} on {day}" for day, num in sorted(counted(line["date"] for line in lines).items()))
+    days = ", ".join(f"{num} on {day}" for day, num in sorted(Counter(line["date"] for line in lines).items()))
     made = f"{count}: {days}; {', '.join(machines)}, one thread a run; {packages}; {origins(lines)}."
     save(f"{name}-table.md", f"{text}\n\n{made}\n")
     print(f"{text}\n\n{made}")
-
-
-def counted(values):
-    counts = {}
-    for value in values:
-        counts[value] = counts.get(value, 0) + 1
-    return counts
 
 
 def origins(lines):

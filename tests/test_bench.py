@@ -68,3 +68,24 @@ def test_an_error_is_planted_where_it_says(bench):
         ast.parse(content[: mutant.start] + mutant.new.encode() + content[mutant.end :])
     assert mutants.nearest("src/isentropic/losses/selection.py")[1:] == ["tests/losses/test_selection.py"]
     assert mutants.nearest("src/isentropic/recipes/stages.py")[1:] == ["tests/recipes"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["pays", "which", "target", "auto", "sequence"])
+def test_the_table_of_a_page_is_made_from_the_committed_lines(bench, monkeypatch, experiment):
+    import methods
+
+    made = {}
+    monkeypatch.chdir(methods.ROOT)
+    monkeypatch.setattr(methods, "save", made.__setitem__)
+    monkeypatch.setattr(methods, "save_figure", lambda figure, name: made.update({name: figure}))
+    monkeypatch.setattr(sys, "argv", ["methods.py", experiment, "--only-table"])
+    methods.main("", methods.EXPERIMENTS)
+    figure, table = made[f"{experiment}.svg"], made[f"{experiment}-table.md"]
+    assert any(axis.lines for axis in figure.axes)
+    assert table == (methods.ROOT / "docs" / "results" / f"{experiment}-table.md").read_text(encoding="utf-8")
+
+
+def test_no_page_has_a_figure_left_to_fill_in():
+    pages = [*(BENCH.parent / "docs").rglob("*.md"), BENCH.parent / "README.md"]
+    assert not [str(page) for page in pages if "@@" in page.read_text(encoding="utf-8")]
