@@ -6,7 +6,7 @@ TRL's head, torch's and logits. ``step``: TRL's trainer and a controlled one tak
 size. ``run``: the default recipe on the embedded task.
 
 A fifth part runs if it is named, and takes longer: ``pretrained``, SmolLM2-135M over two tasks, 300 and 150 steps,
-three seeds of GRPO, the default and `auto`, after `isentropic model smollm2`. It continues after a stop.
+six recipes, three seeds, after `isentropic model smollm2`. It continues after a stop.
 
 Without a GPU, or with ``--small``, sizes are small and the figures say nothing about a GPU.
 
@@ -254,11 +254,12 @@ def pretrained(options):
         start = subprocess.run([sys.executable, "bench/smollm2_start.py"], cwd=ROOT, check=False)
         if start.returncode:
             return [f"smollm2_start.py ended with exit code {start.returncode}"]
-    sizes, seeds = {"steps": 300, "then_steps": 150}, ["0", "1", "2"]
+    sizes, seeds, cells = {"steps": 300, "then_steps": 150}, ["0", "1", "2"], []
     if options.small:
+        cells = ["--recipes", "grpo", "auto"]
         sizes, seeds = {"steps": 2, "then_steps": 2, "eval_k": 2, "eval_rows": 4, "save_every": 0}, ["0"]
     out = f"runs/gpu-pretrained{'-small' if options.small else ''}"
-    command = ["compare", "bench/grids/smollm2-long.toml", "--recipes", "grpo", "60%", "auto", "--seeds", *seeds]
+    command = ["compare", "bench/grids/smollm2-long.toml", *cells, "--seeds", *seeds]
     command += ["--set", f"device={options.device}", *(f"{key}={value}" for key, value in sizes.items())]
     command += ["--jobs", "1", "--out", out, "--results", f"{out}/results.jsonl", "--markdown"]
     done = subprocess.run(
