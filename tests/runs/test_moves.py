@@ -30,6 +30,15 @@ def test_small_moves_and_moves_in_one_direction_are_part_of_the_move_before():
     assert [p.last for p in phases(rows(*down, *held, *up))] == [2, 4, 6]
 
 
+def test_a_level_that_is_held_before_and_after_a_small_move_is_one_phase():
+    held, small, back = (1.0, "held at its ceiling: 0.1"), (0.98, "lowered: 0.2"), (0.99, "raised: 0.1")
+    again = (1.0, "held at its ceiling: 0.3")
+    assert phases(rows(held, small, back, again, small, again)) == [Phase(1, 6, 1.0, 1.0, again[1])]
+    assert [p.last for p in phases(rows(held, (0.96, "lowered: 0.2"), again))] == [1, 2, 3]
+    assert [p.last for p in phases(rows(held, small, (0.98, "held at its floor: 0.3")))] == [1, 2, 3]
+    assert [p.last for p in phases(rows(small, back, small))] == [3]
+
+
 def test_a_target_without_reasons_has_no_phases():
     assert phases([{"step": 1, "entropy/target": 1.0}, {"step": 2, "entropy/mean": 1.0}]) == []
     assert phase_lines([]) == []

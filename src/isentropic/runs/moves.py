@@ -32,7 +32,7 @@ def phases(rows: Sequence[dict[str, Any]], most: int = 8) -> list[Phase]:
     """The phases of a target that finds its own level; none if it gives no reasons.
 
     Reasons that differ in their figures alone are one. A move by less than 3 % that follows another becomes part of it,
-    and so do two moves in the same direction. While there are more phases than ``most``, the shortest one becomes part
+    and so do two moves in the same direction. A level that is held before such a small move and after it is one. While there are more phases than ``most``, the shortest one becomes part
     of the one before it.
 
     Args:
@@ -54,6 +54,8 @@ def phases(rows: Sequence[dict[str, Any]], most: int = 8) -> list[Phase]:
         found.append(Phase(first["step"], last["step"], *ends, last["entropy/target_why"]))
         if len(found) > 1 and (whole := _one_move(*found[-2:])):
             found[-2:] = [whole]
+        if len(found) > 2 and _held_throughout(*found[-3:]):
+            found[-3:] = [found[-1]._replace(first=found[-3].first, start=found[-3].start)]
     while len(found) > max(most, 1):
         at = min(range(1, len(found)), key=lambda i: found[i].last - found[i].first)
         found[at - 1 : at + 1] = [found[at - 1]._replace(last=found[at].last, end=found[at].end)]
@@ -69,6 +71,12 @@ def _one_move(before: Phase, after: Phase) -> Phase | None:
     if words[0] == words[1]:
         return whole._replace(why=after.why)
     return whole if abs(after.end / after.start - 1) < SMALL else None
+
+
+def _held_throughout(before: Phase, between: Phase, after: Phase) -> bool:
+    """Whether a level is held as before, after a move too small to have a phase of its own."""
+    words = [phase.why.split(":")[0] for phase in (before, after)]
+    return words[0] == words[1] and words[0].startswith("held") and abs(between.end / before.end - 1) < SMALL
 
 
 def phase_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
