@@ -162,7 +162,7 @@ def settings_of(grids):
     ]
 
 
-def curve(axis, lines, cell, colour, task=None, place=-1, label=None):
+def curve(axis, lines, cell, colour, task=None, place=-1, label=None, style="-"):
     """A policy's path over temperatures, means over seeds: pass@1 across, distinct right answers up."""
     from isentropic.runs.frontier import points
 
@@ -170,7 +170,7 @@ def curve(axis, lines, cell, colour, task=None, place=-1, label=None):
     if not runs:
         return
     path = [(mean([p.accuracy for p in at]), mean([p.distinct for p in at])) for at in zip(*runs, strict=True)]
-    axis.plot(*zip(*path, strict=True), "o-", color=colour, ms=3.5, lw=1.4, label=label)
+    axis.plot(*zip(*path, strict=True), f"o{style}", color=colour, ms=3.5, lw=1.4, label=label)
     axis.plot(*path[-1], "*", color=colour, ms=8)
 
 
@@ -229,8 +229,9 @@ def which(grids, plt):
         seeds = Counter(x["cell"] for x in lines)
         for cell, num in seeds.items():
             if num > 1 or max(seeds.values()) == 1:  # the cells of one seed would hide the others
-                colour = colours.setdefault(cell, COLOURS[len(colours) % len(COLOURS)])
-                curve(axis, lines, cell, colour, label=cell)
+                same = cell.removesuffix(", on-policy")
+                colour = colours.setdefault(same, COLOURS[len(colours) % len(COLOURS)])
+                curve(axis, lines, cell, colour, label=cell, style="--" if "on-policy" in cell else "-")
         axis.set(title=title, xlabel="pass@1", ylim=(0, None))
     axes[0].set_ylabel("distinct right answers of 16")
     named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -243,7 +244,9 @@ def which(grids, plt):
             [cell, str(len(f)), *(written(claim(f, name), name) for name in NAMES)] for cell, f in found.items() if f
         ]
         parts.append(table([title, "seeds", *(f"{NAMES[f]}: it / {BASELINE}" for f in NAMES)], body) if body else "")
-    parts.append(comparison([(drawn[0][0], hard, None, -1)], "opefo", "rloo, 1e-3"))
+    on_policy = ("rloo, 1e-3", "grpo, on-policy", "auto, on-policy")
+    beside = [("opefo", other) for other in on_policy] + [("auto, on-policy", "grpo, on-policy")]
+    parts += [comparison([(drawn[0][0], hard, None, -1)], *pair) for pair in beside]
     if rates:
         body = [[x["cell"], f"{x['figures']['reward/end']:.3f}", f"{x['figures']['greedy']:.3f}"] for x in rates]
         parts.append(table(["learning rate", "reward, end", "greedy"], body))
