@@ -4,10 +4,11 @@
 
 Five experiments: `short`, on a game of which the warm-up wins a third; `again`, the same from another warm start, with
 a target that sets itself; `hard`, on a game of which the warm-up wins less than a tenth; `sequence`, on another game
-first and then on the hard one, in one run; and `longer`, the same with twice the steps, under `auto`. A small model of whole words is made and warmed up on some of the
-training games; each recipe trains from it, and unseen games are played before, at the switch and after. A finished run
-is a line of docs/results/textworld.jsonl.gz and never runs again; the tables and the figure are made of the lines that
-there are. Needs the extra textworld; the games are generated once, in some minutes.
+first and then on the hard one, in one run; and `longer`, the same with twice the steps, under `auto`.
+A small model of whole words is made and warmed up on some of the training games; each recipe trains from it, and unseen
+games are played before, at the switch and after. A finished run is a line of docs/results/textworld.jsonl.gz and never
+runs again; the tables and the figure are made of the lines that there are. Needs the extra textworld; the games are
+generated once, in some minutes.
 """
 
 import argparse
