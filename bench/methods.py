@@ -235,7 +235,9 @@ def which(grids, plt):
         axis.set(title=title, xlabel="pass@1", ylim=(0, None))
     axes[0].set_ylabel("distinct right answers of 16")
     named = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    axes[1].legend(named.values(), named, frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[1].legend(
+        named.values(), named, frameon=False, fontsize=7, handlelength=3.5, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     parts = []
     for title, lines in (*sections, *drawn):
         cells = [cell for cell in dict.fromkeys(x["cell"] for x in lines) if cell != BASELINE]

@@ -59,17 +59,21 @@ def smollm2(grids, plt):
 
 
 def pretrained(grids, plt):
-    """Two tasks in turn: entropy and reward along the run, and the frontier on the first task and on the second."""
+    """Two tasks in turn: entropy and reward along the run, and the frontier on each task; means over the seeds."""
     lines = grids[0].lines()
     first, second = dict.fromkeys(row["task"] for row in lines[0]["evaluations"])
     figure, axes = plt.subplots(1, 4, figsize=(13, 3.2))
     others = [cell for cell in dict.fromkeys(line["cell"] for line in lines) if cell not in (BASELINE, DEFAULT)]
     colours = {BASELINE: ORANGE, DEFAULT: BLUE} | dict(zip(others, COLOURS[2:], strict=False))
     for cell, colour in colours.items():
-        for line in (line for line in lines if line["cell"] == cell):
-            for axis, key, unit in ((axes[0], "entropy", line["entropy_start"]), (axes[1], "reward", 1.0)):
-                axis.plot(line["curve"]["step"], [value / unit for value in line["curve"][key]], color=colour, lw=1)
-        curve(axes[2], lines, cell, colour, first, 1, label=cell)
+        mine = [line for line in lines if line["cell"] == cell]
+        for axis, key in ((axes[0], "entropy"), (axes[1], "reward")):
+            units = [line["entropy_start"] if key == "entropy" else 1.0 for line in mine]
+            runs = [[value / unit for value in line["curve"][key]] for line, unit in zip(mine, units, strict=True)]
+            axis.plot(
+                mine[0]["curve"]["step"], [statistics.mean(at) for at in zip(*runs, strict=True)], color=colour, lw=1
+            )
+        curve(axes[2], lines, cell, colour, first, 1)
         curve(axes[3], lines, cell, colour, second, -1, label=cell)
     axes[0].set(
         title="Does entropy fall?", xlabel="optimizer steps", ylabel="entropy / initial entropy", ylim=(0, None)
@@ -77,7 +81,7 @@ def pretrained(grids, plt):
     axes[1].set(title="Does it learn?", xlabel="optimizer steps", ylabel="reward, training prompts", ylim=(0, None))
     for axis, title in ((axes[2], f"{first}, at the switch"), (axes[3], f"{second}, at the end")):
         axis.set(title=title, xlabel="pass@1", ylabel="distinct right answers of 8", ylim=(0, None))
-        axis.legend(frameon=False, fontsize=6.5)
+    axes[3].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     parts = [by_seed(lines, first, 0, "before"), by_seed(lines, second, 0, "before")]
     parts += [by_seed(lines, first, 1, "at the switch"), by_seed(lines, second, -1, "at the end")]
     parts += [by_seed(lines, first, -1, "at the end"), over_prompts(lines, (second, first))]
