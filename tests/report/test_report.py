@@ -102,6 +102,10 @@ def test_a_switch_of_task_is_marked(tmp_path):
     assert marked["annotations"][0]["text"] == "switch to sums"
     assert len(answers.sequence(runs).figures) == 2
     assert answers.sequence(read([make_run(tmp_path / "one", steps=100)])) is None
+    header = json.loads((tmp_path / "two" / "run.json").read_text())
+    header["config"]["then"] = ["sums"]
+    (tmp_path / "two" / "run.json").write_text(json.dumps(header))
+    assert "on expr, then sums</small>" in report.render([tmp_path / "two"])
 
 
 def test_the_page_and_explain_show_the_same_calibration(run):

@@ -147,7 +147,7 @@ def _first(runs: Sequence[Run], keys: Html, title: str | None) -> Html:
     if title is None and len(runs) == 1:
         run = runs[0]
         recipe = run.header["recipe"]
-        heading = el("h1", run.label, el("small", f" on {run.header.get('task') or 'a task'}"))
+        heading = el("h1", run.label, el("small", f" on {run.task}"))
         control = [f"{name} {recipe[name]}" for name in ("knob", "controller", "target") if recipe.get(name)]
         facts = [str(run.header.get("model") or ""), f"seed {run.header.get('seed')}", *control, _progress(run)]
         lines = el("p", " · ".join(fact for fact in facts if fact), class_="facts")

@@ -67,6 +67,20 @@ class Run:
         return SYMBOLS[(self.group + self.group // len(COLOURS)) % len(SYMBOLS)]
 
     @property
+    def task(self) -> str:
+        """What it is trained on, in order.
+
+        Example:
+            >>> header = {"task": "expr", "config": {"then": ["expr:need=no-plus"]}}
+            >>> Run(Path("r"), "r", 0, 0, header, [], [], [], None, True).task
+            'expr, then expr:need=no-plus'
+        """
+        config = self.header.get("config")
+        then = config.get("then") if isinstance(config, dict) else None
+        names = [self.header.get("task") or "a task", *(then if isinstance(then, list) else [])]
+        return ", then ".join(map(str, names))
+
+    @property
     def steps(self) -> int:
         """Optimizer steps the run is to take; 0 if its config does not say."""
         return planned_steps(self.header)

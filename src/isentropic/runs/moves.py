@@ -32,8 +32,8 @@ def phases(rows: Sequence[dict[str, Any]], most: int = 8) -> list[Phase]:
     """The phases of a target that finds its own level; none if it gives no reasons.
 
     Reasons that differ in their figures alone are one. A move by less than 3 % that follows another becomes part of it,
-    and so do two moves in the same direction. A level that is held before such a small move and after it is one. While there are more phases than ``most``, the shortest one becomes part
-    of the one before it.
+    and so do two moves in the same direction. A level that is held before such a small move and after it is one. While
+    there are more phases than ``most``, the shortest one becomes part of the one before it.
 
     Args:
         rows: of metrics.jsonl, in order of steps.
