@@ -84,7 +84,7 @@ def pretrained(grids, plt):
     axes[3].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     parts = [by_seed(lines, first, 0, "before"), by_seed(lines, second, 0, "before")]
     parts += [by_seed(lines, first, 1, "at the switch"), by_seed(lines, second, -1, "at the end")]
-    parts += [by_seed(lines, first, -1, "at the end"), over_prompts(lines, (second, first))]
+    parts += [by_seed(lines, first, -1, "at the end"), entropies(lines), over_prompts(lines, (second, first))]
     return figure, "\n\n".join(parts)
 
 
@@ -98,6 +98,21 @@ def by_seed(lines, task, place, when):
         figures = [", ".join(f"{row[key]:.3f}" for row in found) for key in keys]
         body.append(["the start" if when == "before" else name, *figures])
     return table([f"`{task}`, {when}, by seed", *keys.values()], body)
+
+
+def entropies(lines):
+    """Entropy by seed, as a share of that of the first step: around the switch and at the end, five readings each."""
+    body = []
+    for name, of_cell in by_cell(lines).items():
+        shares = []
+        for line in sorted(of_cell, key=lambda line: line["seed"]):
+            values, steps = line["curve"]["entropy"], line["curve"]["step"]
+            switch = sum(step <= line["evaluations"][2]["step"] for step in steps)
+            shares.append(
+                [statistics.mean(values[at - 5 : at]) / line["entropy_start"] for at in (switch, len(values))]
+            )
+        body.append([name, *(", ".join(f"{share:.0%}" for share in at) for at in zip(*shares, strict=True))])
+    return table(["entropy, of its start, by seed", "at the switch", "at the end"], body)
 
 
 def over_prompts(lines, tasks):
