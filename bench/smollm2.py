@@ -101,7 +101,7 @@ def by_seed(lines, task, place, when):
 
 
 def entropies(lines):
-    """Entropy by seed, as a share of that of the first step: around the switch and at the end, five readings each."""
+    """Entropy by seed, of its first step: the last five points of the curve before the switch, and of the run."""
     body = []
     for name, of_cell in by_cell(lines).items():
         shares = []
