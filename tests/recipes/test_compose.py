@@ -12,6 +12,7 @@ import torch
 
 from isentropic.control.controllers import CONTROLLERS
 from isentropic.control.targets import constant, parse_level
+from isentropic.entropy.prediction import predicted_change
 from isentropic.losses import reduce
 from isentropic.recipes import (
     RECIPES,
@@ -57,7 +58,7 @@ def test_the_catalogue_holds_what_is_promised():
     wanted |= {"isentropic", "reinforce", "dr-grpo", "cispo", "entropy-bonus", "entropy-bonus-adaptive", "adapo"}
     wanted |= set("clip-cov kl-cov entropic entrocraft dynamic-clip dcpo bapo ce-gppo qae erc sapo".split())
     wanted |= set("high-entropy mai stare lp-reg aent pass-at-k up steer tre-p tre-k opefo nsr w-reinforce".split())
-    wanted |= {"unlikeliness", "ucpo", "distribution-centric"}
+    wanted |= {"unlikeliness", "ucpo", "distribution-centric", "aepo"}
     assert set(RECIPES) == wanted
     for recipe in RECIPES.values():
         assert check(recipe) is recipe
@@ -111,6 +112,9 @@ def test_any_knob_any_controller_any_target_composes(recipe, knob, controller, t
         ("grpo", {"entropy_coef": math.nan}, "entropy_coef must be a number, got nan"),
         ("grpo", {"entropy_coef": math.inf}, "entropy_coef must be a finite number, got inf"),
         ("grpo", {"overlong_buffer": -3}, "overlong_buffer must be >= 0 tokens, got -3"),
+        ("grpo", {"redraw": 0.6}, "redraw must be a share of the batch in .-0.5, 0.5., got 0.6"),
+        ("aepo", {"knob_high": 0.7}, "knob_high must be a share of the batch in .-0.5, 0.5., got 0.7"),
+        ("grpo", {"redraw": 0.1, "redraw_low": 1.0}, "redraw_low must be in .0, 1. and redraw_high above 1"),
         ("clip-cov", {"constants": {"cov_low": math.nan}}, "cov_low must be a number, got nan"),
         ("qae", {"knob": "quantile", "knob_low": 0.1, "knob_high": 0.9}, "number of the baseline, which can have none"),
         ("clip-cov", {"knob": "cov_low", "knob_low": 0.1, "knob_high": 2.0}, "number of the selection, which can"),
@@ -256,6 +260,30 @@ def test_the_tilt_is_the_distance_to_the_target_in_nats():
     for mean, tilt in ((0.46, 0.04), (0.2, 0.1), (0.55, -0.05), (0.5, 0.0), (2.0, -0.1)):
         state = control.update(control.init(), EntropyReading(mean * 8, 8.0))
         assert state.value == pytest.approx(tilt, abs=1e-12)
+
+
+def test_answers_of_another_temperature_move_entropy():
+    """AEPO by hand: π is (0.8, 0.2), the expected step with A = 1 is π_T − π, and ∂H/∂z = −π·L = (−0.2218, 0.2218)."""
+    p = torch.tensor([0.8, 0.2])
+    logp, entropy = p.log(), -(p * p.log()).sum().expand(2)
+    moments = [(p**2 * p.log() ** n).sum().expand(1, 2) for n in (0, 1)]
+    change = predicted_change(torch.ones(1, 2), logp[None], entropy[None], *moments)[0]
+    # π_T is (2/3, 1/3) at 2, π itself at 1, and (16/17, 1/17) at 1/2.
+    for temperature, moved in ((2.0, 0.0591), (1.0, 0.0), (0.5, -0.0626)):
+        drawn = (logp / temperature).softmax(0)
+        assert float((drawn * change).sum()) == pytest.approx(moved, abs=1e-4)
+
+
+def test_a_share_is_drawn_again_on_the_side_of_the_target():
+    """Released code: 60 of 2,560 answers at 1.2 below H* = 0.5 nats, 30 at 0.8 above it."""
+    control, recipe = build_thermostat(RECIPES["aepo"]), RECIPES["aepo"]
+    for mean, count in ((0.4, 60), (0.6, -30)):
+        state = control.update(control.init(), EntropyReading(mean * 8, 8.0))
+        assert 2560 * with_knob(recipe, state.value).redraw == pytest.approx(count, abs=0.1)
+    assert (recipe.redraw_high, recipe.redraw_low, control.init().value) == (1.2, 0.8, 0.0)
+    assert recipe.redraws
+    assert compose("grpo", redraw=0.1).redraws
+    assert not RECIPES["grpo"].redraws
 
 
 def test_a_baseline_that_ranks_by_probability_needs_it():

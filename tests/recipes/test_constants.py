@@ -118,6 +118,6 @@ def test_ranges_of_knobs(component, knob):
 
 def test_numbers_of_the_recipes():
     default = {"overlong_buffer": 0, "clip_low": 0.2, "clip_high": 0.2, "entropy_coef": 0.0, "penalty_coef": 1.0}
-    default["initial_readings"] = 1
+    default |= {"initial_readings": 1, "redraw": 0.0, "redraw_high": 1.2, "redraw_low": 0.8}
     for name, recipe in RECIPES.items():
         assert numbers(recipe) | dict(recipe.constants) == default | NUMBERS.get(name, {}), name

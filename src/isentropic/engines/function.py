@@ -86,7 +86,7 @@ class LossControl:
         divided_by: str | float = 1.0,
         vocabulary: int | None = None,
     ):
-        for name in ("dynamic_sampling", "overlong_buffer"):
+        for name in ("dynamic_sampling", "overlong_buffer", "redraws"):
             if setting := getattr(recipe, name):
                 raise ValueError(f"a loss function cannot do {name}, got {setting}; switch it off in the recipe")
         if divided_by not in DIVISORS and not (isinstance(divided_by, int | float) and divided_by > 0):

@@ -248,6 +248,17 @@ RECIPES: dict[str, Recipe] = {
         on_policy=True,
         reduction="token",
     ),
+    "aepo": _on(
+        "grpo",
+        "GRPO in which up to 2.3 % of a batch are right answers of a second one, with A 1, drawn from a quarter of the "
+        "prompts at temperature 1.2 below H*, up to 1.2 % at 0.8 above it, H* 0.5 nats, token mean",
+        "AEPO arXiv:2510.08141, released code; a share of the batch for its 60 and 30 answers of 2,560, no dual clip "
+        "[ours]",
+        reduction="token",
+        knob="redraw",
+        controller="switch:width=0",
+        target="0.5",
+    ),
     "distribution-centric": _on(
         "grpo",
         "(A + a·π_T/π)/(1+a) for right answers, A/(1+a) for wrong ones, a = min(|H*−H|, 0.1)/share of right answers, "

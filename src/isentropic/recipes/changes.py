@@ -19,6 +19,9 @@ class Changes(TypedDict, total=False):
     baseline: Choice | None
     dynamic_sampling: bool | None
     overlong_buffer: int | None
+    redraw: float | None
+    redraw_high: float | None
+    redraw_low: float | None
     selection: Choice | None
     shaping: Choice | None
     objective: Choice | None

@@ -20,6 +20,7 @@ from .stages import NO_KNOB, OBJECTIVES, PENALTIES, REDUCTIONS, STAGES, WITHOUT_
 _OF_KNOB = ("target", "every", "initial_readings", "knob_low", "knob_high", "knob_start")
 # Names that no constant may have.
 _TAKEN = frozenset(f.name for f in fields(Recipe)).union(*NAMES.values())
+MOST_REDRAWN = 0.5
 _DEFAULT_COEF = Recipe("", "").penalty_coef
 
 
@@ -215,6 +216,24 @@ def _check_constants(recipe: Recipe) -> None:
             raise ValueError(f"{name} must be a finite number, got {getattr(recipe, name)}; 0 leaves its term out")
     if recipe.overlong_buffer < 0:
         raise ValueError(f"overlong_buffer must be >= 0 tokens, got {recipe.overlong_buffer}; 0 is off")
+    _check_redraw(recipe)
+
+
+def _check_redraw(recipe: Recipe) -> None:
+    shares = {"redraw": recipe.redraw}
+    if recipe.knob == "redraw":
+        shares |= {"knob_low": recipe.knob_low or 0.0, "knob_high": recipe.knob_high or 0.0}
+    for name, share in shares.items():
+        if not abs(share) <= MOST_REDRAWN:
+            raise ValueError(
+                f"{name} must be a share of the batch in [-{MOST_REDRAWN}, {MOST_REDRAWN}], got {share}; entropy is "
+                "read from the rest, and 0 draws no second batch"
+            )
+    if not 0 < recipe.redraw_low < 1 < recipe.redraw_high < math.inf:
+        raise ValueError(
+            "redraw_low must be in (0, 1) and redraw_high above 1, got "
+            f"{recipe.redraw_low} and {recipe.redraw_high}; they scale the sampling temperature"
+        )
 
 
 def _check_clip(recipe: Recipe) -> None:

@@ -42,6 +42,11 @@ FIELD_KNOBS: dict[str, Knob] = {
         "coefficient of the recipe's penalty, up to four times the recipe's own [range ours]",
         "penalty",
     ),
+    # 60 completions of 512 prompts with 5 answers each, and half as many at the lower temperature.
+    "redraw": Knob(
+        lambda r: Range(min(max(r.redraw, -0.0117), 0.0234), -0.0117, 0.0234, 1e-3),
+        "AEPO arXiv:2510.08141; the TRL engine alone",
+    ),
 }
 
 

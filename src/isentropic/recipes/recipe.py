@@ -18,7 +18,7 @@ _NAMED_NUMBERS = {
     **{name: x for baseline in BASELINES.values() for name, x in baseline.constants.items()},
     **{name: shaping.constants[name] for shaping in SHAPINGS.values() for name in shaping.knobs},
 }
-FIELD_NUMBERS = ("clip_low", "clip_high", "entropy_coef", "penalty_coef")
+FIELD_NUMBERS = ("redraw", "clip_low", "clip_high", "entropy_coef", "penalty_coef")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Recipe:
         baseline: how rewards become advantages.
         dynamic_sampling: sample again for prompts whose answers all got one reward (DAPO).
         overlong_buffer: tokens before the length limit over which a reward penalty grows to −1 (DAPO); 0 is off.
+        redraw: share of a batch whose place right answers of a second batch take, each with an advantage of 1 (AEPO);
+            the second batch is drawn at a higher temperature if it is positive, at a lower one if it is negative.
+        redraw_high, redraw_low: the two temperatures, in units of that of the first batch.
         selection: which tokens' advantages count.
         shaping: how the advantage changes by token.
         objective: surrogate.
@@ -37,7 +40,7 @@ class Recipe:
         penalty: what is added to the loss beside it, times ``penalty_coef``.
         reduction: what a sum over tokens is divided by.
         on_policy: exactly one optimizer step per generated batch.
-        clip_low, clip_high, entropy_coef, penalty_coef: numbers, each of which may be the knob.
+        clip_low, clip_high, entropy_coef, penalty_coef: numbers, each of which may be the knob; ``redraw`` too.
         constants: numbers of the components, if they differ from the defaults in :mod:`isentropic.recipes.stages`;
             the knobs of components among them.
         knob, knob_low, knob_high, knob_start: which number is under control, and its range (None: the knob's own).
@@ -51,6 +54,9 @@ class Recipe:
     baseline: Choice = "mean_std"
     dynamic_sampling: bool = False
     overlong_buffer: int = 0
+    redraw: float = 0.0
+    redraw_high: float = 1.2
+    redraw_low: float = 0.8
     selection: Choice = "none"
     shaping: Choice = "none"
     objective: Choice = "clipped"
@@ -141,6 +147,11 @@ class Recipe:
     def plain(self) -> bool:
         """Whether the advantage reaches the objective as the baseline made it."""
         return self.selection == "none" and self.shaping == "none"
+
+    @property
+    def redraws(self) -> bool:
+        """Whether a second batch may be drawn, at another temperature."""
+        return self.redraw != 0 or self.knob == "redraw"
 
     @property
     def clips(self) -> bool:

@@ -76,6 +76,7 @@ before the slash is its group.
 ``length/mean``               tokens per completion; verl: with an environment's tokens
 ``length/truncated_frac``     share of completions without an end token; verl: that reached the limit
 ``samples/total``             completions generated so far
+``redraw/frac``               share of the batch that answers at another temperature replaced; no figure counts them
 ``episode/win_frac``          of episodes with an environment: share that was won
 ``episode/return``            mean sum of rewards of an episode
 ``episode/turns``             actions per episode

@@ -361,37 +361,6 @@ def test_tokens_that_a_selection_or_trls_correction_takes_out():
     assert deselected(by_sequence, None, like).tolist() == [[False, False], [True, True]]
 
 
-def test_dynamic_sampling_fills_the_batch_with_informative_groups(tmp_path):
-    def even(prompts, completions, **columns):
-        # Prompts ending in an odd digit are always right: their groups teach nothing.
-        shares = share_of_digits(completions)
-        return [1.0 if int(p[1]) % 2 else s for p, s in zip(prompts, shares, strict=True)]
-
-    options = {"dynamic_sampling": True, "overlong_buffer": 0}
-    trainer = trained(tmp_path, 4, recipe="dapo", recipe_options=options, reward=even)
-    inputs = trainer._buffered_inputs
-    rewards = torch.cat([x["rewards"] for x in inputs])
-    advantages = torch.cat([x["advantages"] for x in inputs])
-    assert (advantages != 0).float().mean() > 0.9
-    assert 0 < rewards.mean() < 1
-    tokens = sum(x["completion_mask"].sum() for x in inputs)
-    assert all(int(x["num_items_in_batch"]) == int(tokens) for x in inputs)
-    assert trainer.record.rows("metrics")[-1]["samples/total"] > 64
-    plain = trained(tmp_path / "b", 4, recipe="dapo", reward=even)
-    assert (torch.cat([x["advantages"] for x in plain._buffered_inputs]) != 0).float().mean() < 0.9
-
-
-def test_overlong_shaping_punishes_length(tmp_path):
-    flat = lambda completions, **columns: [1.0 for _ in completions]  # noqa: E731
-    flat.__name__ = "flat"
-    trainer = trained(tmp_path, 4, recipe="dapo", recipe_options={"overlong_buffer": 4}, reward=flat)
-    lengths = torch.cat([x["completion_mask"].sum(1) for x in trainer._buffered_inputs])
-    rewards = torch.cat([x["rewards"] for x in trainer._buffered_inputs])
-    # 8 tokens allowed, buffer 4: 1 up to 4 tokens, then 1 − (n − 4)/4.
-    assert torch.allclose(rewards, 1 - ((lengths - 4) / 4).clamp(min=0))
-    assert rewards.unique().numel() > 1
-
-
 def _entropies(monkeypatch, values):
     """Replace what the head returns as entropy, call by call of the loss."""
     calls = iter(values)

@@ -30,14 +30,15 @@ def controlled(out, steps, **settings):
     return make(IsentropicTrainer, IsentropicConfig, out, steps, **{**SETTINGS, **settings})
 
 
-def test_save_stop_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path):
-    straight = controlled(tmp_path / "a", 12)
+@pytest.mark.parametrize("recipe", ["repo-r-loop", "aepo"])
+def test_save_stop_and_resume_equals_the_uninterrupted_run_bit_for_bit(tmp_path, recipe):
+    straight = controlled(tmp_path / "a", 12, recipe=recipe)
     straight.train()
-    first = controlled(tmp_path / "b", 8)
+    first = controlled(tmp_path / "b", 8, recipe=recipe)
     first.train()
     with (tmp_path / "b" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "entropy/mean": 0.0}\n{"step": 10, "entr')
-    second = controlled(tmp_path / "b", 12)
+    second = controlled(tmp_path / "b", 12, recipe=recipe)
     second.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-8"))
     assert same(weights(straight), weights(second))
     assert to_json(straight.loop.state) == to_json(second.loop.state)

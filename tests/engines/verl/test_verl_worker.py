@@ -134,10 +134,9 @@ def test_every_recipe_trains(model, tmp_path):
     from isentropic.recipes import RECIPES
 
     rows = ["aent", "lp-reg", "erc"]
-    padded = run(
-        model, tmp_path / "padded", recipes=[*rows, *(name for name in RECIPES if name not in rows)], policy_loss={}
-    )[0]
-    assert set(padded) == set(RECIPES)
+    others = [name for name, recipe in RECIPES.items() if name not in rows and not recipe.redraws]
+    padded = run(model, tmp_path / "padded", recipes=[*rows, *others], policy_loss={})[0]
+    assert set(padded) == {*rows, *others}
     for name, recipe in padded.items():
         assert all(0 < x < 5 for x in recipe["entropy/mean"]), name
         assert recipe["moved"] > 0, name

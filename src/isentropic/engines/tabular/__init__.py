@@ -6,7 +6,7 @@ expected gradients and visits of states are exact: the error of a prediction is 
 through ``recipes.loss``, and is controlled by the loop that every engine shares.
 
 Left out: answers of different lengths, so that the token, the sequence and the constant reduction are one; dynamic
-sampling and overlong penalties.
+sampling, overlong penalties and second batches.
 
 Notation beyond the axes of ``types.py``: ``r`` rows of the table, ``n`` answers of a prompt, ``v**t`` of them.
 """

@@ -47,7 +47,7 @@ class Batch(NamedTuple):
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    for name in ("dynamic_sampling", "overlong_buffer"):
+    for name in ("dynamic_sampling", "overlong_buffer", "redraws"):
         if setting := getattr(recipe, name):
             raise ValueError(f"the tabular engine has no {name}, got {setting}; switch it off in the recipe")
 

@@ -136,6 +136,8 @@ def _generated(trainer: Trainer, prompts: list[Any], tokens: int) -> AuditBatch:
     if config is not None:
         trainer.generation_config = config = copy.deepcopy(config)
         config.max_new_tokens = limit
+    if hasattr(trainer, "batches"):
+        trainer.batches.redraws = False
     with _scores(trainer) as seen:
         output = generated_batch(trainer, rows)
     ids, mask = output["completion_ids"], output["completion_mask"]

@@ -7,6 +7,7 @@ of TRL newer than the tested ones is let in with a warning if it keeps the contr
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -309,6 +310,45 @@ def generating(trainer: Any) -> Iterator[Any]:
     )
     with bare as model, trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False):
         yield model
+
+
+@contextmanager
+def unlogged(trainer: Any) -> Iterator[None]:
+    """Keep what is generated and scored inside out of what TRL logs."""
+    kept = {name: copy.deepcopy(getattr(trainer, name)) for name in CHANGED_IN_PLACE}
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept)
+
+
+def _samplers(trainer: Any) -> list[Any]:
+    """The objects whose ``temperature`` TRL samples at."""
+    named = (getattr(trainer, name, None) for name in ("generation_config", "vllm_generation"))
+    return [sampler for sampler in named if sampler is not None]
+
+
+def sampling_temperature(trainer: Any) -> float:
+    """The temperature that completions are sampled at; scores are always at that of the trainer."""
+    return float(next((sampler.temperature for sampler in _samplers(trainer)), trainer.temperature))
+
+
+@contextmanager
+def sampling_at(trainer: Any, factor: float) -> Iterator[None]:
+    """Multiply the temperature that completions are sampled at, and leave that of scores."""
+    before = sampling_temperature(trainer)
+
+    def sample_at(temperature: float) -> None:
+        for sampler in _samplers(trainer):
+            sampler.temperature = temperature
+        if getattr(trainer, "generation_kwargs", None) is not None:
+            trainer.generation_kwargs["temperature"] = temperature
+
+    sample_at(factor * before)
+    try:
+        yield
+    finally:
+        sample_at(before)
 
 
 def model_id(model: Any) -> str:

@@ -242,7 +242,7 @@ class Explainer:
         """The derivative of the predicted change by the knob under control, per unit step size."""
         trainer, zero = self.trainer, total.new_zeros(())
         recipe, value = trainer.recipe, trainer.loop.value
-        if value is None:
+        if value is None or recipe.knob == "redraw":
             return zero
         inside = batch.mask.bool()
         if term.unit is not None:
@@ -296,9 +296,9 @@ class Explainer:
         return row
 
     def _knob_part(self, row: dict[str, Any]) -> float | None:
-        """What the knob adds against its rest: exact if the loss is linear in it, unknown for a clip."""
+        """What the knob adds against its rest: exact if the loss is linear in it, unknown for a clip or a redraw."""
         recipe, value = self.trainer.recipe, self.trainer.loop.value
-        if value is None or recipe.knob in CLIP_KNOBS:
+        if value is None or recipe.knob in (*CLIP_KNOBS, "redraw"):
             return None
         return row["predict/gain"] * (value - (knob_range(recipe).rest or 0.0))
 

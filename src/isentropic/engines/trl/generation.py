@@ -1,8 +1,9 @@
-"""What TRL's generation step lacks: other baselines, group rates, entropies at sampling time, dynamic sampling."""
+"""What TRL's generation step lacks: other baselines, group rates, entropies at sampling time, second batches."""
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,15 @@ from ...losses.advantages import (
     overlong_penalty,
 )
 from ...recipes.apply import advantages
-from .compat import Trainer, scores_old_logps
+from .compat import Trainer, sampling_at, scores_old_logps, unlogged
 from .explain import completion_groups
+from .rollout import Rollout
 
 logger = logging.getLogger("isentropic")
 MAX_ROUNDS = 10
+# AEPO's released code: the share of prompts that are drawn again, and the advantage from which an answer is right.
+REDRAWN_PROMPTS = 1 / 4
+RIGHT = 0.05
 _NATIVE_BASELINES = ("mean", "mean_std")
 _LEFT_PADDED = ("prompt_ids", "prompt_mask")
 
@@ -39,6 +44,8 @@ class GeneratedBatches:
         sampled_at: optimizer steps done when the latest batch was sampled.
         scoring: whether the batch under way is being generated, so that scores are of its sampling time.
         num_unscored: completions of the latest batch without a finite reward, on all processes.
+        redraws: whether a second batch may be drawn; an audit, which looks at one, switches it off.
+        redrawn: share of the latest batch, on this process, that answers at another temperature took the place of.
     """
 
     def __init__(self, trainer: Trainer):
@@ -47,6 +54,7 @@ class GeneratedBatches:
         self.num_generated = self.sampled_at = 0
         self.scoring = False
         self.num_unscored = 0
+        self.redraws, self.redrawn = trainer.recipe.redraws, 0.0
         self._rewards: torch.Tensor | None = None
         self._answers: torch.Tensor | None = None
         self._entropies: torch.Tensor | None = None
@@ -87,15 +95,18 @@ class GeneratedBatches:
         return per_function
 
     def generate(self, native: Generate, inputs: list[Any]) -> dict[str, Any]:
-        """A batch that is trained on: generated again in part if the recipe asks for dynamic sampling.
+        """A batch that is trained on: generated again in part if the recipe asks for it.
 
         Raises:
-            ValueError: dynamic sampling over groups that span processes, or a dataset that cannot be indexed.
+            ValueError: a batch that is to be drawn again in part whose groups span processes, or whose dataset cannot
+                be indexed; a ``rollout_func`` of one's own that is to sample at another temperature.
         """
         self.sampled_at = int(self.trainer.state.global_step)
         output = self._roll_out(native, inputs)
         if self.trainer.recipe.dynamic_sampling:
             output = self._resample(native, inputs, output)
+        if self.redraws:
+            output = self._redraw(native, inputs, output)
         self.num_generated += len(inputs) * self.trainer.accelerator.num_processes
         return output | completion_groups(self.trainer, output)
 
@@ -155,7 +166,9 @@ class GeneratedBatches:
         """
         trainer, group, accelerator = self.trainer, self.trainer.num_generations, self.trainer.accelerator
         rank, dataset = accelerator.process_index, trainer.train_dataset
-        _check_resampling(len(inputs), group, dataset)
+        _check_groups("dynamic_sampling", len(inputs), group)
+        if not hasattr(dataset, "__getitem__"):
+            raise ValueError("dynamic_sampling draws prompts by index, got an iterable dataset; load it whole")
         good = self._informative()
         for turn in range(MAX_ROUNDS):
             if bool(good.all()):
@@ -168,9 +181,44 @@ class GeneratedBatches:
             output = _replace_groups(output, fresh, swaps[rank], group)
             for of_rank, pairs in zip(good, swaps, strict=True):
                 of_rank[[to for to, _ in pairs]] = True
+        return self._counted(output)
+
+    def _redraw(self, native: Generate, inputs: list[Any], output: dict[str, Any]) -> dict[str, Any]:
+        """Put right answers of a second batch, drawn at another temperature, in the place of the first completions.
+
+        Each has an advantage of 1. ``redrawn`` marks them, ``[b]``: entropy is not read from them.
+        """
+        trainer, group, recipe = self.trainer, self.trainer.num_generations, self.trainer.loop.recipe_now
+        size = len(output["advantages"])
+        output["redrawn"] = torch.zeros(size, dtype=torch.bool, device=output["advantages"].device)
+        self.redrawn = 0.0
+        if not recipe.redraw:
+            return output
+        _check_groups("redraw", size, group)
+        if trainer.rollout_func is not None and not isinstance(trainer.rollout_func, Rollout):
+            raise ValueError(
+                "redraw samples at another temperature, which a rollout_func of your own is not told; use Rollout of "
+                "isentropic.engines.trl.rollout, or another recipe"
+            )
+        again = inputs[: group * math.ceil(REDRAWN_PROMPTS * size / group)]
+        unscored = self.num_unscored
+        with unlogged(trainer), sampling_at(trainer, recipe.redraw_high if recipe.redraw > 0 else recipe.redraw_low):
+            fresh = self._roll_out(native, again)
+        self.num_unscored = unscored
+        self.num_generated += len(again) * trainer.accelerator.num_processes
+        right = (fresh["advantages"] > RIGHT).nonzero()[:, 0][: math.ceil(abs(recipe.redraw) * size)]
+        self.redrawn = len(right) / size
+        ones = torch.ones_like(fresh["advantages"])
+        fresh = {**fresh, "advantages": ones, "redrawn": ones.bool()}
+        if "importance_sampling_ratio" in fresh:
+            # The sampler's ratio would weigh the answers back to the first temperature.
+            fresh["importance_sampling_ratio"] = torch.ones_like(fresh["importance_sampling_ratio"])
+        return self._counted(_replace_rows(output, fresh, torch.arange(len(right)), right.cpu()))
+
+    def _counted(self, output: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its number of tokens, on all processes, after some of it was replaced."""
         mask = output["completion_mask"] * output.get("tool_mask", 1)
-        output["num_items_in_batch"] = accelerator.gather(mask.sum()).sum()
-        return output
+        return output | {"num_items_in_batch": self.trainer.accelerator.gather(mask.sum()).sum()}
 
     def _informative(self) -> torch.Tensor:
         """The groups that teach something, on every process: ``[ranks, groups of a rank]``, on the CPU."""
@@ -179,14 +227,12 @@ class GeneratedBatches:
         return keep.view(self.trainer.accelerator.num_processes, -1)
 
 
-def _check_resampling(num_completions: int, group: int, dataset: Any) -> None:
+def _check_groups(name: str, num_completions: int, group: int) -> None:
     if num_completions % group:
         raise ValueError(
-            f"dynamic_sampling needs whole groups on each process, got {num_completions} completions in groups of "
+            f"{name} needs whole groups on each process, got {num_completions} completions in groups of "
             f"{group}; make per_device_train_batch_size * steps_per_generation a multiple of num_generations"
         )
-    if not hasattr(dataset, "__getitem__"):
-        raise ValueError("dynamic_sampling draws prompts by index, got an iterable dataset; load it whole")
 
 
 def _pairs(wanting: torch.Tensor, offered: torch.Tensor) -> list[tuple[int, int]]:
@@ -196,11 +242,18 @@ def _pairs(wanting: torch.Tensor, offered: torch.Tensor) -> list[tuple[int, int]
 def _replace_groups(
     output: dict[str, Any], fresh: dict[str, Any], pairs: list[tuple[int, int]], group: int
 ) -> dict[str, Any]:
-    """Copy whole groups of rows from one batch into another, padding both to one length."""
-    if not pairs:
-        return output
+    """Copy whole groups of rows from one batch into another."""
     to = torch.tensor([t * group + i for t, _ in pairs for i in range(group)])
     source = torch.tensor([s * group + i for _, s in pairs for i in range(group)])
+    return _replace_rows(output, fresh, to, source)
+
+
+def _replace_rows(
+    output: dict[str, Any], fresh: dict[str, Any], to: torch.Tensor, source: torch.Tensor
+) -> dict[str, Any]:
+    """Copy rows from one batch into another, padding both to one length."""
+    if not len(to):
+        return output
     rows = len(output["advantages"])
     merged = dict(output)
     for name, old in output.items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...models.episodes import Episode, Sampling, figures, play
-from .compat import Trainer, generating, metrics, tokenizer_of
+from .compat import Trainer, generating, metrics, sampling_temperature, tokenizer_of
 
 _SAMPLING_ARGS = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -49,7 +49,7 @@ class Rollout:
         if trainer.use_vllm:
             raise ValueError("use_vllm has no effect on episodes, which the model itself generates; leave it out")
         with generating(trainer) as model:
-            sampling = Sampling(trainer.temperature, _generation_kwargs(trainer))
+            sampling = Sampling(sampling_temperature(trainer), _generation_kwargs(trainer))
             episodes = play(model, tokenizer_of(trainer), self.task, rows, sampling, self.pool)
         _log(trainer, episodes, self.task.win_at)
         return {

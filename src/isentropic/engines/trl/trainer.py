@@ -288,15 +288,17 @@ class EntropyControlMixin(TrainerHooks):
         micro_batch.batch = batch._replace(logp=logp, entropy=entropy, logp_rows=rows)
         micro_batch.rewritten = rewritten
         facts = rewritten.facts or native_facts(trainer, ratio, per_token(rewritten.adv, ratio))
+        # Samples at another temperature say nothing of the policy's entropy.
+        own = batch._replace(mask=mask * ~inputs["redrawn"][:, None]) if "redrawn" in inputs else batch
         off_policy = off_policy_sums(
-            batch,
+            own,
             facts,
             self.state.global_step - self.batches.sampled_at,
             deselected(inputs, rewritten.factors, logp),
             inputs.get("sampling_per_token_logps"),
         )
-        groups = group_sums(batch, self.loop.take_held_out())
-        micro_batch.sums = step_sums(trainer, batch, facts, off_policy, groups, "tool_mask" in inputs, self._stop.made)
+        groups = group_sums(own, self.loop.take_held_out())
+        micro_batch.sums = step_sums(trainer, own, facts, off_policy, groups, "tool_mask" in inputs, self._stop.made)
         if opens_batch(self):
             self.run_log.samples.keep(inputs, batch)
         if self.native and self.recipe.plain:
@@ -367,11 +369,13 @@ class EntropyControlMixin(TrainerHooks):
         self._trains = math.isfinite(reading.sum) or not self._reads_entropies()
         before = self.loop.state
         explained = self.explainer.close(rate)
-        if explained:
+        # What is drawn next is in no prediction of this step: a controller of `redraw` learns from readings alone.
+        if explained and self.recipe.knob != "redraw":
             predicted, gain = explained["predict/change"], explained["predict/gain"]
             reading = reading._replace(predicted=predicted, gain=gain, steps=1)
         self.loop.regulate(reading, at_boundary)
         row = self.loop.row(tokens, reading, before) | off_policy_row(tokens, sums.off_policy)
+        row |= {"redraw/frac": self.batches.redrawn} if self.recipe.redraws else {}
         row |= explained | by_turn(sums.turn_entropy, sums.turn_tokens)
         if sums.compared:
             row["theorem2/violated_frac"] = sums.violated / sums.compared

@@ -67,7 +67,8 @@ def check(recipe: Recipe, strategy: str, pipeline: int = 1) -> None:
     """
     reason = why_not(recipe)
     if reason:
-        able = ", ".join(name for name, known in RECIPES.items() if known.knob and not why_not(known))
+        held = {name: known for name, known in RECIPES.items() if known.knob and not known.redraws}
+        able = ", ".join(name for name, known in held.items() if not why_not(known))
         raise ValueError(
             f"{reason}, which verl's loss does not get, got actor_rollout_ref.actor.strategy={strategy}; set it to "
             f"fsdp or fsdp2, or take one of {able}"
