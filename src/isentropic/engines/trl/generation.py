@@ -45,7 +45,7 @@ class GeneratedBatches:
         scoring: whether the batch under way is being generated, so that scores are of its sampling time.
         num_unscored: completions of the latest batch without a finite reward, on all processes.
         redraws: whether a second batch may be drawn; an audit, which looks at one, switches it off.
-        redrawn: share of the latest batch, on this process, that answers at another temperature took the place of.
+        redrawn: share of the latest batch, on all processes, that answers at another temperature took the place of.
     """
 
     def __init__(self, trainer: Trainer):
@@ -207,7 +207,8 @@ class GeneratedBatches:
         self.num_unscored = unscored
         self.num_generated += len(again) * trainer.accelerator.num_processes
         right = (fresh["advantages"] > RIGHT).nonzero()[:, 0][: math.ceil(abs(recipe.redraw) * size)]
-        self.redrawn = len(right) / size
+        num_right = torch.tensor([len(right)], dtype=torch.float32, device=right.device)
+        self.redrawn = float(trainer.accelerator.gather(num_right).mean()) / size
         ones = torch.ones_like(fresh["advantages"])
         fresh = {**fresh, "advantages": ones, "redrawn": ones.bool()}
         if "importance_sampling_ratio" in fresh:
