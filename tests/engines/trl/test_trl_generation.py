@@ -198,7 +198,7 @@ def test_unscored_answers_are_counted_in_the_first_batch(tmp_path):
 @pytest.mark.parametrize(("target", "temperatures"), [("150%", [1.0, 1.0, 1.2]), ("50%", [1.0, 1.0, 0.8])])
 def test_the_knob_says_where_it_is_drawn(tmp_path, target, temperatures):
     """The first batch has no reading yet: its knob is 0, and nothing is drawn again."""
-    trainer, rolled = spied(tmp_path, 8, recipe="aepo", target=target)
+    trainer, rolled = spied(tmp_path, 8, recipe="aepo", target=target, explain_every=1)
     assert [at for at, _, _ in rolled] == temperatures
     share = 0.0234 if target == "150%" else 0.0117
     first, second = trainer.record.rows("metrics")[0], trainer.record.rows("metrics")[-1]
