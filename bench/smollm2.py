@@ -84,7 +84,8 @@ def pretrained(grids, plt):
     axes[3].legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     parts = [by_seed(lines, first, 0, "before"), by_seed(lines, second, 0, "before")]
     parts += [by_seed(lines, first, 1, "at the switch"), by_seed(lines, second, -1, "at the end")]
-    parts += [by_seed(lines, first, -1, "at the end"), entropies(lines), over_prompts(lines, (second, first))]
+    parts += [by_seed(lines, first, -1, "at the end"), entropies(lines)]
+    parts += [over_prompts(lines, BASELINE, (second, first)), over_prompts(lines, DEFAULT, (second,))]
     return figure, "\n\n".join(parts)
 
 
@@ -115,22 +116,22 @@ def entropies(lines):
     return table(["entropy, of its start, by seed", "at the switch", "at the end"], body)
 
 
-def over_prompts(lines, tasks):
-    """Differences to GRPO at the end, means over the seeds that both have, with intervals over the prompts."""
+def over_prompts(lines, baseline, tasks):
+    """Differences to a cell at the end, means over the seeds that both have, with intervals over the prompts."""
     body = []
     for task in tasks:
-        base = {line["seed"]: line for line in lines if line["cell"] == BASELINE}
+        base = {line["seed"]: line for line in lines if line["cell"] == baseline}
         for name, of_cell in by_cell(lines).items():
             mine = {line["seed"]: line for line in of_cell}
             seeds = sorted(base.keys() & mine.keys())
-            if name != BASELINE and seeds:
+            if name != baseline and seeds:
                 body.append([f"`{task}`: {name}", " ".join(map(str, seeds))])
                 body[-1] += [
                     difference([shares(mine[s], task, key) for s in seeds], [shares(base[s], task, key) for s in seeds])
                     for key in ("greedy", "0.3", "1", "found")
                 ]
     heads = ["greedy", "pass@1 at 0.3", "pass@1 at 1", "pass@8 at 1"]
-    return table([f"less {BASELINE}, at the end", "seeds", *heads], body)
+    return table([f"less {baseline}, at the end", "seeds", *heads], body)
 
 
 def shares(line, task, key):
