@@ -479,7 +479,9 @@ def test_what_a_recipe_needs_is_asked_for():
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(ValueError, match="a loss function cannot do dynamic_sampling, got True; switch it off"):
         LossControl(compose("loop", dynamic_sampling=True))
-    with pytest.raises(ValueError, match="a loss function cannot do redraws, got True; switch it off"):
+    with pytest.raises(
+        ValueError, match="a loss function draws no second batch, got redraw=0 and knob=redraw; set redraw=0 and"
+    ):
         LossControl(RECIPES["aepo"])
     with pytest.raises(ValueError, match="divided_by must be tokens, sequences or a number > 0, got 'batch'"):
         LossControl(RECIPES["loop"], divided_by="batch")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..recipes import Recipe, check
 from ..recipes.apply import detached, finite, penalty, per_token
+from ..recipes.compose import refuse_redraw
 from ..types import EntropyReading, GroupFacts, TokenBatch
 from .groups import group_sums
 from .loop import ControlLoop, OffPolicySums, TokenSums, masked_sums, off_policy_row, off_policy_sums, token_sums
@@ -86,9 +87,10 @@ class LossControl:
         divided_by: str | float = 1.0,
         vocabulary: int | None = None,
     ):
-        for name in ("dynamic_sampling", "overlong_buffer", "redraws"):
+        for name in ("dynamic_sampling", "overlong_buffer"):
             if setting := getattr(recipe, name):
                 raise ValueError(f"a loss function cannot do {name}, got {setting}; switch it off in the recipe")
+        refuse_redraw(recipe, "a loss function")
         if divided_by not in DIVISORS and not (isinstance(divided_by, int | float) and divided_by > 0):
             raise ValueError(
                 f"divided_by must be tokens, sequences or a number > 0, got {divided_by!r}; 1 if by nothing"

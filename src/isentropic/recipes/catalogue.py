@@ -252,8 +252,8 @@ RECIPES: dict[str, Recipe] = {
         "grpo",
         "GRPO in which up to 2.3 % of a batch are right answers of a second one, with A 1, drawn from a quarter of the "
         "prompts at temperature 1.2 below H*, up to 1.2 % at 0.8 above it, H* 0.5 nats, token mean",
-        "AEPO arXiv:2510.08141, released code; a share of the batch for its 60 and 30 answers of 2,560, no dual clip "
-        "[ours]",
+        "AEPO arXiv:2510.08141, released code; shares of the batch for its 60 and 30 answers of 2,560, exact H of the "
+        "first batch, no second batch before the first reading, no dual clip [ours]",
         reduction="token",
         knob="redraw",
         controller="switch:width=0",

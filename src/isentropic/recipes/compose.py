@@ -219,6 +219,25 @@ def _check_constants(recipe: Recipe) -> None:
     _check_redraw(recipe)
 
 
+def refuse_redraw(recipe: Recipe, engine: str) -> None:
+    """Refuse a recipe that may draw a second batch, in an engine that draws one.
+
+    Raises:
+        ValueError: what was got, and what to do.
+
+    Example:
+        >>> refuse_redraw(RECIPES["aepo"], "the tabular engine")
+        Traceback (most recent call last):
+        ...
+        ValueError: the tabular engine draws no second batch, got redraw=0 and knob=redraw; set redraw=0 and ...
+    """
+    if recipe.redraws:
+        raise ValueError(
+            f"{engine} draws no second batch, got redraw={recipe.redraw:g} and knob={recipe.knob}; set redraw=0 and "
+            "another knob or none, use the TRL engine, or take distribution-centric, which needs no second batch"
+        )
+
+
 def _check_redraw(recipe: Recipe) -> None:
     shares = {"redraw": recipe.redraw}
     if recipe.knob == "redraw":

@@ -30,8 +30,8 @@ class Recipe:
         baseline: how rewards become advantages.
         dynamic_sampling: sample again for prompts whose answers all got one reward (DAPO).
         overlong_buffer: tokens before the length limit over which a reward penalty grows to −1 (DAPO); 0 is off.
-        redraw: share of a batch whose place right answers of a second batch take, each with an advantage of 1 (AEPO);
-            the second batch is drawn at a higher temperature if it is positive, at a lower one if it is negative.
+        redraw: share of a batch that right answers of a second batch replace, each with an advantage of 1 (AEPO); the
+            second batch is drawn at a higher temperature if the share is positive, at a lower one if it is negative.
         redraw_high, redraw_low: the two temperatures, in units of that of the first batch.
         selection: which tokens' advantages count.
         shaping: how the advantage changes by token.

@@ -76,7 +76,8 @@ before the slash is its group.
 ``length/mean``               tokens per completion; verl: with an environment's tokens
 ``length/truncated_frac``     share of completions without an end token; verl: that reached the limit
 ``samples/total``             completions generated so far
-``redraw/frac``               share of the batch that answers at another temperature replaced; no figure counts them
+``redraw/frac``               share of the batch that answers of another temperature replaced; only ``loss``,
+                              ``predict/`` and ``tokens/`` count them
 ``episode/win_frac``          of episodes with an environment: share that was won
 ``episode/return``            mean sum of rewards of an episode
 ``episode/turns``             actions per episode
@@ -114,8 +115,9 @@ before the slash is its group.
                               lengths share their mean rank
 ``predict/middle``            the middle third
 ``predict/long``              the longest third
-``predict/gain``              derivative of the change by the knob; for a clip, an estimate from the tokens at its edge
-``predict/knob``              gain × knob: what the knob adds; null for a clip
+``predict/gain``              derivative of the change by the knob; for a clip, an estimate from the tokens at its edge;
+                              null for ``redraw``, which acts on what is drawn next
+``predict/knob``              gain × knob: what the knob adds; null for a clip and for ``redraw``
 ``predict/numerics``          what the rounding of log π in this pass adds, to first order; null without moments
 ``predict/moments``           1 if the moments of the rows were available, else 0
 ``predict/top_tokens``        [text, change, count] of the tokens that moved entropy most, summed by token, main process

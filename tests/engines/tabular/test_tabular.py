@@ -314,7 +314,7 @@ def test_errors():
         lab.sampled_batch(SMALL, logits, rewards, recipes.compose("dapo", dynamic_sampling=True))
     with pytest.raises(ValueError, match="no overlong_buffer, got 2"):
         lab.expected_batch(SMALL, logits, rewards, recipes.compose("dapo", overlong_buffer=2))
-    with pytest.raises(ValueError, match="no redraws, got True"):
+    with pytest.raises(ValueError, match="tabular engine draws no second batch, got redraw=0 and knob=redraw"):
         lab.sampled_batch(SMALL, logits, rewards, recipes.RECIPES["aepo"])
     for name, _ in WHOLE:
         with pytest.raises(ValueError, match="use sampled_batch"):

@@ -1,6 +1,5 @@
 """What is generated: rules for each task's completions, dynamic sampling, second batches at another temperature."""
 
-import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from trl_case import BASE, make, share_of_digits, undocumented
 
 from isentropic.engines.trl import IsentropicConfig, IsentropicTrainer, audit_trainer, compat, rollout
 from isentropic.engines.trl.compat import stop_at
+from isentropic.engines.trl.generation import _replace_rows, check_redraw, redrawn_here
 from isentropic.engines.trl.rollout import Rollout
 from isentropic.engines.trl.sequence import CompletionRules, SequentialTrainer, SwitchTask
 
@@ -150,7 +150,7 @@ def test_right_answers_take_the_place_of_a_share(tmp_path, share, factor):
     assert (len(first["advantages"]), len(second["advantages"])) == (SIZE, AGAIN)
 
     redrawn = whole(trainer, "redrawn")
-    count = math.ceil(0.05 * SIZE)
+    count = round(0.05 * SIZE)
     right = second["advantages"] > 0.05
     assert int(right.sum()) > count  # so that the share is what limits it
     assert int(redrawn.sum()) == count
@@ -174,25 +174,27 @@ def test_figures_are_those_of_the_first_batch(tmp_path):
     trainer, rolled = spied(tmp_path, recipe="grpo", recipe_options={"redraw": 0.1})
     rows, redrawn = trainer.record.rows("metrics"), whole(trainer, "redrawn")
     mask = whole(trainer, "completion_mask")
+    marks = [sample["redrawn"] for sample in trainer.record.rows("samples")]
+    assert marks == redrawn[: len(marks)].tolist()
     assert sum(row["entropy/tokens"] for row in rows) == int(mask[~redrawn].sum()) < int(mask.sum())
     assert rows[0]["reward/mean"] == pytest.approx(float(rolled[0][2]["rewards"].mean()), rel=1e-5)
     assert rows[-1]["samples/total"] == SIZE + AGAIN
     for row in rows:
-        assert row["redraw/frac"] == math.ceil(0.1 * SIZE) / SIZE
+        assert row["redraw/frac"] == round(0.1 * SIZE) / SIZE
         assert sum(row[f"group/{name}_frac"] for name in ("failed", "mixed", "solved")) == pytest.approx(1.0)
         # Scored at the first temperature: with weights that stay no ratio leaves 1.
         assert row["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
         assert not undocumented(row)
 
 
-def test_unscored_answers_are_counted_in_the_first_batch(tmp_path):
+def test_unscored_answers_are_those_of_the_first_batch(tmp_path, caplog):
     def some(completions, **columns):
-        return [None if len(text) < 3 else float(len(text) % 2) for text in completions]
+        return [None if i < 2 and len(completions) == AGAIN else x for i, x in enumerate(even(completions))]
 
     trainer, rolled = spied(tmp_path, recipe="grpo", recipe_options={"redraw": 0.1}, reward=some)
-    first, second = (int(output["rewards"].isnan().sum()) for _, _, output in rolled)
-    assert first != second
-    assert trainer.record.rows("metrics")[0]["reward/unscored"] == first
+    assert [int(output["rewards"].isnan().sum()) for _, _, output in rolled] == [0, 2]
+    assert trainer.record.rows("metrics")[0]["reward/unscored"] == 0
+    assert "not scored" not in caplog.text
 
 
 @pytest.mark.parametrize(("target", "temperatures"), [("150%", [1.0, 1.0, 1.2]), ("50%", [1.0, 1.0, 0.8])])
@@ -200,11 +202,10 @@ def test_the_knob_says_where_it_is_drawn(tmp_path, target, temperatures):
     """The first batch has no reading yet: its knob is 0, and nothing is drawn again."""
     trainer, rolled = spied(tmp_path, 8, recipe="aepo", target=target, explain_every=1)
     assert [at for at, _, _ in rolled] == temperatures
-    share = 0.0234 if target == "150%" else 0.0117
     first, second = trainer.record.rows("metrics")[0], trainer.record.rows("metrics")[-1]
-    assert (first["redraw/frac"], second["redraw/frac"]) == (0, math.ceil(share * SIZE) / SIZE)
+    assert (first["redraw/frac"], second["redraw/frac"]) == (0, 1 / SIZE)
     assert second["predict/knob"] is None
-    assert second["predict/gain"] == 0
+    assert second["predict/gain"] is None
 
 
 def test_any_controller_learns_from_readings_alone(tmp_path):
@@ -221,6 +222,51 @@ def test_without_a_right_answer_nothing_is_replaced(tmp_path):
     assert len(rolled) == 2
     assert not whole(trainer, "redrawn").any()
     assert trainer.record.rows("metrics")[0]["redraw/frac"] == 0
+
+
+def test_dynamic_sampling_is_drawn_again_from_the_prompts_that_it_kept(tmp_path):
+    def odd_ones(prompts, completions, **columns):
+        return [1.0 if int(p[1]) % 2 else right for p, right in zip(prompts, even(completions), strict=True)]
+
+    drawn, settings = [], {"recipe": "grpo", "recipe_options": {"dynamic_sampling": True, "redraw": 0.1}}
+    trainer = make(IsentropicTrainer, IsentropicConfig, tmp_path, 4, reward=odd_ones, **settings)
+    native = trainer.batches._roll_out
+    trainer.batches._roll_out = lambda step, rows: drawn.append([row["prompt"] for row in rows]) or native(step, rows)
+    trainer.train()
+    first, *rounds, again = drawn
+    assert rounds
+    assert len(again) == AGAIN
+    assert {int(prompt[1]) % 2 for prompt in first} == {0, 1}
+    # The groups that were mixed at first stay, and every other one is of a later round.
+    assert set(again) <= {prompt for prompts in drawn[:-1] for prompt in prompts if not int(prompt[1]) % 2}
+    assert whole(trainer, "redrawn").any()
+
+
+def test_a_share_is_rounded_over_all_processes():
+    assert [redrawn_here(0.0234, 640, 4, rank) for rank in range(4)] == [15, 15, 15, 15]
+    assert [redrawn_here(-0.0117, 64, 4, rank) for rank in range(4)] == [1, 1, 1, 0]
+    assert redrawn_here(0.0, 640, 1, 0) is None
+
+
+def test_a_share_below_one_completion_is_told(tmp_path, caplog):
+    trainer, rolled = spied(tmp_path, recipe="grpo", recipe_options={"redraw": 0.007})
+    assert len(rolled) == 1
+    assert "redraw replaces nothing: 0.70% of 64 completions is less than one" in caplog.text
+    assert trainer.record.rows("metrics")[0]["redraw/frac"] == 0
+
+
+def test_what_cannot_be_drawn_again_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match=r"got generation_kwargs with a temperature of 0\.5, which would"):
+        make(IsentropicTrainer, IsentropicConfig, tmp_path, 4, recipe="aepo", generation_kwargs={"temperature": 0.5})
+    args = SimpleNamespace(per_device_train_batch_size=4, steps_per_generation=1, generation_kwargs=None)
+    with pytest.raises(ValueError, match="redraw needs whole groups on each process, got 4 completions in groups of 8"):
+        check_redraw(SimpleNamespace(args=args, num_generations=8, rollout_func=None))
+
+
+def test_a_part_of_a_batch_with_images_is_not_replaced():
+    batch = {"advantages": torch.ones(4), "pixel_values": torch.ones(6, 3)}
+    with pytest.raises(ValueError, match="not possible with images, got pixel_values"):
+        _replace_rows(batch, batch, torch.tensor([0]), torch.tensor([1]))
 
 
 def test_vllm_samples_at_the_temperature_too():
@@ -245,9 +291,8 @@ def test_episodes_are_sampled_at_the_temperature_too(tmp_path, monkeypatch):
     row = trainer.record.rows("metrics")[0]
     assert row["episode/win_frac"] == row["episode/win_frac"]
 
-    other = episodes(tmp_path / "b", digits_model(), lambda prompts, trainer: Rollout(digits())(prompts, trainer))
     with pytest.raises(ValueError, match="another temperature, which a rollout_func of your own is not told"):
-        other.train()
+        episodes(tmp_path / "b", digits_model(), lambda prompts, trainer: Rollout(digits())(prompts, trainer))
 
 
 def episodes(out, parts, function):

@@ -191,7 +191,7 @@ REFUSED = [
     ({"recipe": "grpo", "adv_estimator": "grpo", "norm_adv_by_std": False}, "norm_adv_by_std_in_grpo=True"),
     ({"recipe": "dapo", "recipe_options": {"dynamic_sampling": True}}, "algorithm.filter_groups.enable=True"),
     ({"recipe": "dapo", "recipe_options": {"overlong_buffer": 4}}, "overlong_buffer_cfg"),
-    ({"recipe": "aepo"}, "redraw draws a second batch at another temperature, which verl does not, got recipe aepo"),
+    ({"recipe": "aepo"}, "verl draws no second batch, got redraw=0 and knob=redraw"),
     ({"recipe": "isentropic", "strategy": "megatron"}, "repo_r reads the entropies .* fsdp or fsdp2, or take one of "),
     ({"recipe": "aent", "strategy": "megatron"}, "whole rows of log-probabilities, .* got .*strategy=megatron"),
     ({"recipe": "entropy-bonus", "strategy": "veomni"}, "entropy bonus needs entropies with a gradient"),

@@ -2,8 +2,8 @@
 
 A policy is a table of logits ``[r v]`` in float64, one row for every prefix of a :class:`Tree`; a tree of depth 1 is a
 set of contexts with one-token answers. Rows share no parameters, every answer can be enumerated, and so entropies,
-expected gradients and visits of states are exact: the error of a prediction is its own. Any recipe runs here,
-through ``recipes.loss``, and is controlled by the loop that every engine shares.
+expected gradients and visits of states are exact: the error of a prediction is its own. Any recipe that draws
+one batch runs here, through ``recipes.loss``, and is controlled by the loop that every engine shares.
 
 Left out: answers of different lengths, so that the token, the sequence and the constant reduction are one; dynamic
 sampling, overlong penalties and second batches.

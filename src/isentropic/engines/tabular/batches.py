@@ -11,6 +11,7 @@ from ... import recipes
 from ...entropy.statistics import token_entropy
 from ...losses.advantages import group_distinct, group_rate, group_repeats, group_reward
 from ...recipes import Recipe
+from ...recipes.compose import refuse_redraw
 from .states import Tree, answers, reach
 
 
@@ -47,7 +48,8 @@ class Batch(NamedTuple):
 
 
 def _check_recipe(recipe: Recipe) -> None:
-    for name in ("dynamic_sampling", "overlong_buffer", "redraws"):
+    refuse_redraw(recipe, "the tabular engine")
+    for name in ("dynamic_sampling", "overlong_buffer"):
         if setting := getattr(recipe, name):
             raise ValueError(f"the tabular engine has no {name}, got {setting}; switch it off in the recipe")
 

@@ -1,4 +1,4 @@
-"""One step of any recipe on a table: the predicted entropy change and the measured one."""
+"""One step of a recipe on a table: the predicted entropy change and the measured one."""
 
 from dataclasses import replace
 from typing import NamedTuple

@@ -291,6 +291,8 @@ class Explainer:
             row |= {f"{name}_frac": x / read for name, x in sums.items() if name.startswith("tokens/")}
         row["predict/moments"] = int(sums["numerics/moments"] > 0)
         row["predict/knob"] = self._knob_part(row)
+        if trainer.recipe.knob == "redraw":
+            row["predict/gain"] = None
         row["predict/top_tokens"] = self._top(rate / ranks)
         self.sums, self.tokens = {}, None
         return row

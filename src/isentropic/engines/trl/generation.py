@@ -23,6 +23,7 @@ from ...recipes.apply import advantages
 from .compat import Trainer, sampling_at, scores_old_logps, unlogged
 from .explain import completion_groups
 from .rollout import Rollout
+from .settings import warn_once
 
 logger = logging.getLogger("isentropic")
 MAX_ROUNDS = 10
@@ -31,6 +32,8 @@ REDRAWN_PROMPTS = 1 / 4
 RIGHT = 0.05
 _NATIVE_BASELINES = ("mean", "mean_std")
 _LEFT_PADDED = ("prompt_ids", "prompt_mask")
+# What TRL gives of images is not one row per completion, or is padded on both sides.
+_OF_IMAGES = ("pixel_values", "num_images", "token_type_ids", "mm_token_type_ids")
 
 Generate = Callable[[Any], dict[str, Any]]
 
@@ -45,7 +48,7 @@ class GeneratedBatches:
         scoring: whether the batch under way is being generated, so that scores are of its sampling time.
         num_unscored: completions of the latest batch without a finite reward, on all processes.
         redraws: whether a second batch may be drawn; an audit, which looks at one, switches it off.
-        redrawn: share of the latest batch, on all processes, that answers at another temperature took the place of.
+        redrawn: share of the latest batch, over all processes, that answers of another temperature replaced.
     """
 
     def __init__(self, trainer: Trainer):
@@ -55,6 +58,8 @@ class GeneratedBatches:
         self.scoring = False
         self.num_unscored = 0
         self.redraws, self.redrawn = trainer.recipe.redraws, 0.0
+        if self.redraws:
+            check_redraw(trainer)
         self._rewards: torch.Tensor | None = None
         self._answers: torch.Tensor | None = None
         self._entropies: torch.Tensor | None = None
@@ -98,15 +103,15 @@ class GeneratedBatches:
         """A batch that is trained on: generated again in part if the recipe asks for it.
 
         Raises:
-            ValueError: a batch that is to be drawn again in part whose groups span processes, or whose dataset cannot
-                be indexed; a ``rollout_func`` of one's own that is to sample at another temperature.
+            ValueError: dynamic sampling over groups that span processes, or over a dataset that cannot be indexed; a
+                part of a batch with images that is to be replaced; what :func:`check_redraw` refuses.
         """
         self.sampled_at = int(self.trainer.state.global_step)
         output = self._roll_out(native, inputs)
         if self.trainer.recipe.dynamic_sampling:
             output = self._resample(native, inputs, output)
         if self.redraws:
-            output = self._redraw(native, inputs, output)
+            output = self._redraw(native, self.rows or inputs, output)
         self.num_generated += len(inputs) * self.trainer.accelerator.num_processes
         return output | completion_groups(self.trainer, output)
 
@@ -169,7 +174,7 @@ class GeneratedBatches:
         _check_groups("dynamic_sampling", len(inputs), group)
         if not hasattr(dataset, "__getitem__"):
             raise ValueError("dynamic_sampling draws prompts by index, got an iterable dataset; load it whole")
-        good = self._informative()
+        good, kept = self._informative(), list(inputs)
         for turn in range(MAX_ROUNDS):
             if bool(good.all()):
                 break
@@ -179,8 +184,11 @@ class GeneratedBatches:
             self.num_generated += len(inputs) * accelerator.num_processes
             swaps = [_pairs(~old, new) for old, new in zip(good, self._informative(), strict=True)]
             output = _replace_groups(output, fresh, swaps[rank], group)
+            for to, source in swaps[rank]:
+                kept[to * group : (to + 1) * group] = [rows[source]] * group
             for of_rank, pairs in zip(good, swaps, strict=True):
                 of_rank[[to for to, _ in pairs]] = True
+        self.rows = kept
         return self._counted(output)
 
     def _redraw(self, native: Generate, inputs: list[Any], output: dict[str, Any]) -> dict[str, Any]:
@@ -189,24 +197,21 @@ class GeneratedBatches:
         Each has an advantage of 1. ``redrawn`` marks them, ``[b]``: entropy is not read from them.
         """
         trainer, group, recipe = self.trainer, self.trainer.num_generations, self.trainer.loop.recipe_now
+        check_redraw(trainer)
         size = len(output["advantages"])
         output["redrawn"] = torch.zeros(size, dtype=torch.bool, device=output["advantages"].device)
         self.redrawn = 0.0
-        if not recipe.redraw:
+        wanted = redrawn_here(recipe.redraw, size, trainer.accelerator.num_processes, trainer.accelerator.process_index)
+        if wanted is None:
             return output
-        _check_groups("redraw", size, group)
-        if trainer.rollout_func is not None and not isinstance(trainer.rollout_func, Rollout):
-            raise ValueError(
-                "redraw samples at another temperature, which a rollout_func of your own is not told; use Rollout of "
-                "isentropic.engines.trl.rollout, or another recipe"
-            )
         again = inputs[: group * math.ceil(REDRAWN_PROMPTS * size / group)]
-        unscored = self.num_unscored
+        # Unscored answers of this batch alone are no news: a count that is not 0 keeps `rewarded` silent.
+        unscored, self.num_unscored = self.num_unscored, -1
         with unlogged(trainer), sampling_at(trainer, recipe.redraw_high if recipe.redraw > 0 else recipe.redraw_low):
             fresh = self._roll_out(native, again)
         self.num_unscored = unscored
         self.num_generated += len(again) * trainer.accelerator.num_processes
-        right = (fresh["advantages"] > RIGHT).nonzero()[:, 0][: math.ceil(abs(recipe.redraw) * size)]
+        right = (fresh["advantages"] > RIGHT).nonzero()[:, 0][:wanted]
         num_right = torch.tensor([len(right)], dtype=torch.float32, device=right.device)
         self.redrawn = float(trainer.accelerator.gather(num_right).mean()) / size
         ones = torch.ones_like(fresh["advantages"])
@@ -226,6 +231,47 @@ class GeneratedBatches:
         assert self._rewards is not None
         keep = informative_groups(self._rewards.view(-1, self.trainer.num_generations)).cpu()
         return keep.view(self.trainer.accelerator.num_processes, -1)
+
+
+def redrawn_here(share: float, size: int, num_processes: int, rank: int) -> int | None:
+    """How many completions of a process are to be replaced; None if there are none on any process.
+
+    Args:
+        share: of the whole batch, of either sign.
+        size: completions of a process.
+        num_processes, rank: the count of the whole batch is dealt out to them in turn.
+
+    Example:
+        >>> [redrawn_here(-0.0234, 64, 2, rank) for rank in (0, 1)], redrawn_here(0.0234, 16, 1, 0)
+        ([2, 1], None)
+    """
+    count = round(abs(share) * size * num_processes)
+    if share and not count:
+        warn_once(
+            f"redraw replaces nothing: {abs(share):.2%} of {size * num_processes} completions is less than one; "
+            "generate more at a time, or raise knob_high and lower knob_low"
+        )
+    return count // num_processes + (rank < count % num_processes) if count else None
+
+
+def check_redraw(trainer: Trainer) -> None:
+    """Refuse a trainer that cannot draw a second batch at another temperature.
+
+    Raises:
+        ValueError: what was got, and the remedy.
+    """
+    args, group = trainer.args, trainer.num_generations
+    _check_groups("redraw", int(args.per_device_train_batch_size * args.steps_per_generation), group)
+    if trainer.rollout_func is not None and not isinstance(trainer.rollout_func, Rollout):
+        raise ValueError(
+            "redraw samples at another temperature, which a rollout_func of your own is not told; use Rollout of "
+            "isentropic.engines.trl.rollout, or another recipe"
+        )
+    if "temperature" in (args.generation_kwargs or {}):
+        raise ValueError(
+            f"redraw changes the sampling temperature, got generation_kwargs with a temperature of "
+            f"{args.generation_kwargs['temperature']}, which would override it; set temperature in the config instead"
+        )
 
 
 def _check_groups(name: str, num_completions: int, group: int) -> None:
@@ -255,6 +301,11 @@ def _replace_rows(
     """Copy rows from one batch into another, padding both to one length."""
     if not len(to):
         return output
+    if images := [name for name in _OF_IMAGES if output.get(name) is not None]:
+        raise ValueError(
+            f"dynamic_sampling and redraw replace a part of a generated batch, which is not possible with images, got "
+            f"{images[0]}; leave them out"
+        )
     rows = len(output["advantages"])
     merged = dict(output)
     for name, old in output.items():

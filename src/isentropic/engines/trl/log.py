@@ -39,7 +39,7 @@ FROM_TRL = {
 TURNS = 8  # the last of them holds all that come after it
 # What `datasets` calls a data set that was made from files or in the script.
 _UNNAMED = ("json", "csv", "parquet", "arrow", "text", "pandas", "generator", "default")
-_SAMPLED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "rewards")
+_SAMPLED = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages", "rewards", "redrawn")
 
 
 class StepSums(NamedTuple):
@@ -152,6 +152,7 @@ def _sample_row(sample: dict[str, torch.Tensor], step: int, decode: Callable[...
         "completion": decode(completion, skip_special_tokens=True),
         "reward": sample["rewards"].item() if "rewards" in sample else None,
         "advantage": sample["advantages"].mean().item(),
+        **({"redrawn": sample["redrawn"].item()} if "redrawn" in sample else {}),
         "tokens": [decode([i]) for i in ids],
         "surprisal": [round(-x, 4) for x in sample["logp"][keep].tolist()],
         "entropy": [round(x, 4) for x in sample["entropy"][keep].tolist()],

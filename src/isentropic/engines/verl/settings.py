@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ...recipes import Recipe, compose
+from ...recipes.compose import refuse_redraw
 from . import fallback
 from .compat import BACKENDS
 from .plugin import AGG_MODES, ESTIMATOR_MODULE, OURS, estimator_of
@@ -52,11 +53,7 @@ def _check_verl(settings: PolicyLoss, recipe: Recipe) -> None:
             f"the overlong penalty is verl's own, got overlong_buffer={recipe.overlong_buffer} in recipe_options; set "
             "reward.reward_manager.name=dapo and +reward.reward_kwargs.overlong_buffer_cfg instead"
         )
-    if recipe.redraws:
-        raise ValueError(
-            f"redraw draws a second batch at another temperature, which verl does not, got recipe {settings.recipe}; "
-            "use the TRL engine, or distribution-centric, whose weights take the place of that batch"
-        )
+    refuse_redraw(recipe, "verl")
     if settings.strategy is not None and settings.strategy not in BACKENDS:
         fallback.check(recipe, settings.strategy)
     if settings.adv_estimator is not None:
