@@ -319,35 +319,6 @@ def test_predictive_weighs_the_delays_by_their_evidence():
     assert value == pytest.approx(0.75 * 0.1 / 6 / 0.05 - 0.25 * 0.06 / 7 / 0.05)
 
 
-def test_a_doubtful_slope_never_turns_the_knob_the_other_way():
-    # A slope of 0 counts as 0.1, and (1/0.1)² = 100 is four times what is known: a quarter of the drift counts.
-    doubtful = {"hh": 0.0, "hs": 0.0, "hd": 0.0, "ss": 1.0, "sd": 0.0, "dd": 0.0, "noise": 1.0}
-    for entropy, drift, knob in (
-        (0.9, -0.002, (0.1 / 6 / 101 + 0.002 / 4) / 0.1 / 0.05),
-        # Above the target the long horizon alone would brake a fall of 0.02, by a knob of (−0.2/6/101 + 0.005)/0.005,
-        # where a slope without doubt asks for a faster fall.
-        (1.2, -0.02, 0.0),
-        (0.8, 0.02, 0.0),
-    ):
-        state = PredictiveState(
-            0.0, (), (Filter(0, entropy, 0.0, drift, evidence=0.0, **doubtful),), gain=0.05, unit=1.0
-        )
-        assert plan(state, TARGET, Forecast(0.0, 0.0, 0, 1, 1.0), WIDE.clip) == pytest.approx(knob), entropy
-        lower = plan(state, TARGET, Forecast(0.0, 0.0, 0, 1, 1.0), WIDE.clip, rest=-1.0)
-        assert (lower == -1.0) == (entropy > 1), "its rest may be a bound"
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_noise_above_a_floor_never_turns_the_knob(seed):
-    """Predictions that explain nothing: entropy stays 60 % above its floor, and there is nothing to hold."""
-    rng, controller = random.Random(seed), predictive(Range(0.0, 0.0, 1.0, one_way=True))
-    state, entropy = controller.init(), 0.56
-    for step in range(120):
-        entropy += 0.3 * (0.58 - entropy) + rng.gauss(0, 0.015)
-        state = controller.update(state, entropy, 0.345, told(rng.gauss(0, 4e-6), abs(rng.gauss(1e-5, 6e-6))))
-        assert step < 10 or state.value <= 0.1
-
-
 def test_predictive_restarts_after_a_jump():
     controller = predictive(Range(0.0, -1.0, 1.0))
     _, state = plant(controller, 200)

@@ -1,6 +1,7 @@
 """The closed loop: when it acts, what it refuses, and that its state survives JSON."""
 
 import json
+import random
 
 import pytest
 
@@ -187,3 +188,59 @@ def test_resumes_bit_for_bit_through_json(name):
 def test_every_below_one_is_refused():
     with pytest.raises(ValueError, match="every must be >= 1"):
         loop(every=0)
+
+
+def always_up(knob):
+    """A controller that raises its knob, or lowers one that so raises entropy, whatever it reads."""
+    base = sign_step(knob, step=0.3)
+    return Controller(base.init, lambda state, entropy, target: base.update(state, 0.5, target))
+
+
+@pytest.mark.parametrize(
+    ("knob", "values"),
+    [
+        (KNOB, [0.3, 0.6, 0.0, 0.3]),
+        (Range(0.5, 0.1, 2.0), [0.8, 1.1, 0.5, 0.8]),  # without a rest: its start
+        (Range(0.5, 0.1, 2.0, sign=-1), [0.2, 0.1, 0.5, 0.2]),
+    ],
+)
+def test_an_entropy_far_above_target_and_start_is_not_raised(knob, values):
+    """The first reading is 1.2, the target 1.0: 1.79 is below 1.5 times the larger, 1.81 is above."""
+    t = thermostat(always_up(knob), parse_target("1.0"), 1, knob)
+    state, got, cut = t.init(), [], []
+    for mean in (1.2, 1.79, 1.81, 1.79):
+        state = t.update(t.restore(json.loads(json.dumps(to_json(state)))), reading(mean))
+        got.append(state.value)
+        cut.append(state.cut_out)
+    assert got == pytest.approx(values)
+    assert cut == [False, False, True, False]
+
+
+def test_the_cut_out_leaves_a_schedule_and_a_lowering_knob_alone():
+    down = thermostat(sign_step(KNOB, step=0.3), parse_target("1.0"), 1, KNOB)
+    state = down.update(down.update(down.init(), reading(1.2)), reading(2.0))
+    assert (state.value, state.cut_out) == (pytest.approx(-0.6), True)
+    held = thermostat(fixed(Range(0.4, -1.0, 1.0)), parse_target("1.0"), 1, KNOB)
+    state = held.update(held.update(held.init(), reading(1.2)), reading(2.0))
+    assert (state.value, state.cut_out) == (0.4, False)
+    free = thermostat(always_up(KNOB), parse_target("1.0"), 1)
+    assert free.update(free.update(free.init(), reading(1.2)), reading(9.0)).value == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_strong_knob_whose_effect_is_not_known_is_cut_out(seed):
+    """Predictions are noise, and the knob moves entropy twenty times as much as they say: it exploded without."""
+    tops = {}
+    for knob in (None, Range(0.0, 0.0, 1.0, one_way=True)):
+        rng = random.Random(seed)
+        t = thermostat(predictive(Range(0.0, 0.0, 1.0, one_way=True)), parse_target("0.345"), 1, knob)
+        state, entropy, path = t.init(), 0.58, []
+        for _ in range(300):
+            gain, seen = abs(rng.gauss(1e-5, 5e-6)), entropy + rng.gauss(0, 0.02)
+            predicted = rng.gauss(-1e-6, 4e-6) + gain * state.value
+            entropy = max(0.02, entropy + 2e4 * gain * state.value - 5e-4 + rng.gauss(0, 0.005))
+            state = t.update(state, reading(seen, 450.0)._replace(predicted=predicted, gain=gain, steps=1))
+            path.append(entropy)
+        tops[knob is None] = max(path)
+    assert tops[False] <= tops[True]
+    assert tops[False] < 1.6

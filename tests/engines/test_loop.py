@@ -313,6 +313,23 @@ def test_a_knob_at_its_bound_for_fifty_steps_is_a_warning(caplog):
     assert ["knob zeta has been at its upper bound 1 for 50" in r.getMessage() for r in caplog.records] == [True]
 
 
+def test_the_cut_out_is_told_once_and_is_in_the_row(caplog):
+    loop = ControlLoop(compose("loop", knob="zeta", target="1.0", every=1))
+    marks = []
+    for mean in (1.0, 1.6, 1.7, 1.2, 1.6):
+        before = loop.state
+        loop.regulate(EntropyReading(mean * 8, 8.0), act=True)
+        marks.append(
+            loop.row(TokenSums(*[0.0] * len(TokenSums._fields)), EntropyReading(8.0, 8.0), before).get("knob/cut_out")
+        )
+    assert marks == [None, None, 1, 1, None]
+    told = [record.message for record in caplog.records if "is kept from raising it" in record.message]
+    assert len(told) == 2
+    assert told[0].startswith(
+        "entropy is 1.600 nats per token, above 1.5 x both its target and its first reading: zeta"
+    )
+
+
 def test_the_count_of_steps_at_a_bound_is_saved(caplog):
     loop, second = (ControlLoop(compose(HELD, controller="sign_step:step=1.0")) for _ in range(2))
     readings(loop, *[0.5] * 30)

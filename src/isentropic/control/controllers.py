@@ -74,9 +74,23 @@ class Range(NamedTuple):
             >>> Range(-0.5, -1.0, 1.0).raising()[:3], Range(0.2, 0.05, 0.8, sign=-1).raising()[:3]
             ((0.0, 0.0, 1.0), (0.2, 0.05, 0.2))
         """
-        rest = self.start if self.rest is None and not self.low <= 0 <= self.high else self.neutral()
+        rest = self._at_rest()
         low, high = (rest, self.high) if self.sign > 0 else (self.low, rest)
         return self._replace(low=low, high=high, start=min(max(self.start, low), high), one_way=True)
+
+    def not_raising(self, value: float) -> float:
+        """The value, or the one that does nothing (the start if there is none) in place of one that raises entropy.
+
+        Example:
+            >>> span = Range(0.0, -1.0, 1.0)
+            >>> span.not_raising(0.7), span.not_raising(-0.2), Range(0.28, 0.07, 1.12).not_raising(0.5)
+            (0.0, -0.2, 0.28)
+        """
+        rest = self._at_rest()
+        return min(value, rest) if self.sign > 0 else max(value, rest)
+
+    def _at_rest(self) -> float:
+        return self.start if self.rest is None and not self.low <= 0 <= self.high else self.neutral()
 
     def clip(self, value: float) -> float:
         """The nearest allowed value."""
@@ -413,13 +427,11 @@ def predictive(knob: Range, delay: float | None = None) -> Controller:
     ``knob = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, ``τ = (5 + n + delay/2)·(1 + Var s/s²)``, p₀ the predicted change of a
     step with the knob at 0, g its derivative by the knob, n the steps since the last update
 
-    A Kalman filter of three numbers holds what a prediction lacks: the entropy Ĥ behind noisy readings, the slope s
-    of measured on predicted change, and the drift d that no prediction explains. The slope never falls below a
-    tenth of the first guess, and a doubtful one lengthens the horizon τ, so that it does not throw the knob about.
-    If ``Var s/s²`` is above 25, the drift counts less by as much, and the knob rests if a slope without doubt would
-    turn it the other way: a long horizon must not make it brake a fall that it should hasten. The knobs that were
-    really in force enter, so nothing winds up at a bound. If the prediction gives the knob no effect (g of the
-    wrong sign, or 0), it drifts to the bound that its ``sign`` names. All constants are relative to the target.
+    A Kalman filter of three numbers holds what a prediction lacks: the entropy Ĥ behind noisy readings, the slope s of
+    measured on predicted change, and the drift d that no prediction explains. The slope never falls below a tenth of
+    the first guess, and a doubtful one lengthens the horizon τ, so that it does not throw the knob about. The knobs
+    that were really in force enter, so nothing winds up at a bound. If the prediction gives the knob no effect (g of
+    the wrong sign, or 0), it drifts to the bound that its ``sign`` names. All constants are relative to the target.
 
     **Delay.** A filter for each delay of 0, 2, 4, 8 and 16 steps says where entropy will be when the knob begins to
     act; the knob is the mean of their answers, weighted by how well each predicted the readings. ``delay`` leaves one.
@@ -455,7 +467,7 @@ def predictive(knob: Range, delay: float | None = None) -> Controller:
         error = relative_error(entropy, target) * knob.sign
         state = follow(state, entropy, target, forecast, knob.high - knob.low, knob.sign, delays)
         if state.gain * knob.sign > 0:
-            return state._replace(value=plan(state, target, forecast, knob.clip, knob.neutral()))
+            return state._replace(value=plan(state, target, forecast, knob.clip))
         bound = knob.high if error > 0 else knob.low
         return state._replace(value=knob.clip(state.value + (bound - state.value) / MEMORY))
 

@@ -17,7 +17,6 @@ HORIZON = 5.0  # steps in which an error is to be gone: the filtered entropy, no
 MEMORY = 20  # readings over which predictions are averaged
 AUTHORITY = 0.01  # first guess: what the whole range of the knob moves in a step, as a share of the target
 DELAYS = (0, 2, 4, 8, 16)  # steps from a knob to its effect that are tried, unless it is told
-KNOWN = 25.0  # (standard deviation / slope)², above which a slope says little: no use is made of what is divided by it
 FORGET = 0.98  # what is left of the evidence for a delay after another update
 
 
@@ -214,24 +213,19 @@ def _advance(one: Filter, change: float, time: float, target: float, unit: float
     )
 
 
-def plan(
-    state: PredictiveState, target: float, forecast: Forecast, clip: Callable[[float], float], rest: float = 0.0
-) -> float:
+def plan(state: PredictiveState, target: float, forecast: Forecast, clip: Callable[[float], float]) -> float:
     """The knob that takes entropy to its target in a horizon: the mean of what each filter asks for, by its evidence.
 
     ``u = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, ``τ = (5 + n + delay/2)·(1 + Var s/s²)``
 
     Ĥ is the entropy when the knob begins to act: the steps up to then have knobs that are known. n and the delay are in
-    steps at the full learning rate. The more doubtful the slope, the longer the horizon. If ``Var s/s²`` is above
-    ``KNOWN``, the drift counts less by as much, and the knob is not turned to the other side of its rest than a slope
-    without doubt would ask for: a long horizon must not make braking of a push.
+    steps at the full learning rate. The more doubtful the slope, the longer the horizon.
 
     Args:
         state: after :func:`follow`; its ``gain`` is not 0.
         target: nats per token.
         forecast: of the steps before; as many at the same learning rate are expected to come.
         clip: to the range of the knob.
-        rest: the value at which the knob does nothing.
     """
     filters, pace = state.estimates(), forecast.time / forecast.readings
     values, most = [], max(one.evidence for one in filters)
@@ -239,12 +233,9 @@ def plan(
         coming = state.moves(state.past[len(state.past) - one.delay :], pace)
         begins, *_ = one.after(sum(coming), pace * one.delay)
         slope = max(one.slope, 0.1 * state.unit)
-        doubt, horizon = one.ss / slope**2, HORIZON + forecast.time + pace * one.delay / 2
-        wanted = (target - begins) / (horizon * (1 + doubt)) - one.drift * (KNOWN / max(doubt, KNOWN))
-        value = (wanted / slope - state.base) / state.gain
-        certain = (((target - begins) / horizon - one.drift) / slope - state.base) / state.gain
-        turned = doubt > KNOWN and (value - rest) * (certain - rest) < 0
-        values.append(clip(rest if turned else value))
+        horizon = (HORIZON + forecast.time + pace * one.delay / 2) * (1 + one.ss / slope**2)
+        wanted = (target - begins) / horizon - one.drift
+        values.append(clip((wanted / slope - state.base) / state.gain))
     weights = [math.exp(one.evidence - most) for one in filters]
     # From the first on, so that a bound that all ask for is met exactly.
     off = sum(weight * (value - values[0]) for weight, value in zip(weights, values, strict=True))

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from ..types import EntropyReading
-from .controllers import Controller
+from .controllers import Controller, Range
 from .predictive import Forecast
 from .targets import Target
+
+CUT_OUT = 1.5  # times the larger of the target and the first reading
 
 
 class ThermostatState(NamedTuple):
@@ -30,6 +32,8 @@ class ThermostatState(NamedTuple):
         rate: the largest learning rate so far; 0 before a reading carries one.
         time: Σ of the learning rates since the controller last acted, each as a share of the largest so far; a reading
             without a rate counts as 1.
+        first: the first accepted reading, nats per token; 0 before it.
+        cut_out: whether the knob was kept from raising entropy when the controller last acted.
     """
 
     controller: Any
@@ -44,6 +48,8 @@ class ThermostatState(NamedTuple):
     readings: int = 0
     rate: float = 0.0
     time: float = 0.0
+    first: float = 0.0
+    cut_out: bool = False
 
     @property
     def value(self) -> float:
@@ -80,7 +86,9 @@ class Thermostat(NamedTuple):
         return f"<Thermostat: knob starts at {state.value:g}, target {target}>"
 
 
-def thermostat(controller: Controller, target: Target, every: int | None = None) -> Thermostat:
+def thermostat(
+    controller: Controller, target: Target, every: int | None = None, knob: Range | None = None
+) -> Thermostat:
     """Join a controller and a target.
 
     Args:
@@ -88,6 +96,9 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
         target: from :mod:`isentropic.control.targets`.
         every: act once in so many readings (optimizer steps), on their token-weighted mean; ``None`` acts when the
             caller says ``act=True``, which engines do at the end of a generation batch (REPO's published rule).
+        knob: of the controller. With it there is a **cut-out**: while the mean entropy is above ``CUT_OUT`` times both
+            the target and the first reading, a controller that steers cannot raise it any further. Its knob is at most
+            at rest, whatever its estimates say. [ours]
 
     Returns:
         ``update(state, reading, act=True)``. The target gets every accepted reading. A controller that counts is told
@@ -123,8 +134,12 @@ def thermostat(controller: Controller, target: Target, every: int | None = None)
             return state
         level = target.level(state.target)
         if level is not None and not target.hold(state.target):
-            updated = controller.update(state.controller, state.sum / state.count, level, *_told(controller, state))
-            state = state._replace(controller=updated)
+            mean = state.sum / state.count
+            updated = controller.update(state.controller, mean, level, *_told(controller, state))
+            hot = knob is not None and controller.steers and mean > CUT_OUT * max(level, state.first)
+            if hot and knob is not None and "value" in getattr(updated, "_fields", ()):
+                updated = updated._replace(value=knob.not_raising(updated.value))
+            state = state._replace(controller=updated, cut_out=hot)
         return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0, time=0.0)
 
     def restore(saved: dict[str, Any]) -> ThermostatState:
@@ -158,6 +173,7 @@ def _added(state: ThermostatState, reading: EntropyReading) -> ThermostatState:
         gain=state.gain + reading.gain,
         steps=state.steps + reading.steps,
         readings=state.readings + 1,
+        first=state.first or reading.mean,
         time=state.time + share,
     )
 

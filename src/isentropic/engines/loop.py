@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..control.targets import feasible
-from ..control.thermostat import ThermostatState, to_json
+from ..control.thermostat import CUT_OUT, ThermostatState, to_json
 from ..control.watchdog import Watchdog, WatchdogState
 from ..losses.reduce import SumCount, sum_dtype  # noqa: F401  (SumCount: for an example below)
 from ..recipes import Recipe, build_thermostat, knob_range, with_knob
@@ -325,6 +325,14 @@ class ControlLoop:
         before = self.state
         self.state = self.thermostat.update(before, reading, act=act)
         self._watch(before, reading)
+        if self.state.cut_out and not before.cut_out:
+            logger.warning(
+                "entropy is %.3f nats per token, above %g x both its target and its first reading: %s is kept from "
+                "raising it until it is below",
+                reading.mean,
+                CUT_OUT,
+                self.recipe.knob,
+            )
         if problem:
             logger.warning("entropy reading refused (%s in a row), the knob is held: %s", self.refused, problem)
         if self.refused >= MAX_REFUSED:
@@ -381,6 +389,7 @@ class ControlLoop:
             "entropy/error": error,
             "knob/value": self._within(before.value),
             "knob/saturated": int(self.range.saturated(self._within(before.value))),
+            **({"knob/cut_out": 1} if before.cut_out else {}),
         }
 
     def as_dict(self) -> dict[str, Any]:

@@ -188,7 +188,7 @@ def build_thermostat(
     """
     if recipe.knob is None:
         return None
-    return thermostat(build_controller(recipe), _target(recipe, steps, vocabulary), recipe.every)
+    return thermostat(build_controller(recipe), _target(recipe, steps, vocabulary), recipe.every, knob_range(recipe))
 
 
 def _target(recipe: Recipe, steps: int | Sequence[int] | None = 1, vocabulary: int | None = None) -> Target:

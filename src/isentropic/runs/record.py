@@ -38,6 +38,8 @@ before the slash is its group.
 **knob**                      the number that the controller turns
 ``knob/value``                value in force during the step
 ``knob/saturated``            1 if it is at a bound, else 0; under a floor, the bound at which it rests does not count
+``knob/cut_out``              1 if entropy was above 1.5 times both its target and its first reading, so that the
+                              knob was kept from raising it; absent otherwise
 **clip, ratio, policy**       and how far the update is from the samples
 ``clip/low_frac``             share of tokens with A<0 whose gradient the lower bound removed
 ``clip/high_frac``            share of tokens with A>0 whose gradient the upper bound removed or capped

@@ -24,7 +24,7 @@ from isentropic.runs.record import Record
 
 ROOT = Path(__file__).parents[3]
 # Fields of runs that a plain one does not have: a sampler's log-probs, episodes, several tasks, second batches.
-OTHERS = {"mismatch", "episode", "task", "entropy/turn_N", "redraw"}
+OTHERS = {"mismatch", "episode", "task", "entropy/turn_N", "redraw", "knob/cut_out"}
 
 
 def script(out, steps=20, tqdm=False, model=None, trainer=GRPOTrainer, config=GRPOConfig, **settings):
