@@ -26,7 +26,13 @@ os.environ |= ONE_THREAD
 # In this folder the package textworld would be this file.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT / "bench"]
 LINES = "textworld.jsonl.gz"
-RECIPES = {"grpo": "#d55e00", "75%": "#0072b2", "auto": "#009e73", "auto, both ways": "#cc79a7"}
+RECIPES = {
+    "grpo": "#d55e00",
+    "75%": "#0072b2",
+    "auto": "#009e73",
+    "auto, both ways": "#cc79a7",
+    "auto, trust": "#56b4e9",
+}
 CURVES = ("entropy/mean", "entropy/target", "episode/win_frac", "episode/turns", "entropy/turn_1", "entropy/turn_4")
 SETTINGS = {"prompts": 8, "generations": 8, "updates": 4, "warmup": 20, "eval_k": 4, "save_every": 20}
 
@@ -137,9 +143,10 @@ def run(name, recipe, seed, out):
     experiment, home = EXPERIMENTS[name], out / f"{name}-{recipe.replace(', ', '-').replace(' ', '-')}-s{seed}"
     model = warm(experiment, out)
     settings = {"task": experiment.task, "steps": experiment.steps, **SETTINGS}
-    target, _, both = recipe.partition(", ")
+    target, _, more = recipe.partition(", ")
     settings |= {"recipe": recipe} if recipe == "grpo" else {"recipe": "isentropic", "target": target}
-    settings |= {"recipe_options": {"knob_low": -1.0}} if both else {}
+    settings |= {"recipe_options": {"knob_low": -1.0}} if more == "both ways" else {}
+    settings |= {"controller": "predictive:trust=25"} if more == "trust" else {}
     config = load(None, {**settings, "model": str(model), "seed": seed, "out": str(home)})
     if not (home / "summary.json").exists():
         begun = (home / "run.json").exists()

@@ -319,6 +319,39 @@ def test_predictive_weighs_the_delays_by_their_evidence():
     assert value == pytest.approx(0.75 * 0.1 / 6 / 0.05 - 0.25 * 0.06 / 7 / 0.05)
 
 
+@pytest.mark.parametrize("trust", [math.inf, 25.0])
+def test_a_doubtful_slope_turns_the_knob_the_other_way_unless_trust_is_bounded(trust):
+    # A slope of 0 counts as 0.1, whose doubt is (1/0.1)² = 100. Above the target the long horizon alone brakes a fall
+    # of 0.002, by a knob of (−0.05/6/101 + 0.002)/0.1/0.05; a slope without doubt asks for a faster fall.
+    doubtful = {"hh": 0.0, "hs": 0.0, "hd": 0.0, "ss": 1.0, "sd": 0.0, "dd": 0.0, "noise": 1.0}
+    brake = (-0.05 / 6 / 101 + 0.002) / 0.1 / 0.05
+    push = (0.05 / 6 / 101 + 0.002) / 0.1 / 0.05
+    for entropy, knob in ((1.05, brake if trust == math.inf else 0.0), (0.95, push)):
+        one = Filter(0, entropy, 0.0, -0.002, evidence=0.0, **doubtful)
+        state = PredictiveState(0.0, (), (one,), gain=0.05, unit=1.0)
+        assert plan(state, TARGET, Forecast(0.0, 0.0, 0, 1, 1.0), WIDE.clip, trust=trust) == pytest.approx(knob)
+    with pytest.raises(ValueError, match="trust must be > 0, got 0"):
+        predictive(WIDE, trust=0)
+
+
+def test_noise_above_a_floor_does_not_turn_the_knob_with_a_bounded_trust():
+    """Predictions that explain nothing: entropy stays 60 % above its floor, and there is nothing to hold."""
+    turned = {}
+    for trust in (math.inf, 25.0):
+        tops = []
+        for seed in range(20):
+            rng, controller = random.Random(seed), predictive(Range(0.0, 0.0, 1.0, one_way=True), trust=trust)
+            state, entropy, values = controller.init(), 0.56, []
+            for _ in range(120):
+                entropy += 0.3 * (0.58 - entropy) + rng.gauss(0, 0.015)
+                state = controller.update(state, entropy, 0.345, told(rng.gauss(0, 4e-6), abs(rng.gauss(1e-5, 6e-6))))
+                values.append(state.value)
+            tops.append(max(values[10:]))
+        turned[trust] = sum(top > 0.1 for top in tops)
+    assert turned[25.0] == 0
+    assert turned[math.inf] > 5
+
+
 def test_predictive_restarts_after_a_jump():
     controller = predictive(Range(0.0, -1.0, 1.0))
     _, state = plant(controller, 200)

@@ -421,7 +421,7 @@ def pi(knob: Range, gain: float = 4.0, integral_gain: float = 0.05, delay: float
     return Controller(lambda: IntegralState(knob.start, 0.0), update, counts=True)
 
 
-def predictive(knob: Range, delay: float | None = None) -> Controller:
+def predictive(knob: Range, delay: float | None = None, trust: float = math.inf) -> Controller:
     """Solve for the knob whose predicted change is the wanted drift, corrected by the measured slope; no gain to tune.
 
     ``knob = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, ``τ = (5 + n + delay/2)·(1 + Var s/s²)``, p₀ the predicted change of a
@@ -436,6 +436,11 @@ def predictive(knob: Range, delay: float | None = None) -> Controller:
     **Delay.** A filter for each delay of 0, 2, 4, 8 and 16 steps says where entropy will be when the knob begins to
     act; the knob is the mean of their answers, weighted by how well each predicted the readings. ``delay`` leaves one.
 
+    **Trust.** A slope that noise has made small and doubtful can turn the knob far up while entropy is above its
+    target, since the doubt lengthens the way to the target and leaves the drift. ``trust=25`` prevents that: if
+    ``Var s/s²`` is above it, the knob is not turned to the other side of its rest than the slope without doubt
+    would ask for.
+
     **Learning rate.** If readings carry it, a step at the share ρ of the largest rate so far counts as ρ steps. A
     decaying rate so stretches the horizon, and the knob is not turned up to make good what it can no longer move.
 
@@ -447,7 +452,7 @@ def predictive(knob: Range, delay: float | None = None) -> Controller:
     Reference: [ours]; the predicted change is Theorem 1 of arXiv:2603.11682.
 
     Raises:
-        ValueError: a range or a delay that is wrong; at an update, a target that is not positive.
+        ValueError: a range, a delay or a trust that is wrong; at an update, a target that is not positive.
 
     Example:
         >>> c = predictive(Range(0.0, -1.0, 1.0), delay=0)
@@ -461,13 +466,17 @@ def predictive(knob: Range, delay: float | None = None) -> Controller:
     knob.check()
     if delay is not None and not 0 <= delay < math.inf:
         raise ValueError(f"delay must be >= 0 and finite, got {delay}; count optimizer steps, or leave it out")
+    if not trust > 0:
+        raise ValueError(
+            f"trust must be > 0, got {trust}; at 25 a slope may have a standard deviation of five times itself"
+        )
     delays = DELAYS if delay is None else (round(delay),)
 
     def update(state: PredictiveState, entropy: float, target: float, forecast: Forecast) -> PredictiveState:
         error = relative_error(entropy, target) * knob.sign
         state = follow(state, entropy, target, forecast, knob.high - knob.low, knob.sign, delays)
         if state.gain * knob.sign > 0:
-            return state._replace(value=plan(state, target, forecast, knob.clip))
+            return state._replace(value=plan(state, target, forecast, knob.clip, knob.neutral(), trust))
         bound = knob.high if error > 0 else knob.low
         return state._replace(value=knob.clip(state.value + (bound - state.value) / MEMORY))
 

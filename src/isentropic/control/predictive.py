@@ -213,19 +213,30 @@ def _advance(one: Filter, change: float, time: float, target: float, unit: float
     )
 
 
-def plan(state: PredictiveState, target: float, forecast: Forecast, clip: Callable[[float], float]) -> float:
+def plan(
+    state: PredictiveState,
+    target: float,
+    forecast: Forecast,
+    clip: Callable[[float], float],
+    rest: float = 0.0,
+    trust: float = math.inf,
+) -> float:
     """The knob that takes entropy to its target in a horizon: the mean of what each filter asks for, by its evidence.
 
     ``u = ((H* − Ĥ)/τ − d − s·p₀) / (s·g)``, ``τ = (5 + n + delay/2)·(1 + Var s/s²)``
 
     Ĥ is the entropy when the knob begins to act: the steps up to then have knobs that are known. n and the delay are in
-    steps at the full learning rate. The more doubtful the slope, the longer the horizon.
+    steps at the full learning rate. The more doubtful the slope, the longer the horizon. A long one can make a brake of
+    a push, as the drift stays what it is: if ``Var s/s²`` is above ``trust``, the knob is not turned to the other side
+    of its rest than the same slope without doubt would ask for.
 
     Args:
         state: after :func:`follow`; its ``gain`` is not 0.
         target: nats per token.
         forecast: of the steps before; as many at the same learning rate are expected to come.
         clip: to the range of the knob.
+        rest: the value at which the knob does nothing.
+        trust: (standard deviation / slope)² up to which a slope is relied on.
     """
     filters, pace = state.estimates(), forecast.time / forecast.readings
     values, most = [], max(one.evidence for one in filters)
@@ -233,9 +244,12 @@ def plan(state: PredictiveState, target: float, forecast: Forecast, clip: Callab
         coming = state.moves(state.past[len(state.past) - one.delay :], pace)
         begins, *_ = one.after(sum(coming), pace * one.delay)
         slope = max(one.slope, 0.1 * state.unit)
-        horizon = (HORIZON + forecast.time + pace * one.delay / 2) * (1 + one.ss / slope**2)
-        wanted = (target - begins) / horizon - one.drift
-        values.append(clip((wanted / slope - state.base) / state.gain))
+        horizon, doubt = HORIZON + forecast.time + pace * one.delay / 2, one.ss / slope**2
+        wanted = (target - begins) / (horizon * (1 + doubt)) - one.drift
+        value = (wanted / slope - state.base) / state.gain
+        certain = (((target - begins) / horizon - one.drift) / slope - state.base) / state.gain
+        turned = doubt > trust and (value - rest) * (certain - rest) < 0
+        values.append(clip(rest if turned else value))
     weights = [math.exp(one.evidence - most) for one in filters]
     # From the first on, so that a bound that all ask for is met exactly.
     off = sum(weight * (value - values[0]) for weight, value in zip(weights, values, strict=True))
