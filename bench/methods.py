@@ -229,7 +229,8 @@ def which(grids, plt):
     for axis, (title, lines) in zip(axes, drawn, strict=True):
         seeds = Counter(x["cell"] for x in lines)
         for cell, num in seeds.items():
-            if num > 1 or max(seeds.values()) == 1:  # the cells of one seed would hide the others
+            # The cells of one seed, and those that vary the default or GRPO, would hide the others.
+            if (num > 1 or max(seeds.values()) == 1) and not any(part in cell for part in ("two steps", "trust")):
                 same = cell.removesuffix(", on-policy")
                 colour = colours.setdefault(same, COLOURS[len(colours) % len(COLOURS)])
                 curve(axis, lines, cell, colour, label=cell, style="--" if "on-policy" in cell else "-")
