@@ -33,6 +33,7 @@ RECIPES = {
     "auto, both ways": "#cc79a7",
     "auto, trust": "#56b4e9",
 }
+STOPPED = ", stopped"  # of the cell of a run that stopped itself: it has no evaluation after training, and no table
 CURVES = ("entropy/mean", "entropy/target", "episode/win_frac", "episode/turns", "entropy/turn_1", "entropy/turn_4")
 SETTINGS = {"prompts": 8, "generations": 8, "updates": 4, "warmup": 20, "eval_k": 4, "save_every": 20}
 
@@ -77,7 +78,13 @@ EXPERIMENTS = {
     "hard": Experiment(FAR_COIN, 120, "model-two-games", BOTH, FEW_STEPS, "a coin four moves away, among dead ends"),
     "sequence": Experiment(BOTH, 80, "model-two-games", BOTH, FEW_STEPS, "a chain, then the coin among dead ends"),
     "longer": Experiment(
-        BOTH, 160, "model-rare", BOTH, {"steps": 185, "rows": 12}, "the same two games, twice as long", ("grpo", "auto")
+        BOTH,
+        160,
+        "model-rare",
+        BOTH,
+        {"steps": 185, "rows": 12},
+        "the same two games, twice as long",
+        ("grpo", "auto", "auto, trust"),
     ),
 }
 
@@ -90,8 +97,9 @@ def add(line):
 
 
 def finished():
-    """(experiment, recipe, seed) of every line of a run."""
-    return {(line.get("experiment", "short"), line["cell"], line["seed"]) for line in rows(LINES) if "seed" in line}
+    """(experiment, recipe, seed) of every line of a run, of those that stopped themselves too."""
+    runs = [line for line in rows(LINES) if "seed" in line]
+    return {(line.get("experiment", "short"), line["cell"].removesuffix(STOPPED), line["seed"]) for line in runs}
 
 
 def short(task):
@@ -156,7 +164,7 @@ def run(name, recipe, seed, out):
     add(
         {
             "experiment": name,
-            "cell": recipe,
+            "cell": recipe + STOPPED if "stopped" in summary else recipe,
             "seed": seed,
             "settings": settings,
             "evaluations": evaluations,

@@ -2,6 +2,7 @@
 
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 
@@ -223,6 +224,10 @@ def test_the_cut_out_leaves_a_schedule_and_a_lowering_knob_alone():
     held = thermostat(fixed(Range(0.4, -1.0, 1.0)), parse_target("1.0"), 1, KNOB)
     state = held.update(held.update(held.init(), reading(1.2)), reading(2.0))
     assert (state.value, state.cut_out) == (0.4, False)
+    plain = SimpleNamespace(value=0.4, _asdict=dict)
+    own = thermostat(Controller(lambda: plain, lambda state, *_: state), parse_target("1.0"), 1, KNOB)
+    state = own.update(own.update(own.init(), reading(1.2)), reading(2.0))
+    assert (state.value, state.cut_out) == (0.4, False)  # a state that cannot be limited is not said to be
     free = thermostat(always_up(KNOB), parse_target("1.0"), 1)
     assert free.update(free.update(free.init(), reading(1.2)), reading(9.0)).value == pytest.approx(0.6)
 

@@ -467,9 +467,7 @@ def predictive(knob: Range, delay: float | None = None, trust: float = math.inf)
     if delay is not None and not 0 <= delay < math.inf:
         raise ValueError(f"delay must be >= 0 and finite, got {delay}; count optimizer steps, or leave it out")
     if not trust > 0:
-        raise ValueError(
-            f"trust must be > 0, got {trust}; at 25 a slope may have a standard deviation of five times itself"
-        )
+        raise ValueError(f"trust must be > 0, got {trust}; 25 is usual, a standard deviation of five times the slope")
     delays = DELAYS if delay is None else (round(delay),)
 
     def update(state: PredictiveState, entropy: float, target: float, forecast: Forecast) -> PredictiveState:

@@ -98,7 +98,8 @@ def thermostat(
             caller says ``act=True``, which engines do at the end of a generation batch (REPO's published rule).
         knob: of the controller. With it there is a **cut-out**: while the mean entropy is above ``CUT_OUT`` times both
             the target and the first reading, a controller that steers cannot raise it any further. Its knob is at most
-            at rest, whatever its estimates say. [ours]
+            at rest, whatever its estimates say. A custom controller has one if its state is a NamedTuple with a
+            ``value``. [ours]
 
     Returns:
         ``update(state, reading, act=True)``. The target gets every accepted reading. A controller that counts is told
@@ -136,8 +137,9 @@ def thermostat(
         if level is not None and not target.hold(state.target):
             mean = state.sum / state.count
             updated = controller.update(state.controller, mean, level, *_told(controller, state))
-            hot = knob is not None and controller.steers and mean > CUT_OUT * max(level, state.first)
-            if hot and knob is not None and "value" in getattr(updated, "_fields", ()):
+            limited = knob is not None and controller.steers and "value" in getattr(updated, "_fields", ())
+            hot = limited and mean > CUT_OUT * max(level, state.first)
+            if hot and knob is not None:
                 updated = updated._replace(value=knob.not_raising(updated.value))
             state = state._replace(controller=updated, cut_out=hot)
         return state._replace(sum=0.0, count=0.0, waited=0, predicted=0.0, gain=0.0, steps=0, time=0.0)

@@ -20,7 +20,7 @@ from .stages import NO_KNOB, OBJECTIVES, PENALTIES, REDUCTIONS, STAGES, WITHOUT_
 _OF_KNOB = ("target", "every", "initial_readings", "knob_low", "knob_high", "knob_start")
 # Names that no constant may have.
 _TAKEN = frozenset(f.name for f in fields(Recipe)).union(*NAMES.values())
-MOST_REDRAWN = 0.5
+MOST_REDRAWN = 0.5  # entropy is read from the rest
 _DEFAULT_COEF = Recipe("", "").penalty_coef
 
 
